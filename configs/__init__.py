@@ -1,0 +1,1 @@
+"""Experiment configurations; every file has a `get_config`."""

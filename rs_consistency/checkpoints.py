@@ -1,0 +1,107 @@
+"""Checkpoints of a run, through Orbax: saved in the background, the newest k kept, damaged ones stepped over."""
+
+import hashlib
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+import orbax.checkpoint as ocp
+
+from rs_consistency.errors import UserError
+
+
+class Checkpoints:
+    """The folder `checkpoints` of a workdir.
+
+    A step is listed once it is whole: Orbax writes beside it and renames. A step that cannot be read all the same
+    (an empty folder, a truncated file) is stepped over, newest to oldest.
+    """
+
+    def __init__(self, workdir: Path, *, keep: int | None = None) -> None:
+        """Opens the folder; it is made at the first save.
+
+        Args:
+          workdir: the run's folder.
+          keep: how many of the newest checkpoints stay; None for reading only.
+        """
+        self.folder = workdir.resolve() / "checkpoints"
+        self._read_only = keep is None
+        options = ocp.CheckpointManagerOptions(
+            max_to_keep=keep, create=False, read_only=self._read_only, enable_async_checkpointing=True
+        )
+        if not self._read_only:
+            self.folder.mkdir(parents=True, exist_ok=True)
+        self._manager = ocp.CheckpointManager(self.folder, options=options) if self.folder.is_dir() else None
+
+    def save(self, step: int, state: Any) -> None:
+        """Starts to save a state; an error of the save before is raised here, or by `close`."""
+        self._manager.save(step, args=ocp.args.StandardSave(state))
+
+    def wait(self) -> None:
+        """Returns when the last save is on disk."""
+        self._manager.wait_until_finished()
+
+    def close(self) -> None:
+        """Waits for the last save and ends the background work."""
+        if self._manager is not None:
+            self._manager.close()
+
+    def restore_newest(self, target: Any, *, note: Callable[[str], None]) -> tuple[int, Any] | None:
+        """The newest checkpoint that can be read.
+
+        Args:
+          target: a tree of `jax.ShapeDtypeStruct` with shardings: the state's structure.
+          note: told in one line of every checkpoint that was stepped over.
+
+        Returns:
+          (step, state), or None when there is no checkpoint at all.
+
+        Raises:
+          UserError: when there are checkpoints and none can be read.
+        """
+        steps = sorted(self._manager.all_steps(), reverse=True) if self._manager is not None else []
+        for step in steps:
+            try:
+                return step, self._manager.restore(step, args=ocp.args.StandardRestore(target))
+            except Exception as error:  # Orbax and TensorStore raise many kinds for a damaged file
+                note(f"checkpoint {self.folder / str(step)} is unreadable ({_first_line(error)}); trying the one before")
+        if steps:
+            raise UserError(
+                f"every checkpoint in {self.folder} is unreadable (steps {', '.join(map(str, steps))}); restore one from"
+                " a copy, or train again in another --workdir"
+            )
+        return None
+
+    def set_aside_after(self, step: int) -> None:
+        """Moves the folders of later steps to `damaged_checkpoints`: those steps will be saved again."""
+        for later in self._manager.all_steps():
+            if later > step:
+                aside = self.folder.parent / "damaged_checkpoints" / str(later)
+                aside.parent.mkdir(exist_ok=True)
+                shutil.rmtree(aside, ignore_errors=True)
+                (self.folder / str(later)).rename(aside)
+        self._manager.reload()
+
+
+def abstract_state(make_state: Callable[[], Any], sharding: jax.sharding.Sharding) -> Any:
+    """The structure of a state, to restore into, without computing it."""
+    return jax.tree.map(
+        lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding), jax.eval_shape(make_state)
+    )
+
+
+def digest(params: Any) -> str:
+    """SHA-256 over names, shapes, types and values of all parameters, as a hexadecimal string."""
+    sha = hashlib.sha256()
+    for path, leaf in sorted((jax.tree_util.keystr(p), leaf) for p, leaf in jax.tree.leaves_with_path(params)):
+        array = np.asarray(leaf)
+        sha.update(f"{path} {array.dtype.str} {array.shape}".encode())
+        sha.update(np.ascontiguousarray(array))
+    return sha.hexdigest()
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).strip() or type(error).__name__).splitlines()[0][:160]

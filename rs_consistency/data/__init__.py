@@ -1,0 +1,121 @@
+"""Datasets by name, as arrays.
+
+    train = load("mnist_subset", "train")     # train.images [N, H, W, C] uint8, train.labels [N] int32
+
+Images are stored as uint8; `to_unit` gives the float32 images in [0, 1] that models, noise and radii refer to.
+"""
+
+import hashlib
+from collections.abc import Callable, Sequence
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from rs_consistency.data import embedded_mnist, tfds_source
+from rs_consistency.errors import UserError
+
+SPLITS = ("train", "test")
+
+
+class DatasetInfo(NamedTuple):
+    """What is known of a dataset before it is read.
+
+    Attributes:
+      image_shape: (H, W, C).
+      num_classes: K.
+      read: (name, split, data_dir, cache_dir) -> (images uint8 `[N, H, W, C]`, labels `[N]`).
+      mean: per-channel mean for the normalization inside the model; empty for none.
+      std: per-channel standard deviation for it.
+    """
+
+    image_shape: tuple[int, int, int]
+    num_classes: int
+    read: Callable[..., tuple[np.ndarray, np.ndarray]]
+    mean: Sequence[float] = ()
+    std: Sequence[float] = ()
+
+
+DATASETS: dict[str, DatasetInfo] = {
+    "mnist_subset": DatasetInfo((28, 28, 1), 10, embedded_mnist.read),
+    "mnist": DatasetInfo((28, 28, 1), 10, tfds_source.read),
+    "fashion_mnist": DatasetInfo((28, 28, 1), 10, tfds_source.read),
+    "cifar10": DatasetInfo(
+        (32, 32, 3), 10, tfds_source.read, mean=(0.4914, 0.4822, 0.4465), std=(0.2023, 0.1994, 0.2010)
+    ),
+}
+
+
+class Split(NamedTuple):
+    """One split of a dataset.
+
+    Attributes:
+      images: `[N, H, W, C]` uint8.
+      labels: `[N]` int32 in 0..K-1.
+    """
+
+    images: np.ndarray
+    labels: np.ndarray
+
+
+def dataset_info(name: str) -> DatasetInfo:
+    """Looks a dataset up; a `UserError` lists the known names."""
+    if name not in DATASETS:
+        raise UserError(f"dataset.name={name!r} is unknown; use one of {', '.join(sorted(DATASETS))}")
+    return DATASETS[name]
+
+
+def load(name: str, split: str, *, data_dir: str = "", cache_dir: str = "") -> Split:
+    """Reads one split of a dataset.
+
+    Args:
+      name: a key of `DATASETS`.
+      split: `train` or `test`.
+      data_dir: folder of prepared tensorflow-datasets; empty for `$TFDS_DATA_DIR`, else `~/tensorflow_datasets`.
+      cache_dir: folder of decoded arrays; empty for `$XDG_CACHE_HOME/rs_consistency`, else
+        `~/.cache/rs_consistency`.
+
+    Returns:
+      The split. The order of the examples is the source's, and the same at every call.
+
+    Raises:
+      UserError: unknown name or split, a dataset that is not prepared, or content that does not fit the dataset.
+    """
+    info = dataset_info(name)
+    if split not in SPLITS:
+        raise UserError(f"split={split!r} is unknown; use one of {', '.join(SPLITS)}")
+    images, labels = info.read(name, split, data_dir, cache_dir)
+    labels = labels.astype(np.int32)
+    check_split(f"{name} ({split})", images, labels, info)
+    return Split(images, labels)
+
+
+def check_split(what: str, images: np.ndarray, labels: np.ndarray, info: DatasetInfo) -> None:
+    """Raises a `UserError` when arrays are not what the dataset's entry says."""
+    if images.dtype != np.uint8 or images.shape[1:] != info.image_shape or not len(images):
+        raise UserError(
+            f"{what}: images are {images.dtype} {images.shape}; expected uint8 [N, {info.image_shape}], N > 0."
+            " Prepare the dataset again"
+        )
+    if labels.shape != images.shape[:1]:
+        raise UserError(f"{what}: {len(images)} images but labels {labels.shape}. Prepare the dataset again")
+    outside = np.flatnonzero((labels < 0) | (labels >= info.num_classes))
+    if outside.size:
+        raise UserError(
+            f"{what}: label {labels[outside[0]]} of example {outside[0]} is outside 0..{info.num_classes - 1}."
+            " Prepare the dataset again"
+        )
+
+
+def to_unit(images: jax.Array) -> jax.Array:
+    """uint8 `[...]` to float32 in [0, 1]."""
+    return images.astype(jnp.float32) / 255
+
+
+def digest(split: Split) -> str:
+    """SHA-256 over shape, images and labels of a split, as a hexadecimal string."""
+    sha = hashlib.sha256(str(split.images.shape).encode())
+    sha.update(np.ascontiguousarray(split.images))
+    sha.update(np.ascontiguousarray(split.labels, dtype="<i4"))
+    return sha.hexdigest()

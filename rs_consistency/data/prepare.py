@@ -1,0 +1,90 @@
+"""Downloads a dataset and prepares it as array_record, which is then read without TensorFlow.
+
+    python -m rs_consistency.data.prepare mnist [--data_dir=DIR] [--manual_dir=DIR]
+
+This step alone needs TensorFlow (`pip install tensorflow-cpu`) and, unless the original files lie in `--manual_dir`,
+a network.
+"""
+
+import argparse
+import importlib.util
+from collections.abc import Sequence
+from pathlib import Path
+
+import requests
+
+from rs_consistency.cli.common import run_main
+from rs_consistency.data import DATASETS, embedded_mnist
+from rs_consistency.data.tfds_source import resolve_data_dir
+from rs_consistency.errors import UserError
+
+_PROBE_SECONDS = 5
+_HOSTS = {
+    "mnist": "https://storage.googleapis.com/cvdf-datasets/mnist/",
+    "fashion_mnist": "http://fashion-mnist.s3-website.eu-central-1.amazonaws.com",
+    "cifar10": "https://www.cs.toronto.edu/~kriz/cifar.html",
+}
+
+
+def prepare(name: str, *, data_dir: str = "", manual_dir: str = "") -> Path:
+    """Prepares one dataset.
+
+    Args:
+      name: a dataset that TFDS prepares.
+      data_dir: where to; empty for `$TFDS_DATA_DIR`, else `~/tensorflow_datasets`.
+      manual_dir: a folder with the original files; empty to download them.
+
+    Returns:
+      The prepared folder.
+
+    Raises:
+      UserError: unknown name, TensorFlow missing, or no way to the download; within seconds.
+    """
+    names = [known for known, info in DATASETS.items() if info.read is not embedded_mnist.read]
+    if name not in names:
+        raise UserError(f"dataset {name!r} cannot be prepared; use one of {', '.join(names)}")
+    if importlib.util.find_spec("tensorflow") is None:
+        raise UserError(f"preparing {name!r} needs TensorFlow, which is not installed: pip install tensorflow-cpu")
+    if manual_dir:
+        if not Path(manual_dir).expanduser().is_dir():
+            raise UserError(f"manual_dir={manual_dir} is not a folder; give the one with the original files")
+    else:
+        _check_network(name)
+
+    import tensorflow_datasets as tfds
+
+    builder = tfds.builder(name, data_dir=str(resolve_data_dir(data_dir)), file_format="array_record")
+    download_config = tfds.download.DownloadConfig(
+        manual_dir=str(Path(manual_dir).expanduser().resolve()) if manual_dir else None
+    )
+    builder.download_and_prepare(download_config=download_config)
+    return Path(builder.data_path)
+
+
+def _check_network(name: str) -> None:
+    """TFDS retries a download for minutes; one request tells in seconds."""
+    try:
+        requests.head(_HOSTS[name], timeout=_PROBE_SECONDS, allow_redirects=False)
+    except requests.RequestException as error:
+        raise UserError(
+            f"{name!r} cannot be downloaded: {_HOSTS[name]} is out of reach ({type(error).__name__}); connect to the"
+            " network, or give the original files with --manual_dir"
+        ) from None
+
+
+def _main(argv: Sequence[str] | None) -> None:
+    parser = argparse.ArgumentParser(prog="python -m rs_consistency.data.prepare", description=__doc__)
+    parser.add_argument("name", help="mnist, fashion_mnist or cifar10")
+    parser.add_argument("--data_dir", default="", help="where to (default: $TFDS_DATA_DIR or TFDS's own)")
+    parser.add_argument("--manual_dir", default="", help="a folder with the original files, instead of a download")
+    args = parser.parse_args(argv)
+    print(f"prepared {prepare(args.name, data_dir=args.data_dir, manual_dir=args.manual_dir)}")
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """The command."""
+    run_main(_main, argv)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,139 @@
+"""Image datasets that tensorflow-datasets (TFDS) has prepared.
+
+A folder prepared as array_record is read without TensorFlow. Decoded arrays are cached, since decoding takes
+seconds and a cached load milliseconds.
+"""
+
+import hashlib
+import importlib.util
+import io
+import json
+import os
+import sys
+import zipfile
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from PIL import Image
+
+from rs_consistency.errors import UserError
+from rs_consistency.files import replace_atomically
+
+_READ_AT_ONCE = 1000
+
+
+def read(name: str, split: str, data_dir: str, cache_dir: str) -> tuple[np.ndarray, np.ndarray]:
+    """Images uint8 `[N, H, W, C]` and labels `[N]` of one split, from the cache or else from the prepared folder.
+
+    Raises:
+      UserError: when the dataset is not prepared, cannot be read here, or is damaged.
+    """
+    prepared = find_prepared(name, resolve_data_dir(data_dir))
+    cached = resolve_cache_dir(cache_dir) / f"{name}-{split}-{_fingerprint(prepared)}.npz"
+    arrays = _read_cache(cached)
+    if arrays is None:
+        arrays = _decode(name, split, prepared)
+        _write_cache(cached, *arrays)
+    return arrays
+
+
+def resolve_data_dir(data_dir: str) -> Path:
+    """The TFDS folder: the argument, else `$TFDS_DATA_DIR`, else TFDS's own default."""
+    return Path(data_dir or os.environ.get("TFDS_DATA_DIR") or "~/tensorflow_datasets").expanduser()
+
+
+def resolve_cache_dir(cache_dir: str) -> Path:
+    """The folder of decoded arrays."""
+    if cache_dir:
+        return Path(cache_dir).expanduser()
+    return Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "rs_consistency"
+
+
+def find_prepared(name: str, data_dir: Path) -> Path:
+    """The newest prepared version of a dataset below a TFDS folder.
+
+    Raises:
+      UserError: when there is none; found from the folder alone, so without a network and at once.
+    """
+    versions = [path.parent for path in (data_dir / name).glob("*/dataset_info.json")]
+    if not versions:
+        raise UserError(
+            f"dataset.name={name!r} is not prepared in {data_dir}; prepare it with"
+            f" `python -m rs_consistency.data.prepare {name} --data_dir={data_dir}`, or set --config.dataset.data_dir"
+            " or TFDS_DATA_DIR to the folder that has it (mnist_subset needs no preparation)"
+        )
+    return max(versions, key=lambda path: [int(n) if n.isdigit() else -1 for n in path.name.split(".")])
+
+
+def _fingerprint(prepared: Path) -> str:
+    """Changes when the prepared files do: names, sizes and modification times."""
+    sha = hashlib.sha256(str(prepared.resolve()).encode())
+    for path in sorted(prepared.iterdir()):
+        stat = path.stat()
+        sha.update(f"{path.name} {stat.st_size} {stat.st_mtime_ns}\n".encode())
+    return sha.hexdigest()[:16]
+
+
+def _read_cache(path: Path) -> tuple[np.ndarray, np.ndarray] | None:
+    try:
+        with np.load(path) as arrays:
+            return arrays["images"], arrays["labels"]
+    except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile):
+        return None  # absent or damaged: it will be made again
+
+
+def _write_cache(path: Path, images: np.ndarray, labels: np.ndarray) -> None:
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with replace_atomically(path) as temporary, temporary.open("wb") as file:
+            np.savez(file, images=images, labels=labels)
+    except OSError as error:
+        print(f"note: decoded images are not cached ({error}); set --config.dataset.cache_dir", file=sys.stderr)
+
+
+def _decode(name: str, split: str, prepared: Path) -> tuple[np.ndarray, np.ndarray]:
+    try:
+        file_format = json.loads((prepared / "dataset_info.json").read_text()).get("fileFormat", "tfrecord")
+    except (OSError, ValueError) as error:
+        raise UserError(f"{prepared / 'dataset_info.json'} is unreadable ({error}); {_again(name)}") from None
+    if file_format != "array_record" and importlib.util.find_spec("tensorflow") is None:
+        raise UserError(
+            f"{prepared} is stored as {file_format}, which only TensorFlow reads, and TensorFlow is not installed;"
+            f" `pip install tensorflow-cpu`, or {_again(name)}"
+        )
+    import tensorflow_datasets as tfds  # slow to import, and only needed here
+
+    try:
+        builder = tfds.builder_from_directory(prepared)
+        decoders = {"image": tfds.decode.SkipDecoding()}  # encoded bytes: PIL below is 6 times faster than TFDS
+        if file_format == "array_record":
+            records = _from_array_record(builder.as_data_source(split=split, decoders=decoders))
+        else:
+            records = list(
+                tfds.as_numpy(builder.as_dataset(split=split, decoders=decoders, shuffle_files=False))
+            )
+        with ThreadPoolExecutor() as pool:
+            images = np.stack(list(pool.map(_decode_image, (record["image"] for record in records))))
+        labels = np.asarray([record["label"] for record in records], np.int32)
+    except Exception as error:  # the readers below raise many kinds for a damaged file
+        first_line = (str(error) or type(error).__name__).splitlines()[0]
+        raise UserError(f"{prepared} ({split}) is unreadable: {first_line}; {_again(name)}") from error
+    return images, labels
+
+
+def _from_array_record(source: Any) -> list[dict[str, Any]]:
+    records = []
+    for start in range(0, len(source), _READ_AT_ONCE):
+        records += source.__getitems__(list(range(start, min(start + _READ_AT_ONCE, len(source)))))
+    return records
+
+
+def _decode_image(encoded: bytes) -> np.ndarray:
+    image = np.asarray(Image.open(io.BytesIO(encoded)), np.uint8)
+    return image[..., None] if image.ndim == 2 else image  # [H, W, C]
+
+
+def _again(name: str) -> str:
+    return f"prepare it again with `python -m rs_consistency.data.prepare {name}`"

@@ -1,0 +1,57 @@
+"""Files that survive: a reader sees the old content or the new one, never half of it."""
+
+import fcntl
+import json
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from rs_consistency.errors import UserError
+
+
+@contextmanager
+def replace_atomically(path: Path) -> Iterator[Path]:
+    """Yields a temporary path in the same folder; what was written there then replaces `path`.
+
+    When the block raises, `path` is as it was and the temporary file is gone.
+    """
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        yield temporary
+        with temporary.open("rb") as file:
+            os.fsync(file.fileno())
+        temporary.replace(path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def write_json(path: Path, content: Any) -> None:
+    """Writes indented JSON, atomically."""
+    text = json.dumps(content, indent=2) + "\n"
+    with replace_atomically(path) as temporary:
+        temporary.write_text(text, encoding="utf-8")
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """Reads a JSON object; a `UserError` says when the file is damaged."""
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise UserError(f"{path} is damaged: {error}; restore it from a copy, or start in another folder") from None
+    if not isinstance(content, dict):
+        raise UserError(f"{path} does not hold a JSON object; restore it from a copy, or start in another folder")
+    return content
+
+
+def lock(descriptor: int, what: str) -> None:
+    """Takes an exclusive lock that ends with the process.
+
+    Raises:
+      UserError: when another process holds it.
+    """
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        raise UserError(f"{what} is in use by another process; wait for it, or choose another") from None

@@ -1,0 +1,102 @@
+"""Training objectives: pure, per example, on logits of M noisy copies.
+
+Axes: `M` noisy copies, `B` examples, `K` classes. Every function returns one value per example; the caller
+reduces. `F_i = softmax(logits[i])` and `Fbar` is the mean of F over the M copies.
+"""
+
+import math
+
+import jax
+import jax.numpy as jnp
+
+FORMS = ("default", "xent", "kl", "mse")
+
+# Log-probabilities stop here. The differences of finite float32 logits can overflow to -inf, and 0 * inf and
+# inf - inf are NaN; 1e30 leaves room for sums over copies and classes and is far below any trainable value.
+_FLOOR = -1e30
+
+
+def _log_softmax(logits: jax.Array) -> jax.Array:
+    """log softmax over the last axis, finite for every finite input."""
+    return jnp.maximum(jax.nn.log_softmax(logits, axis=-1), _FLOOR)
+
+
+def cross_entropy(logits: jax.Array, labels: jax.Array) -> jax.Array:
+    """Cross entropy, averaged over the noisy copies: the Gaussian objective.
+
+    Source: Cohen, Rosenfeld, Kolter (ICML 2019), training under Gaussian noise.
+
+    Args:
+      logits: `[M, B, K]` floating point; the logits of M noisy copies of every example.
+      labels: `[B]` integers in 0..K-1.
+
+    Returns:
+      `[B]`: `(1/M) sum_i -log F_i[label]`, in nats. Finite, with finite gradients, for all finite logits.
+
+    Raises:
+      ValueError: when the shapes do not fit together.
+    """
+    _check_logits(logits)
+    if labels.shape != logits.shape[1:2]:
+        raise ValueError(f"labels has shape {labels.shape}; logits {logits.shape} need [B] = {logits.shape[1:2]}")
+    picked = jnp.take_along_axis(_log_softmax(logits), labels[None, :, None], axis=-1)  # [M, B, 1]
+    return -picked[..., 0].mean(axis=0)
+
+
+def consistency(logits: jax.Array, *, lbd: float, eta: float = 0.5, form: str = "default") -> jax.Array:
+    """Consistency regularization: how much predictions differ between noisy copies of one example.
+
+    Source: Jeong and Shin (NeurIPS 2020), equations 5 to 7 and the ablation of other forms. With
+    `KL = (1/M) sum_i KL(Fbar || F_i)` and `H` the entropy of Fbar:
+
+    | form | value |
+    |---|---|
+    | `default` | `lbd * KL + eta * H` |
+    | `xent` | `lbd * (KL + H)`, the cross entropy between Fbar and the copies |
+    | `kl` | `lbd * KL` |
+    | `mse` | `lbd * ||F_1 - F_2||^2`, of the first two copies |
+
+    Args:
+      logits: `[M, B, K]` floating point.
+      lbd: weight of the consistency term, at least 0.
+      eta: weight of the entropy, at least 0; only the form `default` uses it.
+      form: one of the above.
+
+    Returns:
+      `[B]`, in nats (`mse`: squared l2 distance). The gradient flows through Fbar as well. Finite, with finite
+      gradients, for all finite logits.
+
+    Raises:
+      ValueError: for an unknown form, a negative weight, or `M = 1` with `lbd > 0`: one copy is always
+        consistent with itself, so the term would silently do nothing.
+    """
+    _check_logits(logits)
+    if form not in FORMS:
+        raise ValueError(f"form={form!r} is unknown; use one of {', '.join(FORMS)}")
+    if not (math.isfinite(lbd) and lbd >= 0 and math.isfinite(eta) and eta >= 0):
+        raise ValueError(f"lbd={lbd} and eta={eta} must be finite and at least 0")
+    num_copies = logits.shape[0]
+    if num_copies == 1 and lbd > 0:
+        raise ValueError(f"lbd={lbd} needs at least two noisy copies, but logits {logits.shape} have M = 1")
+
+    log_probs = _log_softmax(logits)  # [M, B, K]
+    if form == "mse":
+        if num_copies == 1:
+            return jnp.zeros(logits.shape[1], logits.dtype)
+        probs = jnp.exp(log_probs[:2])
+        return lbd * jnp.square(probs[0] - probs[1]).sum(axis=-1)
+
+    log_mean = jax.nn.logsumexp(log_probs, axis=0) - math.log(num_copies)  # [B, K]
+    mean = jnp.exp(log_mean)
+    entropy = -(mean * log_mean).sum(axis=-1)
+    kl = (mean * (log_mean - log_probs)).sum(axis=-1).mean(axis=0)
+    if form == "kl":
+        return lbd * kl
+    if form == "xent":
+        return lbd * (kl + entropy)
+    return lbd * kl + eta * entropy
+
+
+def _check_logits(logits: jax.Array) -> None:
+    if logits.ndim != 3:
+        raise ValueError(f"logits has shape {logits.shape}; it must be [M, B, K]: copies, examples, classes")

@@ -1,0 +1,48 @@
+"""The records of a training run: a line of `metrics.jsonl` and TensorBoard scalars for every epoch."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+from tensorboardX import SummaryWriter
+
+from rs_consistency.files import replace_atomically
+
+
+class MetricsWriter:
+    """Appends one record for every epoch; records after the resumed epoch are dropped first."""
+
+    def __init__(self, workdir: Path, *, finished_epochs: int, finished_steps: int) -> None:
+        """Opens the files of a run.
+
+        Args:
+          workdir: the run's folder.
+          finished_epochs: epochs that the restored checkpoint contains; later records will be written anew.
+          finished_steps: the same in steps.
+        """
+        self._path = workdir / "metrics.jsonl"
+        kept = [line for line in read_lines(self._path) if line["epoch"] <= finished_epochs]
+        with replace_atomically(self._path) as temporary:
+            temporary.write_text("".join(json.dumps(line) + "\n" for line in kept), encoding="utf-8")
+        self._tensorboard = SummaryWriter(str(workdir / "tensorboard"), purge_step=finished_steps + 1)
+
+    def write(self, record: dict[str, Any]) -> None:
+        """Writes one record; `step` and `epoch` are part of it."""
+        with self._path.open("a", encoding="utf-8") as file:
+            file.write(json.dumps(record) + "\n")
+        for name, value in record.items():
+            if name not in ("step", "epoch"):
+                self._tensorboard.add_scalar(name, value, record["step"])
+        self._tensorboard.flush()
+
+    def close(self) -> None:
+        """Flushes and closes."""
+        self._tensorboard.close()
+
+
+def read_lines(path: Path) -> list[dict[str, Any]]:
+    """The whole lines of a `metrics.jsonl`; a last line that was cut off is left out."""
+    if not path.exists():
+        return []
+    whole = [line for line in path.read_text(encoding="utf-8").splitlines(keepends=True) if line.endswith("\n")]
+    return [json.loads(line) for line in whole]

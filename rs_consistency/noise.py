@@ -1,0 +1,71 @@
+"""Random keys and Gaussian noise, addressed by global indices.
+
+Every draw has an address: what it is for (a *stream*), and the step, example, copy or vote that it belongs to.
+The key of an address is derived by folding those indices into the root key one after the other, so a draw never
+depends on the number of devices, the batch size, the order of computation or an interruption, and no key is
+used for two draws.
+"""
+
+from enum import IntEnum
+
+import jax
+import jax.numpy as jnp
+
+
+class Stream(IntEnum):
+    """What a key is for; the first index that is folded into the root key."""
+
+    INIT = 0
+    ORDER = 1
+    TRAIN = 2
+    EVAL = 3
+    CERTIFY = 4
+
+
+def stream_key(seed: int, stream: Stream) -> jax.Array:
+    """The root key of one stream. Threefry always, whatever JAX's default: results must not depend on it."""
+    return jax.random.fold_in(jax.random.key(seed, impl="threefry2x32"), int(stream))
+
+
+def fold(key: jax.Array, *indices: jax.Array | int) -> jax.Array:
+    """Folds several global indices into a key, in order."""
+    for index in indices:
+        key = jax.random.fold_in(key, index)
+    return key
+
+
+def training_noise(
+    key: jax.Array, *, step: jax.Array, positions: jax.Array, num_noise: int, shape: tuple[int, ...]
+) -> jax.Array:
+    """Standard normal noise of one training step.
+
+    Args:
+      key: the `Stream.TRAIN` key.
+      step: global step, int32.
+      positions: `[B]` places of the examples in the step's *global* batch, int32.
+      num_noise: M.
+      shape: `(H, W, C)`.
+
+    Returns:
+      `[M, B, H, W, C]` float32; entry `[i, b]` is a function of (key, step, positions[b], i) alone.
+    """
+
+    def draw(copy: jax.Array, position: jax.Array) -> jax.Array:
+        return jax.random.normal(fold(key, step, position, copy), shape)
+
+    over_batch = jax.vmap(draw, in_axes=(None, 0))
+    return jax.vmap(over_batch, in_axes=(0, None))(jnp.arange(num_noise), positions)
+
+
+def addressed_noise(key: jax.Array, *addresses: jax.Array, shape: tuple[int, ...]) -> jax.Array:
+    """Standard normal noise, one draw for each row of the addresses.
+
+    Args:
+      key: the stream's key.
+      *addresses: one or more `[N]` int32 arrays, folded into the key in order.
+      shape: `(H, W, C)`.
+
+    Returns:
+      `[N, H, W, C]` float32; row j is a function of (key, addresses[0][j], addresses[1][j], ...) alone.
+    """
+    return jax.vmap(lambda *address: jax.random.normal(fold(key, *address), shape))(*addresses)

@@ -1,0 +1,81 @@
+"""All devices at once: the only module that knows `pmap`.
+
+A function that runs here sees replicated arguments (the same on every device) and its `shard`, the global number
+of its part of the work. It takes its slice of the work by that number, and combines what it found with
+`sum_over_devices`. Its results leave the device replicated and without a leading device axis, so that neither a
+checkpoint nor the caller knows how many devices there were.
+"""
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import jax
+import numpy as np
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+
+from rs_consistency.errors import UserError
+
+AXIS = "devices"
+
+
+def choose_devices(count: int = 0) -> list[jax.Device]:
+    """The first `count` local devices; 0 means all.
+
+    Raises:
+      UserError: when there are fewer.
+    """
+    devices = jax.local_devices()
+    if not 0 <= count <= len(devices):
+        raise UserError(
+            f"num_devices={count}: this machine has {len(devices)} {devices[0].platform} device(s);"
+            f" use a number from 1 to {len(devices)}, or 0 for all"
+        )
+    return devices[: count or len(devices)]
+
+
+def replicate(tree: Any, devices: Sequence[jax.Device]) -> Any:
+    """Copies the arrays of a tree to every device, once; `spread` then uses them in place."""
+    return jax.device_put(tree, replicated_sharding(devices))
+
+
+def replicated_sharding(devices: Sequence[jax.Device]) -> NamedSharding:
+    """The placement of `replicate`."""
+    return NamedSharding(Mesh(np.asarray(devices), (AXIS,)), PartitionSpec())
+
+
+def sum_over_devices(tree: Any) -> Any:
+    """The sum over all devices, on every device. Only inside a function that `spread` runs."""
+    return jax.lax.psum(tree, AXIS)
+
+
+def spread(
+    fn: Callable[..., Any],
+    *,
+    devices: Sequence[jax.Device],
+    donate: tuple[int, ...] = (),
+    compiler_options: dict[str, str] | None = None,
+) -> Callable[..., Any]:
+    """Compiles `fn(shard, *args)` to run on all devices at once.
+
+    Args:
+      fn: called on every device with its `shard` (int32 scalar, 0..len(devices)-1) and the replicated `args`.
+        What it returns must be equal on all devices: made from `args` and `sum_over_devices` alone.
+      devices: the local devices to use.
+      donate: positions in `args` whose buffers may be reused for the results.
+      compiler_options: XLA options of this function alone.
+
+    Returns:
+      `compiled(*args)`, with replicated results.
+    """
+    mapped = jax.pmap(
+        lambda shard, args: fn(shard, *args),
+        axis_name=AXIS,
+        in_axes=(0, None),
+        out_axes=None,
+        devices=list(devices),
+        axis_size=len(devices),
+    )
+    shards = np.arange(len(devices), dtype=np.int32)
+    return jax.jit(
+        lambda *args: mapped(shards, args), donate_argnums=donate, compiler_options=compiler_options
+    )

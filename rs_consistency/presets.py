@@ -1,0 +1,56 @@
+"""Published hyperparameters by method and sigma: the text after the colon of `--config=FILE:TEXT`."""
+
+from collections.abc import Mapping
+from typing import Any
+
+from ml_collections import ConfigDict
+
+from rs_consistency.errors import UserError
+
+
+def apply_preset(
+    config: ConfigDict,
+    cell: str,
+    *,
+    published: Mapping[str, Mapping[float, Mapping[str, Any]]],
+    method: str,
+    sigma: float,
+) -> ConfigDict:
+    """Sets the keys of one published cell.
+
+    Args:
+      config: changed in place.
+      cell: `method=NAME,sigma=NUMBER`, either part optional.
+      published: method -> sigma -> the keys that this cell sets.
+      method: used where the cell names none.
+      sigma: likewise.
+
+    Returns:
+      `config`.
+
+    Raises:
+      UserError: for a malformed cell, or a pair that was not published; the message lists those that were.
+    """
+    chosen = {"method": method, "sigma": str(sigma)}
+    for part in filter(None, cell.split(",")):
+        key, separator, value = part.partition("=")
+        if not separator or key not in chosen:
+            raise UserError(f"{cell!r} after the config file: write method=NAME,sigma=NUMBER")
+        chosen[key] = value
+    try:
+        chosen_sigma = float(chosen["sigma"])
+    except ValueError:
+        raise UserError(f"sigma={chosen['sigma']!r} after the config file is not a number") from None
+    if chosen["method"] not in published:
+        raise UserError(
+            f"method={chosen['method']!r} has no published settings here; use one of {', '.join(published)}"
+        )
+    cells = published[chosen["method"]]
+    if chosen_sigma not in cells:
+        raise UserError(
+            f"method={chosen['method']} was published for sigma {', '.join(map(str, cells))}, not {chosen_sigma};"
+            " start from one of those and override it, for example --config.sigma=0.75"
+        )
+    config.sigma = chosen_sigma
+    config.update(cells[chosen_sigma])
+    return config

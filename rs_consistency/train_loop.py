@@ -1,0 +1,186 @@
+"""The training loop of one run: epochs, evaluation, records, checkpoints, resume."""
+
+import math
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+from ml_collections import ConfigDict
+from tqdm import tqdm
+
+from rs_consistency import data, parallel, training
+from rs_consistency.checkpoints import Checkpoints, abstract_state
+from rs_consistency.cli.common import note
+from rs_consistency.config import validate
+from rs_consistency.errors import UserError
+from rs_consistency.metrics import MetricsWriter
+from rs_consistency.workdir import open_for_training
+
+# Steps between two looks at the metrics. Scalars of the steps between stay on the device, so it never waits.
+_LOOK_EVERY = 50
+
+
+def train(config: ConfigDict, workdir: Path) -> training.TrainState:
+    """Trains, or continues, the run of a workdir until its last epoch.
+
+    Args:
+      config: with the keys of `configs/default.py`.
+      workdir: the run's folder: `config.json`, `metrics.jsonl`, `tensorboard/`, `checkpoints/`.
+
+    Returns:
+      The final state, replicated over the devices. It is a function of config, seed and data; the number of
+      devices and interruptions change it by rounding at most (interruptions: not at all).
+
+    Raises:
+      UserError: a setting that cannot work, another config in the workdir, no readable checkpoint, or a loss
+        that is not finite (the checkpoints before it stay).
+    """
+    devices = parallel.choose_devices(config.num_devices)
+    validate(config, num_devices=len(devices))
+    source = {"data_dir": config.dataset.data_dir, "cache_dir": config.dataset.cache_dir}
+    train_split = data.load(config.dataset.name, "train", **source)
+    test_split = data.load(config.dataset.name, "test", **source)
+    open_for_training(workdir, config)
+
+    sizes = training.step_sizes(config, len(train_split.labels))
+    optimizer = training.make_optimizer(config, sizes.steps)
+    model = training.make_model(config)
+    train_step = training.make_train_step(
+        config, apply_fn=model.apply, optimizer=optimizer, sizes=sizes, devices=devices
+    )
+    eval_step = training.make_eval_step(config, apply_fn=model.apply, devices=devices)
+    make_order = training.make_order(config, len(train_split.labels))
+    schedule = training.make_schedule(config, sizes.steps)
+
+    checkpoints = Checkpoints(workdir, keep=config.checkpoint_keep)
+    try:
+        state = _start_state(config, checkpoints, optimizer, devices)
+        epoch = int(state.step) // sizes.steps
+        if epoch >= config.num_epochs:
+            print(f"{workdir}: all {config.num_epochs} epochs are done", flush=True)
+            return state
+        train_arrays = parallel.replicate(tuple(train_split), devices)
+        test_arrays = parallel.replicate(tuple(test_split), devices)
+        writer = MetricsWriter(workdir, finished_epochs=epoch, finished_steps=int(state.step))
+        for epoch in range(epoch, config.num_epochs):
+            order = parallel.replicate(make_order(epoch), devices)
+            lr = float(schedule(int(state.step)))
+            start = time.perf_counter()
+            state, means = _run_epoch(config, train_step, state, train_arrays, order, sizes, epoch)
+            seconds = time.perf_counter() - start
+            record: dict[str, Any] = {
+                "epoch": epoch + 1,
+                "step": (epoch + 1) * sizes.steps,
+                **means,
+                "lr": lr,
+                "noisy_images_per_second": sizes.steps * config.batch_size / seconds,
+            }
+            last = epoch + 1 == config.num_epochs
+            if last or (epoch + 1) % config.eval_every_epochs == 0:
+                record["noisy_test_accuracy"] = _evaluate(config, eval_step, state, test_arrays)
+            writer.write(record)
+            _print_record(record, config.num_epochs)
+            if last or (epoch + 1) % config.checkpoint_every_epochs == 0:
+                checkpoints.save(record["step"], state)
+        writer.close()
+        checkpoints.wait()
+        return state
+    finally:
+        checkpoints.close()
+
+
+def restore_target(config: ConfigDict, steps_per_epoch: int, devices: list[jax.Device]) -> Any:
+    """The structure of the run's state, to restore a checkpoint into."""
+    optimizer = training.make_optimizer(config, steps_per_epoch)
+    return abstract_state(
+        lambda: training.create_state(config, optimizer), parallel.replicated_sharding(devices)
+    )
+
+
+def _start_state(
+    config: ConfigDict, checkpoints: Checkpoints, optimizer: Any, devices: list[jax.Device]
+) -> training.TrainState:
+    target = abstract_state(
+        lambda: training.create_state(config, optimizer), parallel.replicated_sharding(devices)
+    )
+    restored = checkpoints.restore_newest(target, note=note)
+    if restored is None:
+        return parallel.replicate(training.create_state(config, optimizer), devices)
+    step, state = restored
+    checkpoints.set_aside_after(step)
+    note(f"continuing after step {step}")
+    return state
+
+
+def _run_epoch(
+    config: ConfigDict,
+    train_step: training.TrainStep,
+    state: training.TrainState,
+    train_arrays: tuple[jax.Array, jax.Array],
+    order: jax.Array,
+    sizes: training.StepSizes,
+    epoch: int,
+) -> tuple[training.TrainState, dict[str, float]]:
+    """The epoch's steps, and the means of their metrics."""
+    first_step = epoch * sizes.steps
+    history: list[dict[str, np.ndarray]] = []
+    pending: list[dict[str, jax.Array]] = []
+    bar = tqdm(
+        total=sizes.steps * config.batch_size,
+        desc=f"epoch {epoch + 1}/{config.num_epochs}",
+        unit="img",
+        unit_scale=True,
+        leave=False,
+        disable=not sys.stderr.isatty(),
+    )
+    with bar:
+        for step in range(first_step, first_step + sizes.steps):
+            state, metrics = train_step(state, *train_arrays, order)
+            pending.append(metrics)
+            if len(pending) == _LOOK_EVERY or step + 1 == first_step + sizes.steps:
+                fetched = jax.device_get(pending)
+                _check_finite(config, fetched, step + 1 - len(fetched))
+                history += fetched
+                pending = []
+                bar.set_postfix(loss=f"{fetched[-1]['loss']:.4f}", refresh=False)
+                bar.update(len(fetched) * config.batch_size)
+    names = [name for name in history[0] if name != "param_norm"]
+    return state, {name: float(np.mean([np.float64(step[name]) for step in history])) for name in names}
+
+
+def _check_finite(config: ConfigDict, fetched: list[dict[str, np.ndarray]], first_step: int) -> None:
+    """Stops the run at the first step whose loss or parameters are not finite."""
+    for offset, metrics in enumerate(fetched):
+        bad = [f"{name}={float(value)}" for name, value in metrics.items() if not math.isfinite(value)]
+        if bad:
+            causes = [f"optimizer.lr={config.optimizer.lr} is too large"]
+            if config.consistency.lbd > 0:
+                causes.append(f"consistency.lbd={config.consistency.lbd} is too large")
+            raise UserError(
+                f"training diverged at step {first_step + offset} ({', '.join(bad)}); likely {' or '.join(causes)}: use a"
+                " smaller one in another --workdir. The checkpoints before this epoch are kept"
+            )
+
+
+def _evaluate(
+    config: ConfigDict,
+    eval_step: Any,
+    state: training.TrainState,
+    test_arrays: tuple[jax.Array, jax.Array],
+) -> float:
+    """Accuracy on one noisy copy of every test image."""
+    counts = [
+        eval_step(state.params, *test_arrays, np.int32(start))
+        for start in range(0, test_arrays[1].shape[0], config.eval_batch_size)
+    ]
+    correct, seen = np.sum(jax.device_get(counts), axis=0)
+    return float(correct / seen)
+
+
+def _print_record(record: dict[str, Any], num_epochs: int) -> None:
+    shown = {name: value for name, value in record.items() if name not in ("epoch", "step")}
+    parts = [f"{name} {value:.4g}" for name, value in shown.items()]
+    print(f"epoch {record['epoch']}/{num_epochs}  {'  '.join(parts)}", flush=True)

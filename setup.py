@@ -1,0 +1,48 @@
+"""Installation of rs-consistency. Tool settings live in pyproject.toml, everything else here."""
+
+from pathlib import Path
+
+from setuptools import find_packages, setup
+
+setup(
+    name="rs-consistency",
+    version="0.1.0",
+    description="Certified robustness in JAX: consistency regularization and randomized smoothing",
+    long_description=(Path(__file__).parent / "README.md").read_text(encoding="utf-8"),
+    long_description_content_type="text/markdown",
+    license="Apache-2.0",
+    python_requires=">=3.11,<3.14",
+    packages=find_packages(include=["rs_consistency", "rs_consistency.*"]),
+    package_data={"rs_consistency.data": ["embedded/*"]},
+    install_requires=[
+        "absl-py>=2.1,<3",
+        "array-record>=0.8,<0.9",
+        "flax>=0.12,<0.13",
+        # TFDS needs it to read array_record on Python 3.11 and does not ask for it.
+        "importlib-resources>=6.4,<8",
+        "jax>=0.10,<0.13",
+        "matplotlib>=3.9,<4",
+        "ml-collections>=1.0,<2",
+        "numpy>=2.0,<3",
+        "optax>=0.2.5,<0.3",
+        "orbax-checkpoint>=0.12,<0.13",
+        "pillow>=10,<14",
+        "requests>=2.31,<3",
+        "scipy>=1.14,<2",
+        "tensorboardX>=2.6.2,<3",
+        "tensorflow-datasets>=4.9.9,<5",
+        "tqdm>=4.66,<5",
+    ],
+    extras_require={
+        # Only to download and prepare datasets; reading a prepared array_record folder needs none of it.
+        "prepare": ["tensorflow-cpu>=2.18,<3"],
+        "dev": ["pytest>=8,<10", "ruff>=0.14,<0.18", "tensorboard>=2.18,<3"],
+    },
+    classifiers=[
+        "Intended Audience :: Science/Research",
+        "Programming Language :: Python :: 3.11",
+        "Programming Language :: Python :: 3.12",
+        "Programming Language :: Python :: 3.13",
+        "Topic :: Scientific/Engineering :: Artificial Intelligence",
+    ],
+)
