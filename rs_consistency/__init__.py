@@ -1,1 +1,22 @@
-"""Certified robustness in JAX."""
+"""Certified robustness in JAX: consistency regularization and randomized smoothing.
+
+import rs_consistency
+
+result = rs_consistency.certify(apply_fn, images, sigma=0.5, num_classes=10)
+result.prediction, result.radius
+"""
+
+from rs_consistency import losses
+from rs_consistency.bounds import certified_radius, lower_confidence_bound
+from rs_consistency.certification import ABSTAIN, Certification, certify
+from rs_consistency.errors import UserError
+
+__all__ = [
+    "ABSTAIN",
+    "Certification",
+    "UserError",
+    "certified_radius",
+    "certify",
+    "losses",
+    "lower_confidence_bound",
+]

@@ -67,11 +67,13 @@ class Checkpoints:
             try:
                 return step, self._manager.restore(step, args=ocp.args.StandardRestore(target))
             except Exception as error:  # Orbax and TensorStore raise many kinds for a damaged file
-                note(f"checkpoint {self.folder / str(step)} is unreadable ({_first_line(error)}); trying the one before")
+                note(
+                    f"checkpoint {self.folder / str(step)} is unreadable ({_first_line(error)}); trying the one before"
+                )
         if steps:
             raise UserError(
-                f"every checkpoint in {self.folder} is unreadable (steps {', '.join(map(str, steps))}); restore one from"
-                " a copy, or train again in another --workdir"
+                f"every checkpoint in {self.folder} is unreadable (steps {', '.join(map(str, steps))}); restore one"
+                " from a copy, or train again in another --workdir"
             )
         return None
 
@@ -84,13 +86,6 @@ class Checkpoints:
                 shutil.rmtree(aside, ignore_errors=True)
                 (self.folder / str(later)).rename(aside)
         self._manager.reload()
-
-
-def abstract_state(make_state: Callable[[], Any], sharding: jax.sharding.Sharding) -> Any:
-    """The structure of a state, to restore into, without computing it."""
-    return jax.tree.map(
-        lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding), jax.eval_shape(make_state)
-    )
 
 
 def digest(params: Any) -> str:

@@ -17,7 +17,7 @@ _FLOOR = -1e30
 
 
 def _log_softmax(logits: jax.Array) -> jax.Array:
-    """log softmax over the last axis, finite for every finite input."""
+    """Log softmax over the last axis, finite for every finite input."""
     return jnp.maximum(jax.nn.log_softmax(logits, axis=-1), _FLOOR)
 
 

@@ -76,6 +76,4 @@ def spread(
         axis_size=len(devices),
     )
     shards = np.arange(len(devices), dtype=np.int32)
-    return jax.jit(
-        lambda *args: mapped(shards, args), donate_argnums=donate, compiler_options=compiler_options
-    )
+    return jax.jit(lambda *args: mapped(shards, args), donate_argnums=donate, compiler_options=compiler_options)

@@ -12,7 +12,7 @@ from ml_collections import ConfigDict
 from tqdm import tqdm
 
 from rs_consistency import data, parallel, training
-from rs_consistency.checkpoints import Checkpoints, abstract_state
+from rs_consistency.checkpoints import Checkpoints
 from rs_consistency.cli.common import note
 from rs_consistency.config import validate
 from rs_consistency.errors import UserError
@@ -58,14 +58,14 @@ def train(config: ConfigDict, workdir: Path) -> training.TrainState:
     checkpoints = Checkpoints(workdir, keep=config.checkpoint_keep)
     try:
         state = _start_state(config, checkpoints, optimizer, devices)
-        epoch = int(state.step) // sizes.steps
-        if epoch >= config.num_epochs:
+        first_epoch = int(state.step) // sizes.steps
+        if first_epoch >= config.num_epochs:
             print(f"{workdir}: all {config.num_epochs} epochs are done", flush=True)
             return state
         train_arrays = parallel.replicate(tuple(train_split), devices)
         test_arrays = parallel.replicate(tuple(test_split), devices)
-        writer = MetricsWriter(workdir, finished_epochs=epoch, finished_steps=int(state.step))
-        for epoch in range(epoch, config.num_epochs):
+        writer = MetricsWriter(workdir, finished_epochs=first_epoch, finished_steps=int(state.step))
+        for epoch in range(first_epoch, config.num_epochs):
             order = parallel.replicate(make_order(epoch), devices)
             lr = float(schedule(int(state.step)))
             start = time.perf_counter()
@@ -92,21 +92,10 @@ def train(config: ConfigDict, workdir: Path) -> training.TrainState:
         checkpoints.close()
 
 
-def restore_target(config: ConfigDict, steps_per_epoch: int, devices: list[jax.Device]) -> Any:
-    """The structure of the run's state, to restore a checkpoint into."""
-    optimizer = training.make_optimizer(config, steps_per_epoch)
-    return abstract_state(
-        lambda: training.create_state(config, optimizer), parallel.replicated_sharding(devices)
-    )
-
-
 def _start_state(
     config: ConfigDict, checkpoints: Checkpoints, optimizer: Any, devices: list[jax.Device]
 ) -> training.TrainState:
-    target = abstract_state(
-        lambda: training.create_state(config, optimizer), parallel.replicated_sharding(devices)
-    )
-    restored = checkpoints.restore_newest(target, note=note)
+    restored = checkpoints.restore_newest(training.restore_target(config, devices), note=note)
     if restored is None:
         return parallel.replicate(training.create_state(config, optimizer), devices)
     step, state = restored
@@ -160,8 +149,8 @@ def _check_finite(config: ConfigDict, fetched: list[dict[str, np.ndarray]], firs
             if config.consistency.lbd > 0:
                 causes.append(f"consistency.lbd={config.consistency.lbd} is too large")
             raise UserError(
-                f"training diverged at step {first_step + offset} ({', '.join(bad)}); likely {' or '.join(causes)}: use a"
-                " smaller one in another --workdir. The checkpoints before this epoch are kept"
+                f"training diverged at step {first_step + offset} ({', '.join(bad)}); likely {' or '.join(causes)}: use"
+                " a smaller one in another --workdir. The checkpoints before this epoch are kept"
             )
 
 

@@ -11,7 +11,7 @@ from ml_collections import ConfigDict
 
 from rs_consistency import data, methods, models, noise
 from rs_consistency.backend import training_compiler_options
-from rs_consistency.parallel import spread, sum_over_devices
+from rs_consistency.parallel import replicated_sharding, spread, sum_over_devices
 
 # (state, images [N, H, W, C] uint8, labels [N], order [N]) -> (state, metrics)
 TrainStep = Callable[..., tuple["TrainState", dict[str, jax.Array]]]
@@ -79,6 +79,14 @@ def create_state(config: ConfigDict, optimizer: optax.GradientTransformation) ->
     key = noise.stream_key(config.seed, noise.Stream.INIT)
     params = make_model(config).init(key, jnp.zeros((1, *shape)))["params"]
     return TrainState(step=jnp.zeros((), jnp.int32), params=params, opt_state=optimizer.init(params))
+
+
+def restore_target(config: ConfigDict, devices: Sequence[jax.Device]) -> TrainState:
+    """Shapes, types and placement of the run's state, to restore a checkpoint into; nothing is computed."""
+    # The state's structure does not depend on when the learning rate drops, so neither on the steps in an epoch.
+    state = jax.eval_shape(lambda: create_state(config, make_optimizer(config, steps_per_epoch=1)))
+    sharding = replicated_sharding(devices)
+    return jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding), state)
 
 
 def make_order(config: ConfigDict, num_examples: int) -> Callable[[int], jax.Array]:

@@ -1,6 +1,6 @@
 """Trains a classifier under noise; run again, it continues.
 
-    python train.py --config=configs/mnist.py --workdir=runs/mnist [--config.sigma=0.5 ...]
+python train.py --config=configs/mnist.py --workdir=runs/mnist [--config.sigma=0.5 ...]
 """
 
 import sys
@@ -18,9 +18,7 @@ _CONFIG = config_flags.DEFINE_config_file(
     "config", None, "Configuration file, such as configs/mnist.py; --config.KEY=VALUE overrides a key.",
     lock_config=True, flag_values=_FLAGS,
 )  # fmt: skip
-_WORKDIR = flags.DEFINE_string(
-    "workdir", None, "Folder of the run: config, metrics, checkpoints.", flag_values=_FLAGS
-)
+_WORKDIR = flags.DEFINE_string("workdir", None, "Folder of the run: config, metrics, checkpoints.", flag_values=_FLAGS)
 _HELP = flags.DEFINE_bool("help", False, "Show this text.", short_name="h", flag_values=_FLAGS)
 
 
@@ -31,9 +29,7 @@ def _main(argv: Sequence[str] | None) -> None:
         return
     for name in ("config", "workdir"):
         if not _FLAGS[name].value:
-            raise UserError(
-                f"--{name} is missing: python train.py --config=configs/mnist.py --workdir=runs/mnist"
-            )
+            raise UserError(f"--{name} is missing: python train.py --config=configs/mnist.py --workdir=runs/mnist")
     # After the flags, so that a mistake in them is told at once.
     from rs_consistency.train_loop import train
 
@@ -45,7 +41,16 @@ def _parse(argv: Sequence[str]) -> None:
         rest = _FLAGS(argv)[1:]
     except UserError:
         raise
-    except (flags.Error, AttributeError, KeyError, TypeError, ValueError, OSError, ImportError, SyntaxError) as error:
+    except (
+        flags.Error,
+        AttributeError,
+        KeyError,
+        TypeError,
+        ValueError,
+        OSError,
+        ImportError,
+        SyntaxError,
+    ) as error:
         # Flag values, unknown keys, and config files that are missing or broken.
         raise UserError(f"{error}; configs/default.py names every key") from error
     if rest:

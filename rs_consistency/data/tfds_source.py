@@ -111,9 +111,7 @@ def _decode(name: str, split: str, prepared: Path) -> tuple[np.ndarray, np.ndarr
         if file_format == "array_record":
             records = _from_array_record(builder.as_data_source(split=split, decoders=decoders))
         else:
-            records = list(
-                tfds.as_numpy(builder.as_dataset(split=split, decoders=decoders, shuffle_files=False))
-            )
+            records = list(tfds.as_numpy(builder.as_dataset(split=split, decoders=decoders, shuffle_files=False)))
         with ThreadPoolExecutor() as pool:
             images = np.stack(list(pool.map(_decode_image, (record["image"] for record in records))))
         labels = np.asarray([record["label"] for record in records], np.int32)

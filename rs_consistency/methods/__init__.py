@@ -53,9 +53,7 @@ def make_objective(
         raise UserError(f"method={method!r} is unknown; use one of {', '.join(sorted(METHODS))}")
     method_terms = METHODS[method]
 
-    def objective(
-        noisy_logits: NoisyLogits, images: jax.Array, labels: jax.Array, noise: jax.Array
-    ) -> Objective:
+    def objective(noisy_logits: NoisyLogits, images: jax.Array, labels: jax.Array, noise: jax.Array) -> Objective:
         output = method_terms(noisy_logits, images, labels, noise)
         terms = dict(output.terms)
         if consistency_lbd > 0:

@@ -6,9 +6,7 @@ from rs_consistency import losses
 from rs_consistency.methods.base import MethodOutput, NoisyLogits
 
 
-def terms(
-    noisy_logits: NoisyLogits, images: jax.Array, labels: jax.Array, noise: jax.Array
-) -> MethodOutput:
+def terms(noisy_logits: NoisyLogits, images: jax.Array, labels: jax.Array, noise: jax.Array) -> MethodOutput:
     """Mean over the M copies of CE(f(x + d_i), y)."""
     logits = noisy_logits(images, noise)
     return MethodOutput({"cross_entropy": losses.cross_entropy(logits, labels)}, logits)

@@ -12,9 +12,7 @@ MODELS: dict[str, type[nn.Module]] = {
 }
 
 
-def create_model(
-    name: str, *, num_classes: int, mean: Sequence[float] = (), std: Sequence[float] = ()
-) -> nn.Module:
+def create_model(name: str, *, num_classes: int, mean: Sequence[float] = (), std: Sequence[float] = ()) -> nn.Module:
     """A flax linen module: `init(key, images)`, `apply(variables, images, train=False)` -> logits `[N, K]`.
 
     Args:

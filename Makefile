@@ -1,0 +1,39 @@
+# Every target makes its own virtual environment first; it needs Python 3.11 to 3.13 and the package index.
+PYTHON ?= python3
+VENV ?= .venv
+RUN := $(VENV)/bin/python
+DEMO ?= runs/demo
+# The demo's certificates: every DEMO_SKIP-th test image, DEMO_N votes each.
+DEMO_SKIP ?= 10
+DEMO_N ?= 10000
+
+.PHONY: demo test lint format clean
+
+$(VENV)/installed: setup.py constraints.txt
+	$(PYTHON) -c 'import sys; v = sys.version_info[:2]; sys.exit(None if (3, 11) <= v <= (3, 13) else f"error: Python {v[0]}.{v[1]} at {sys.executable}: use 3.11 to 3.13, make PYTHON=python3.11")'
+	$(PYTHON) -m venv $(VENV)
+	$(RUN) -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable '.[dev]'
+	touch $@
+
+# Trains both methods, certifies the same test images with each, compares. Run again, it continues.
+demo: $(VENV)/installed
+	$(RUN) train.py --config=configs/demo.py --workdir=$(DEMO)/consistency
+	$(RUN) train.py --config=configs/demo.py:method=gaussian --workdir=$(DEMO)/gaussian
+	$(RUN) certify.py --workdir=$(DEMO)/consistency --skip=$(DEMO_SKIP) --n=$(DEMO_N)
+	$(RUN) certify.py --workdir=$(DEMO)/gaussian --skip=$(DEMO_SKIP) --n=$(DEMO_N)
+	$(RUN) analyze.py $(DEMO)/consistency $(DEMO)/gaussian --radii 0 0.5 1 1.5 --output=$(DEMO)
+
+test: $(VENV)/installed
+	$(RUN) -m pytest
+
+# The one gate: format, lint, types on public functions.
+lint: $(VENV)/installed
+	$(RUN) -m ruff format --check .
+	$(RUN) -m ruff check .
+
+format: $(VENV)/installed
+	$(RUN) -m ruff format .
+	$(RUN) -m ruff check --fix .
+
+clean:
+	rm -rf $(VENV) runs/demo build *.egg-info

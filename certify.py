@@ -1,0 +1,6 @@
+"""Command line: `python certify.py --workdir=DIR`; see `rs_consistency.cli.certify`."""
+
+from rs_consistency.cli.certify import main
+
+if __name__ == "__main__":
+    main()

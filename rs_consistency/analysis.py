@@ -1,0 +1,136 @@
+"""What a certificate file says: ACR, accuracies, abstention.
+
+Reads the field's format: tab-separated, with at least the columns idx, label, predict, radius and correct, whoever
+wrote it. Source of the measures: Cohen, Rosenfeld, Kolter (ICML 2019); Zhai et al. (ICLR 2020) for ACR.
+"""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from rs_consistency.certificates import COUNT_COLUMNS, HEADER
+from rs_consistency.certification import ABSTAIN
+from rs_consistency.errors import UserError
+
+DEFAULT_RADII = (0.0, 0.25, 0.5, 0.75, 1.0, 1.25, 1.5, 1.75, 2.0, 2.25, 2.5)
+_NEEDED = {"idx": int, "label": int, "predict": int, "radius": float, "correct": int}
+
+
+class Certificates(NamedTuple):
+    """The columns of a certificate file; `[N]` each, N > 0.
+
+    Attributes:
+      idx: image numbers.
+      label: true classes.
+      predict: certified classes, -1 for abstention.
+      radius: certified radii, finite and at least 0.
+      correct: whether the prediction is the label.
+    """
+
+    idx: np.ndarray
+    label: np.ndarray
+    predict: np.ndarray
+    radius: np.ndarray
+    correct: np.ndarray
+
+
+def certificate_path(path: Path) -> Path:
+    """The file of a workdir, or the path itself; a `UserError` when there is none."""
+    if path.is_dir():
+        inside = path / "certificates.tsv"
+        if not inside.is_file():
+            raise UserError(f"{path} has no certificates.tsv; make it: python certify.py --workdir={path}")
+        return inside
+    if not path.is_file():
+        raise UserError(f"{path} does not exist; give a workdir or a certificate file")
+    return path
+
+
+def read_certificates(path: Path) -> Certificates:
+    """Reads a certificate file, or that of a workdir.
+
+    Raises:
+      UserError: naming the file and the line: a column is missing, a value is no number, a radius is NaN, infinite or
+        negative, `correct` contradicts the prediction, an image appears twice, or there is no line at all.
+    """
+    path = certificate_path(path)
+    text = path.read_text(encoding="utf-8", errors="replace")
+    header, *lines = text.splitlines() or [""]
+    names = header.split("\t")
+    missing = [name for name in _NEEDED if name not in names]
+    if missing:
+        raise UserError(f"{path}: column {', '.join(missing)} is missing; the first line must be {HEADER.split()[:6]}")
+    if not any(lines):
+        raise UserError(f"{path} has no images yet; certify some, or leave it out")
+    if set(COUNT_COLUMNS) <= set(names) and not text.endswith("\n"):
+        raise UserError(f"{path}: the last line is cut off; run certify.py again to complete it")
+
+    columns: dict[str, list[Any]] = {name: [] for name in _NEEDED}
+    places = {name: names.index(name) for name in _NEEDED}
+    for number, line in enumerate(lines, start=2):
+        if not line.strip():
+            continue
+        values = line.split("\t")
+        if len(values) != len(names):
+            raise UserError(f"{path}, line {number}: {len(values)} columns instead of {len(names)}; is it cut off?")
+        for name, kind in _NEEDED.items():
+            text_value = values[places[name]]
+            try:
+                columns[name].append(kind(text_value))
+            except ValueError:
+                raise UserError(
+                    f"{path}, line {number}: {name}={text_value!r} is not a number; repair the line"
+                ) from None
+    table = Certificates(**{name: np.asarray(values) for name, values in columns.items()})
+    _check(path, table)
+    return table
+
+
+def _check(path: Path, table: Certificates) -> None:
+    def refuse(bad: np.ndarray, column: str, expected: str) -> None:
+        if bad.any():
+            first = int(np.flatnonzero(bad)[0])
+            value = getattr(table, column)[first]
+            raise UserError(f"{path}, image {table.idx[first]}: {column}={value}; expected {expected}")
+
+    refuse(~np.isfinite(table.radius) | (table.radius < 0), "radius", "a finite number of at least 0")
+    refuse(table.predict < ABSTAIN, "predict", "a class, or -1 for abstention")
+    refuse((table.correct != (table.predict == table.label)), "correct", "1 where predict is label, else 0")
+    _, first = np.unique(table.idx, return_index=True)
+    repeated = np.ones(len(table.idx), bool)
+    repeated[first] = False
+    refuse(repeated, "idx", "every image once")
+
+
+def acr(table: Certificates) -> float:
+    """Average certified radius: the mean of radius times correct; abstentions and errors count 0."""
+    return float(np.mean(table.radius * table.correct))
+
+
+def certified_accuracy(table: Certificates, radius: float) -> float:
+    """The share of images predicted correctly with a certified radius of at least `radius`."""
+    return float(np.mean((table.radius >= radius) & (table.correct == 1)))
+
+
+def summarize(path: Path, radii: Sequence[float] = DEFAULT_RADII) -> dict[str, Any]:
+    """The measures of one file, as `analyze.py --format=json` prints them.
+
+    Args:
+      path: a certificate file or a workdir.
+      radii: at which to give the certified accuracy.
+
+    Returns:
+      `path`, `n_images`, `acr`, `accuracy` (correct, at any radius), `abstention` (share), and `certified_accuracy`, a
+      map from radius (as text, such as "0.25") to share.
+    """
+    table = read_certificates(path)
+    return {
+        "path": str(path),
+        "n_images": len(table.idx),
+        "acr": acr(table),
+        "accuracy": certified_accuracy(table, 0.0),
+        "abstention": float(np.mean(table.predict == ABSTAIN)),
+        "certified_accuracy": {f"{radius:.10g}": certified_accuracy(table, radius) for radius in radii},
+    }

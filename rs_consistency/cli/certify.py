@@ -1,0 +1,174 @@
+"""Certifies the classifier of a run by randomized smoothing; run again, it continues.
+
+    python certify.py --workdir=runs/mnist
+
+For every image: the class that the smoothed classifier predicts, and an l2 radius within which, with probability
+1 - alpha, no perturbation changes it. Writes certificates.tsv (a line per image) and certificates.json.
+"""
+
+import argparse
+import math
+import platform
+import sys
+import time
+from collections.abc import Sequence
+from datetime import UTC, datetime
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+from ml_collections import ConfigDict
+from tqdm import tqdm
+
+from rs_consistency import data, parallel, training, voting
+from rs_consistency.certificates import CertificateFile
+from rs_consistency.certification import check_settings, conclude
+from rs_consistency.checkpoints import Checkpoints, digest
+from rs_consistency.cli.common import note, run_main
+from rs_consistency.config import validate
+from rs_consistency.errors import UserError
+from rs_consistency.workdir import CONFIG_FILE, read_config
+
+_SECONDS_BETWEEN_LINES = 30  # of the progress, where stderr is a file
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="certify.py", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    add = parser.add_argument
+    add("--workdir", required=True, type=Path, help="folder of a run of train.py")
+    add("--n0", type=int, default=100, help="votes that choose the class (default: %(default)s)")
+    add("--n", type=int, default=100_000, help="further votes that measure it (default: %(default)s)")
+    add("--alpha", type=float, default=0.001, help="error probability of a certificate (default: %(default)s)")
+    add("--sigma", type=float, help="standard deviation of the noise (default: the one used in training)")
+    add("--skip", type=int, default=1, help="certify every SKIP-th image (default: %(default)s)")
+    add("--max", type=int, help="certify at most so many images (default: all)")
+    add("--split", default="test", help="train or test (default: %(default)s)")
+    add("--seed", type=int, default=0, help="of the noise (default: %(default)s)")
+    add("--batch_size", type=int, help="noisy images at a time; no effect on the votes (default: by device)")
+    add(
+        "--num_devices",
+        type=int,
+        default=0,
+        help="devices that share the work; no effect on the votes (default: all)",
+    )
+    add("--output", type=Path, help="the file to write (default: WORKDIR/certificates.tsv)")
+    return parser
+
+
+def _main(argv: Sequence[str] | None) -> None:
+    args = _parser().parse_args(argv)
+    workdir = args.workdir.expanduser()
+    config = _read_valid_config(workdir)
+    info = data.dataset_info(config.dataset.name)
+    sigma = config.sigma if args.sigma is None else args.sigma
+    check_settings(
+        sigma=sigma, n0=args.n0, n=args.n, alpha=args.alpha, seed=args.seed, batch_size=args.batch_size,
+        num_classes=info.num_classes,
+    )  # fmt: skip
+    for name in ("skip", "max"):
+        value = getattr(args, name)
+        if value is not None and value < 1:
+            raise UserError(f"{name}={value}: use a whole number of at least 1")
+    devices = parallel.choose_devices(args.num_devices)
+
+    split = data.load(
+        config.dataset.name, args.split, data_dir=config.dataset.data_dir, cache_dir=config.dataset.cache_dir
+    )
+    checkpoint_step, params = _restore_params(config, workdir, devices)
+    indices = np.arange(0, len(split.labels), args.skip)[: args.max]
+    identity = {
+        "sigma": sigma, "n0": args.n0, "n": args.n, "alpha": args.alpha, "seed": args.seed, "skip": args.skip,
+        "dataset": config.dataset.name, "split": args.split, "data_digest": data.digest(split),
+        "model": config.model, "checkpoint_step": checkpoint_step, "parameter_digest": digest(params),
+    }  # fmt: skip
+    output = (args.output or workdir / "certificates.tsv").expanduser()
+    file = CertificateFile(output, identity=identity, about=_about(config, devices), indices=indices.tolist())
+    try:
+        model = training.make_model(config)
+        _certify(
+            file, indices, split,
+            apply_fn=lambda variables, images: model.apply(variables, images, train=False),
+            variables={"params": params}, sigma=sigma, num_classes=info.num_classes, n0=args.n0, n=args.n,
+            alpha=args.alpha, seed=args.seed,
+            batch_size=args.batch_size or voting.default_batch_size(devices[0].platform), devices=devices,
+        )  # fmt: skip
+    finally:
+        file.close()
+    done = file.progress
+    print(
+        f"{output}: {done.images} images, ACR {_floor(done.radius_sum / done.images, 4)},"
+        f" accuracy {done.correct / done.images:.4f}, abstained {done.abstained}\n"
+        f"next: python analyze.py {output}"
+    )
+
+
+def _certify(
+    file: CertificateFile, indices: np.ndarray, split: data.Split, *, alpha: float, sigma: float, **how: Any
+) -> None:
+    """Certifies the images that the file does not hold yet, and adds them to it group by group."""
+    done = file.progress.images
+    if done:
+        note(f"{file.path} holds {done} images already")
+    todo = indices[done:]
+    bar = tqdm(
+        total=max(done, len(indices)), initial=done, desc="certifying", unit="img",
+        mininterval=0.5 if sys.stderr.isatty() else _SECONDS_BETWEEN_LINES,
+    )  # fmt: skip
+    images = split.images[todo].astype(np.float32) / 255
+    with bar:
+        before = time.perf_counter()
+        for votes in voting.count_votes(how.pop("apply_fn"), how.pop("variables"), images, todo, sigma=sigma, **how):
+            group = todo[: len(votes.counts)]
+            todo = todo[len(group) :]
+            now = time.perf_counter()
+            result = conclude(*votes, alpha=alpha, sigma=sigma)
+            file.append(group, split.labels[group], result, (now - before) / len(group))
+            before = now
+            bar.set_postfix(ACR=f"{file.progress.radius_sum / file.progress.images:.4f}", refresh=False)
+            bar.update(len(group))
+
+
+def _read_valid_config(workdir: Path) -> ConfigDict:
+    config = read_config(workdir)
+    try:
+        validate(config, num_devices=1)
+    except UserError as error:
+        raise UserError(f"{workdir / CONFIG_FILE}: {error}") from None
+    except (AttributeError, KeyError) as error:
+        raise UserError(f"{workdir / CONFIG_FILE} lacks a key ({error}); was it made by another version?") from None
+    return config
+
+
+def _restore_params(config: ConfigDict, workdir: Path, devices: list[jax.Device]) -> tuple[int, Any]:
+    checkpoints = Checkpoints(workdir)
+    try:
+        restored = checkpoints.restore_newest(training.restore_target(config, devices), note=note)
+    finally:
+        checkpoints.close()
+    if restored is None:
+        raise UserError(f"workdir={workdir} has no checkpoint yet; train first: python train.py --workdir={workdir}")
+    step, state = restored
+    return step, state.params
+
+
+def _about(config: ConfigDict, devices: list[jax.Device]) -> dict[str, Any]:
+    versions = {name: metadata.version(name) for name in ("rs-consistency", "jax", "jaxlib", "flax", "numpy", "scipy")}
+    return {
+        "device": f"{len(devices)} x {devices[0].device_kind} ({devices[0].platform})",
+        "versions": {"python": platform.python_version(), **versions},
+        "started": datetime.now(UTC).isoformat(timespec="seconds"),
+        "config": config.to_dict(),
+    }
+
+
+def _floor(value: float, decimals: int) -> str:
+    return f"{math.floor(value * 10**decimals) / 10**decimals:.{decimals}f}"
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """The command."""
+    run_main(_main, argv)

@@ -1,0 +1,151 @@
+"""The votes of a smoothed classifier, counted on the devices."""
+
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from rs_consistency import noise, parallel
+from rs_consistency.errors import UserError
+
+# A group of images is voted on together, and is at least so many batches: what its last batch leaves unused is small.
+_BATCHES_IN_GROUP = 16
+# On 2 CPU cores LeNet's votes per second peak between 256 and 400 in a batch; an accelerator wants thousands.
+_BATCH_SIZE = {"cpu": 256}
+_BATCH_SIZE_ELSEWHERE = 4096
+
+
+class Votes(NamedTuple):
+    """Counts of a group of images.
+
+    Attributes:
+      counts0: `[G, K]` int64, votes of the selection.
+      counts: `[G, K]` int64, votes of the estimation.
+    """
+
+    counts0: np.ndarray
+    counts: np.ndarray
+
+
+def default_batch_size(platform: str) -> int:
+    """Noisy images in a batch, by platform."""
+    return _BATCH_SIZE.get(platform, _BATCH_SIZE_ELSEWHERE)
+
+
+def count_votes(
+    apply_fn: Callable[[Any, jax.Array], jax.Array],
+    variables: Any,
+    images: np.ndarray,
+    indices: Sequence[int] | np.ndarray,
+    *,
+    sigma: float,
+    num_classes: int,
+    n0: int,
+    n: int,
+    seed: int,
+    batch_size: int,
+    devices: Sequence[jax.Device],
+) -> Iterator[Votes]:
+    """Yields the votes of the images, group after group, in order.
+
+    The votes of an image fill batches back to back, n0 for the selection and then n for the estimation, and
+    so do the images of a group; every place of a batch knows its image and its vote from its global row number.
+    Noise exists for one batch at a time, and only counts leave the devices.
+
+    Vote v of an image is a function of (seed, the image's index, selection or estimation, v) and sigma: not of the
+    other images, the batch size or the devices, up to rounding in the model, which decides ties alone.
+
+    Args:
+      apply_fn: (variables, `[N, H, W, C]`) -> logits `[N, K]`.
+      variables: passed through; replicated on the devices.
+      images: `[B, H, W, C]` float32.
+      indices: `[B]`, the images' numbers in their dataset, which address the noise.
+      sigma: standard deviation of the noise.
+      num_classes: K.
+      n0: votes of the selection.
+      n: votes of the estimation.
+      seed: of the noise.
+      batch_size: noisy images at a time, over all devices.
+      devices: local devices that share a batch.
+
+    Yields:
+      The counts of the next group of images.
+
+    Raises:
+      UserError: when the model does not accept the images, does not give K logits, or gives NaN.
+    """
+    per_device = -(-batch_size // len(devices))
+    batch_size = per_device * len(devices)
+    check_model(apply_fn, variables, images.shape[1:], num_classes=num_classes, batch_size=per_device)
+    per_image = n0 + n
+    group = min(len(images), -(-_BATCHES_IN_GROUP * batch_size // per_image))
+    key = noise.stream_key(seed, noise.Stream.CERTIFY)
+
+    def one_batch(
+        shard: jax.Array,
+        counts: jax.Array,  # [2, G, K + 1]; the last class counts votes that are NaN
+        variables: Any,
+        images: jax.Array,  # [G, H, W, C]
+        indices: jax.Array,  # [G]
+        num_real: jax.Array,
+        start: jax.Array,
+    ) -> jax.Array:
+        row = start + shard * per_device + jnp.arange(per_device)
+        slot, vote = row // per_image, row % per_image
+        real = slot < num_real
+        slot = jnp.minimum(slot, group - 1)
+        phase = (vote >= n0).astype(jnp.int32)
+        draws = noise.addressed_noise(key, indices[slot], phase, vote - n0 * phase, shape=images.shape[1:])
+        logits = apply_fn(variables, images[slot] + sigma * draws)
+        voted = jnp.where(jnp.isnan(logits).any(axis=-1), num_classes, logits.argmax(axis=-1))
+        found = jnp.zeros_like(counts).at[phase, slot, voted].add(real.astype(counts.dtype))
+        return counts + parallel.sum_over_devices(found)
+
+    compiled = parallel.spread(one_batch, devices=devices, donate=(0,))
+    variables = parallel.replicate(variables, devices)
+    for first in range(0, len(images), group):
+        num_real = min(group, len(images) - first)
+        chosen = np.minimum(np.arange(first, first + group), len(images) - 1)  # the last group is padded
+        arrays = parallel.replicate(
+            (
+                np.asarray(images[chosen], np.float32),
+                np.asarray(indices, np.int32)[chosen],
+                np.int32(num_real),
+            ),
+            devices,
+        )
+        counts = parallel.replicate(np.zeros((2, group, num_classes + 1), np.int32), devices)
+        for start in range(0, num_real * per_image, batch_size):
+            counts = compiled(counts, variables, *arrays, np.int32(start))
+        found = np.asarray(counts)[:, :num_real].astype(np.int64)
+        if found[..., num_classes].any():
+            bad = int(np.flatnonzero(found[..., num_classes].any(axis=0))[0])
+            raise UserError(
+                f"the model gives NaN for noisy copies of image {int(np.asarray(indices)[first + bad])}; check its"
+                " parameters and normalization"
+            )
+        yield Votes(found[0, :, :num_classes], found[1, :, :num_classes])
+
+
+def check_model(
+    apply_fn: Callable[[Any, jax.Array], jax.Array],
+    variables: Any,
+    image_shape: tuple[int, ...],
+    *,
+    num_classes: int,
+    batch_size: int,
+) -> None:
+    """Raises a `UserError` when a model does not map a batch of such images to K logits each."""
+    batch = jax.ShapeDtypeStruct((batch_size, *image_shape), jnp.float32)
+    try:
+        logits = jax.eval_shape(apply_fn, variables, batch)
+    except Exception as error:  # whatever the model raises for images that it cannot take
+        first_line = (str(error).strip() or type(error).__name__).splitlines()[0]
+        raise UserError(f"the model does not accept images of shape {tuple(image_shape)}: {first_line}") from error
+    if getattr(logits, "shape", None) != (batch_size, num_classes):
+        raise UserError(
+            f"the model gives {getattr(logits, 'shape', type(logits).__name__)} for a batch of {batch_size} images, but"
+            f" num_classes={num_classes} needs logits of shape {(batch_size, num_classes)}"
+        )
