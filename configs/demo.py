@@ -3,8 +3,8 @@
     make demo
 
 trains `configs/demo.py` (consistency, sigma 0.5) and `configs/demo.py:method=gaussian`, certifies both on the same
-test images and compares them. The settings are those of `configs/mnist.py` but for the data (10,000 instead of 60,000 images)
-and the schedule (see below), so its numbers are below the paper's.
+test images and compares them. The settings are those of `configs/mnist.py` but for the data (10,000 instead of 60,000
+images) and the schedule (see below), so its numbers are below the paper's.
 """
 
 from ml_collections import ConfigDict

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import orbax.checkpoint as ocp
 
@@ -34,11 +35,18 @@ class Checkpoints:
         )
         if not self._read_only:
             self.folder.mkdir(parents=True, exist_ok=True)
-        self._manager = ocp.CheckpointManager(self.folder, options=options) if self.folder.is_dir() else None
+        # The handler is named, since Orbax would otherwise ask the first step that it reads, which may be damaged.
+        handler = ocp.StandardCheckpointHandler()
+        self._manager = (
+            ocp.CheckpointManager(self.folder, options=options, item_handlers=handler) if self.folder.is_dir() else None
+        )
 
     def save(self, step: int, state: Any) -> None:
-        """Starts to save a state; an error of the save before is raised here, or by `close`."""
-        self._manager.save(step, args=ocp.args.StandardSave(state))
+        """Starts to save a state; an error of the save before is raised here, or by `wait`.
+
+        What is saved is a copy: the caller may donate the state's buffers to the next step meanwhile.
+        """
+        self._manager.save(step, args=ocp.args.StandardSave(jax.tree.map(jnp.copy, state)))
 
     def wait(self) -> None:
         """Returns when the last save is on disk."""

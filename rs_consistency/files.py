@@ -46,7 +46,7 @@ def read_json(path: Path) -> dict[str, Any]:
 
 
 def lock(descriptor: int, what: str) -> None:
-    """Takes an exclusive lock that ends with the process.
+    """Takes an exclusive lock on an open file or folder; it ends when the descriptor is closed, or the process dies.
 
     Raises:
       UserError: when another process holds it.

@@ -89,7 +89,7 @@ def consistency(logits: jax.Array, *, lbd: float, eta: float = 0.5, form: str = 
     log_mean = jax.nn.logsumexp(log_probs, axis=0) - math.log(num_copies)  # [B, K]
     mean = jnp.exp(log_mean)
     entropy = -(mean * log_mean).sum(axis=-1)
-    kl = (mean * (log_mean - log_probs)).sum(axis=-1).mean(axis=0)
+    kl = (mean[None] * (log_mean[None] - log_probs)).sum(axis=-1).mean(axis=0)
     if form == "kl":
         return lbd * kl
     if form == "xent":

@@ -76,4 +76,9 @@ def spread(
         axis_size=len(devices),
     )
     shards = np.arange(len(devices), dtype=np.int32)
-    return jax.jit(lambda *args: mapped(shards, args), donate_argnums=donate, compiler_options=compiler_options)
+    compiled = jax.jit(lambda *args: mapped(shards, args), donate_argnums=donate, compiler_options=compiler_options)
+    if devices[0].platform == "cpu" and len(devices) > 1:
+        # Simulated devices share one pool of threads. With several calls in flight, sums over devices that wait for
+        # each other can fill it, and XLA aborts the process; so one call at a time.
+        return lambda *args: jax.block_until_ready(compiled(*args))
+    return compiled

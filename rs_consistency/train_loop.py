@@ -3,6 +3,8 @@
 import math
 import sys
 import time
+from collections.abc import Iterator
+from contextlib import closing
 from pathlib import Path
 from typing import Any
 
@@ -43,60 +45,65 @@ def train(config: ConfigDict, workdir: Path) -> training.TrainState:
     source = {"data_dir": config.dataset.data_dir, "cache_dir": config.dataset.cache_dir}
     train_split = data.load(config.dataset.name, "train", **source)
     test_split = data.load(config.dataset.name, "test", **source)
-    open_for_training(workdir, config)
-
     sizes = training.step_sizes(config, len(train_split.labels))
-    optimizer = training.make_optimizer(config, sizes.steps)
-    model = training.make_model(config)
-    train_step = training.make_train_step(
-        config, apply_fn=model.apply, optimizer=optimizer, sizes=sizes, devices=devices
-    )
-    eval_step = training.make_eval_step(config, apply_fn=model.apply, devices=devices)
-    make_order = training.make_order(config, len(train_split.labels))
-    schedule = training.make_schedule(config, sizes.steps)
-
-    checkpoints = Checkpoints(workdir, keep=config.checkpoint_keep)
-    try:
-        state = _start_state(config, checkpoints, optimizer, devices)
-        first_epoch = int(state.step) // sizes.steps
+    with open_for_training(workdir, config), closing(Checkpoints(workdir, keep=config.checkpoint_keep)) as checkpoints:
+        start = _start_state(config, checkpoints, sizes, devices)
+        first_epoch = int(start.step) // sizes.steps
         if first_epoch >= config.num_epochs:
             print(f"{workdir}: all {config.num_epochs} epochs are done", flush=True)
-            return state
-        train_arrays = parallel.replicate(tuple(train_split), devices)
-        test_arrays = parallel.replicate(tuple(test_split), devices)
-        writer = MetricsWriter(workdir, finished_epochs=first_epoch, finished_steps=int(state.step))
-        for epoch in range(first_epoch, config.num_epochs):
-            order = parallel.replicate(make_order(epoch), devices)
-            lr = float(schedule(int(state.step)))
-            start = time.perf_counter()
-            state, means = _run_epoch(config, train_step, state, train_arrays, order, sizes, epoch)
-            seconds = time.perf_counter() - start
-            record: dict[str, Any] = {
-                "epoch": epoch + 1,
-                "step": (epoch + 1) * sizes.steps,
-                **means,
-                "lr": lr,
-                "noisy_images_per_second": sizes.steps * config.batch_size / seconds,
-            }
-            last = epoch + 1 == config.num_epochs
-            if last or (epoch + 1) % config.eval_every_epochs == 0:
-                record["noisy_test_accuracy"] = _evaluate(config, eval_step, state, test_arrays)
-            writer.write(record)
-            _print_record(record, config.num_epochs)
-            if last or (epoch + 1) % config.checkpoint_every_epochs == 0:
-                checkpoints.save(record["step"], state)
-        writer.close()
+            return start
+        with closing(MetricsWriter(workdir, finished_epochs=first_epoch, finished_steps=int(start.step))) as writer:
+            for record, state in _epochs(config, start, first_epoch, train_split, test_split, sizes, devices):
+                writer.write(record)
+                _print_record(record, config.num_epochs)
+                if record["epoch"] == config.num_epochs or record["epoch"] % config.checkpoint_every_epochs == 0:
+                    checkpoints.save(record["step"], state)
         checkpoints.wait()
         return state
-    finally:
-        checkpoints.close()
+
+
+def _epochs(
+    config: ConfigDict,
+    state: training.TrainState,
+    first_epoch: int,
+    train_split: data.Split,
+    test_split: data.Split,
+    sizes: training.StepSizes,
+    devices: list[jax.Device],
+) -> Iterator[tuple[dict[str, Any], training.TrainState]]:
+    """Trains epoch after epoch; yields the record and the state after each."""
+    apply_fn = training.make_model(config).apply
+    optimizer = training.make_optimizer(config, sizes.steps)
+    train_step = training.make_train_step(config, apply_fn=apply_fn, optimizer=optimizer, sizes=sizes, devices=devices)
+    eval_step = training.make_eval_step(config, apply_fn=apply_fn, devices=devices)
+    make_order = training.make_order(config, len(train_split.labels))
+    schedule = training.make_schedule(config, sizes.steps)
+    train_arrays = parallel.replicate(tuple(train_split), devices)
+    test_arrays = parallel.replicate(tuple(test_split), devices)
+
+    for epoch in range(first_epoch, config.num_epochs):
+        order = parallel.replicate(make_order(epoch), devices)
+        start = time.perf_counter()
+        state, means = _run_epoch(config, train_step, state, train_arrays, order, sizes, epoch)
+        seconds = time.perf_counter() - start
+        record: dict[str, Any] = {
+            "epoch": epoch + 1,
+            "step": (epoch + 1) * sizes.steps,
+            **means,
+            "lr": float(schedule(epoch * sizes.steps)),
+            "noisy_images_per_second": sizes.steps * config.batch_size / seconds,
+        }
+        if epoch + 1 == config.num_epochs or (epoch + 1) % config.eval_every_epochs == 0:
+            record["noisy_test_accuracy"] = _evaluate(config, eval_step, state, test_arrays)
+        yield record, state
 
 
 def _start_state(
-    config: ConfigDict, checkpoints: Checkpoints, optimizer: Any, devices: list[jax.Device]
+    config: ConfigDict, checkpoints: Checkpoints, sizes: training.StepSizes, devices: list[jax.Device]
 ) -> training.TrainState:
     restored = checkpoints.restore_newest(training.restore_target(config, devices), note=note)
     if restored is None:
+        optimizer = training.make_optimizer(config, sizes.steps)
         return parallel.replicate(training.create_state(config, optimizer), devices)
     step, state = restored
     checkpoints.set_aside_after(step)

@@ -11,6 +11,7 @@ from ml_collections import ConfigDict
 
 from rs_consistency import data, methods, models, noise
 from rs_consistency.backend import training_compiler_options
+from rs_consistency.errors import UserError
 from rs_consistency.parallel import replicated_sharding, spread, sum_over_devices
 
 # (state, images [N, H, W, C] uint8, labels [N], order [N]) -> (state, metrics)
@@ -74,10 +75,16 @@ def make_optimizer(config: ConfigDict, steps_per_epoch: int) -> optax.GradientTr
 
 
 def create_state(config: ConfigDict, optimizer: optax.GradientTransformation) -> TrainState:
-    """Initial state; a function of config and seed."""
+    """Initial state; a function of config and seed. A `UserError` when the model cannot take the dataset's images."""
     shape = data.dataset_info(config.dataset.name).image_shape
     key = noise.stream_key(config.seed, noise.Stream.INIT)
-    params = make_model(config).init(key, jnp.zeros((1, *shape)))["params"]
+    try:
+        params = make_model(config).init(key, jnp.zeros((1, *shape)))["params"]
+    except (TypeError, ValueError, ZeroDivisionError) as error:  # shapes that vanish or do not match
+        raise UserError(
+            f"model={config.model!r} cannot take the {tuple(shape)} images of dataset {config.dataset.name!r}"
+            f" ({str(error).splitlines()[0]}); use another model"
+        ) from error
     return TrainState(step=jnp.zeros((), jnp.int32), params=params, opt_state=optimizer.init(params))
 
 

@@ -80,7 +80,7 @@ def count_votes(
     batch_size = per_device * len(devices)
     check_model(apply_fn, variables, images.shape[1:], num_classes=num_classes, batch_size=per_device)
     per_image = n0 + n
-    group = min(len(images), -(-_BATCHES_IN_GROUP * batch_size // per_image))
+    group = min(max(len(images), 1), -(-_BATCHES_IN_GROUP * batch_size // per_image))
     key = noise.stream_key(seed, noise.Stream.CERTIFY)
 
     def one_batch(

@@ -2,7 +2,10 @@
 
 import json
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 from ml_collections import ConfigDict
 
@@ -13,20 +16,28 @@ from rs_consistency.files import lock, read_json, write_json
 CONFIG_FILE = "config.json"
 
 
-def open_for_training(workdir: Path, config: ConfigDict) -> None:
-    """Makes the folder or checks that it belongs to this config, and locks it until the process ends.
+@contextmanager
+def open_for_training(workdir: Path, config: ConfigDict) -> Iterator[None]:
+    """Makes the folder or checks that it belongs to this config, and keeps others from training in it.
 
     Raises:
-      UserError: when the folder holds another config (the differing keys are named), files of something else, or
-        another process trains in it.
+      UserError: when the folder holds another config (the differing keys are named), or files of something else, or
+        when another process trains in it.
     """
     if workdir.exists() and not workdir.is_dir():
         raise UserError(f"workdir={workdir} is a file; choose a folder")
     workdir.mkdir(parents=True, exist_ok=True)
-    lock(os.open(workdir, os.O_RDONLY), f"workdir={workdir}")  # held by the open descriptor
+    descriptor = os.open(workdir, os.O_RDONLY)
+    try:
+        lock(descriptor, f"workdir={workdir}")
+        _claim(workdir, json.loads(config.to_json()))
+        yield
+    finally:
+        os.close(descriptor)
 
+
+def _claim(workdir: Path, mine: dict[str, Any]) -> None:
     path = workdir / CONFIG_FILE
-    mine = json.loads(config.to_json())
     if path.exists():
         differing = differing_keys(mine, read_json(path))
         if differing:

@@ -13,50 +13,56 @@ from ml_collections import config_flags
 from rs_consistency.cli.common import run_main
 from rs_consistency.errors import UserError
 
-_FLAGS = flags.FlagValues()
-_CONFIG = config_flags.DEFINE_config_file(
-    "config", None, "Configuration file, such as configs/mnist.py; --config.KEY=VALUE overrides a key.",
-    lock_config=True, flag_values=_FLAGS,
-)  # fmt: skip
-_WORKDIR = flags.DEFINE_string("workdir", None, "Folder of the run: config, metrics, checkpoints.", flag_values=_FLAGS)
-_HELP = flags.DEFINE_bool("help", False, "Show this text.", short_name="h", flag_values=_FLAGS)
-
 
 def _main(argv: Sequence[str] | None) -> None:
-    _parse(sys.argv if argv is None else ["train.py", *argv])
-    if _HELP.value:
-        print(f"{__doc__}\nFlags:\n{_FLAGS.get_help()}\n\nconfigs/default.py names every key of a configuration.")
+    values = _parse([] if argv is None else argv)
+    if values.help:
+        print(f"{__doc__}\nFlags:\n{values.get_help()}\n\nconfigs/default.py names every key of a configuration.")
         return
     for name in ("config", "workdir"):
-        if not _FLAGS[name].value:
+        if not values[name].value:
             raise UserError(f"--{name} is missing: python train.py --config=configs/mnist.py --workdir=runs/mnist")
     # After the flags, so that a mistake in them is told at once.
     from rs_consistency.train_loop import train
 
-    train(_CONFIG.value, Path(_WORKDIR.value).expanduser())
+    train(values.config, Path(values.workdir).expanduser())
 
 
-def _parse(argv: Sequence[str]) -> None:
+def _parse(argv: Sequence[str]) -> flags.FlagValues:
+    values = flags.FlagValues()
+    config_flags.DEFINE_config_file(
+        "config",
+        None,
+        "Configuration file, such as configs/mnist.py; --config.KEY=VALUE overrides a key.",
+        lock_config=True,
+        sys_argv=["train.py", *argv],
+        flag_values=values,
+    )
+    flags.DEFINE_string("workdir", None, "Folder of the run: config, metrics, checkpoints.", flag_values=values)
+    flags.DEFINE_bool("help", False, "Show this text.", short_name="h", flag_values=values)
     try:
-        rest = _FLAGS(argv)[1:]
-    except UserError:
-        raise
-    except (
-        flags.Error,
-        AttributeError,
-        KeyError,
-        TypeError,
-        ValueError,
-        OSError,
-        ImportError,
-        SyntaxError,
-    ) as error:
-        # Flag values, unknown keys, and config files that are missing or broken.
-        raise UserError(f"{error}; configs/default.py names every key") from error
+        rest = values(["train.py", *argv])[1:]
+        if values["config"].value is not None:
+            _ = values.config.items  # raises when the file could not be read
+    except Exception as error:  # wrong values, unknown keys, and config files that are missing or broken
+        raise _explain(error) from error
     if rest:
         raise UserError(f"argument {rest[0]!r} is not understood; flags are written --name=value")
+    return values
+
+
+def _explain(error: Exception) -> UserError:
+    """One line from what absl and ml_collections raise; they hand on a config file's error as a traceback's text."""
+    if isinstance(error, AttributeError | KeyError):
+        key = str(error.args[0]).replace("\\n", " ").replace("\\", "").replace("'", "").strip('"')
+        return UserError(f"--config has no such key: {key}; configs/default.py names every key")
+    last_line = str(error).strip().splitlines()[-1].strip()
+    own = f"{UserError.__module__}.UserError: "
+    if isinstance(error, flags.Error | UserError) or last_line.startswith(own):
+        return UserError(last_line.removeprefix(own))
+    return UserError(f"--config cannot be read: {last_line}; give a file such as configs/mnist.py")
 
 
 def main(argv: Sequence[str] | None = None) -> None:
     """The command."""
-    run_main(_main, argv)
+    run_main(_main, sys.argv[1:] if argv is None else argv)

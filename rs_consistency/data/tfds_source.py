@@ -78,7 +78,7 @@ def _fingerprint(prepared: Path) -> str:
 
 def _read_cache(path: Path) -> tuple[np.ndarray, np.ndarray] | None:
     try:
-        with np.load(path) as arrays:
+        with path.open("rb") as file, np.load(file) as arrays:
             return arrays["images"], arrays["labels"]
     except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile):
         return None  # absent or damaged: it will be made again

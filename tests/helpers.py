@@ -1,0 +1,142 @@
+"""What several test modules use."""
+
+import importlib
+import io
+import json
+import os
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import jax
+import numpy as np
+from array_record.python import array_record_module
+from PIL import Image
+from tensorflow_datasets.proto import tf_example_pb2, tf_feature_pb2
+
+ROOT = Path(__file__).parents[1]
+
+# Two epochs of 7 steps (the last one filled up) on the small MNIST, on all 8 devices.
+TINY = [
+    f"--config={ROOT}/configs/mnist.py",
+    "--config.batch_size=64",
+    "--config.num_epochs=2",
+    "--config.eval_batch_size=25",
+]
+
+
+class Program:
+    """Runs a program's main function; its `status`, `out` and `err` are those of the last call."""
+
+    def __init__(self, capture):
+        self._capture = capture
+
+    def __call__(self, name, *args):
+        self._capture.readouterr()
+        main = importlib.import_module(f"rs_consistency.{name}").main
+        try:
+            main([str(arg) for arg in args])
+            self.status = 0
+        except SystemExit as stop:
+            self.status = stop.code
+        self.out, self.err = self._capture.readouterr()
+        return self
+
+    def succeeds(self, name, *args):
+        self(name, *args)
+        assert self.status == 0, self.err
+        return self
+
+    def fails(self, name, *args):
+        """Fails as users should see it: non-zero, one line of error, no traceback. Returns that line."""
+        self(name, *args)
+        assert self.status not in (0, None)
+        errors = [line for line in self.err.splitlines() if not line.startswith("note: ")]
+        assert "Traceback" not in self.err
+        assert errors and errors[-1].startswith("error: "), self.err
+        return errors[-1]
+
+
+def start(script, *args):
+    """Starts a top-level script in a process of its own, as a user would."""
+    command = [sys.executable, str(ROOT / script), *map(str, args)]
+    return subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+
+
+def kill_when(process, ready, seconds=120):
+    """Kills a process with SIGKILL as soon as `ready()`; fails when it ends by itself or takes too long."""
+    deadline = time.monotonic() + seconds
+    while not ready():
+        assert process.poll() is None, f"ended before it could be killed: {process.communicate()}"
+        assert time.monotonic() < deadline, "not ready in time"
+        time.sleep(0.02)
+    process.kill()
+    process.communicate()
+    assert process.returncode == -9, "ended before it was killed"
+
+
+def count_lines(path):
+    return path.read_bytes().count(b"\n") if path.exists() else 0
+
+
+def write_tfds(folder, name, version, splits):
+    """Writes a dataset as TFDS prepares it in array_record format, without TensorFlow."""
+    home = folder / name / version
+    home.mkdir(parents=True)
+    shape = next(iter(splits.values()))[0].shape[1:]
+    infos = []
+    for split, (images, labels) in splits.items():
+        path = home / f"{name}-{split}.array_record-00000-of-00001"
+        writer = array_record_module.ArrayRecordWriter(str(path), "group_size:1")
+        for image, label in zip(images, labels, strict=True):
+            buffer = io.BytesIO()
+            Image.fromarray(image[..., 0] if shape[-1] == 1 else image).save(buffer, format="PNG")
+            writer.write(_example(buffer.getvalue(), int(label)).SerializeToString())
+        writer.close()
+        template = "{DATASET}-{SPLIT}.{FILEFORMAT}-{SHARD_X_OF_Y}"
+        infos.append({"name": split, "shardLengths": [str(len(labels))], "filepathTemplate": template, "numBytes": "1"})
+    image = {"shape": {"dimensions": list(map(str, shape))}, "dtype": "uint8"}
+    core = "tensorflow_datasets.core.features"
+    features = {
+        "image": {"image": image, "pythonClassName": f"{core}.image_feature.Image"},
+        "label": {"classLabel": {"numClasses": "10"}, "pythonClassName": f"{core}.class_label_feature.ClassLabel"},
+    }
+    features = {"featuresDict": {"features": features}, "pythonClassName": f"{core}.features_dict.FeaturesDict"}
+    (home / "features.json").write_text(json.dumps(features))
+    info = {"name": name, "version": version, "fileFormat": "array_record", "splits": infos}
+    (home / "dataset_info.json").write_text(json.dumps(info))
+    return home
+
+
+def _example(encoded, label):
+    feature = tf_feature_pb2.Feature
+    fields = {
+        "image": feature(bytes_list=tf_feature_pb2.BytesList(value=[encoded])),
+        "label": feature(int64_list=tf_feature_pb2.Int64List(value=[label])),
+    }
+    return tf_example_pb2.Example(features=tf_feature_pb2.Features(feature=fields))
+
+
+def final_params(workdir):
+    """The parameters of a run's newest checkpoint, as NumPy arrays."""
+    from rs_consistency import training
+    from rs_consistency.checkpoints import Checkpoints
+    from rs_consistency.workdir import read_config
+
+    target = training.restore_target(read_config(workdir), jax.devices()[:1])
+    checkpoints = Checkpoints(workdir)
+    _, state = checkpoints.restore_newest(target, note=lambda _: None)
+    checkpoints.close()
+    return jax.tree.map(np.asarray, state.params)
+
+
+def rows(path):
+    """The lines of a certificate file without the time column, which no two runs share."""
+    lines = [line.split("\t") for line in Path(path).read_text().splitlines()]
+    time_column = lines[0].index("time")
+    return [line[:time_column] + line[time_column + 1 :] for line in lines]
+
+
+def environment(**changes):
+    return {**os.environ, **changes}

@@ -1,0 +1,197 @@
+"""`rs_consistency.certify`: guarantees on classifiers with a known answer, and what the votes depend on."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from scipy import special, stats
+
+from rs_consistency import ABSTAIN, UserError, certify
+from rs_consistency.certification import conclude
+
+SHAPE = (4, 4, 1)
+WEIGHTS = np.random.default_rng(0).normal(size=16)
+WEIGHTS /= np.linalg.norm(WEIGHTS)
+SIGMA = 0.5
+TRIALS, ALPHA = 400, 0.05
+
+
+def linear(images):
+    """Two classes, split by a plane: smoothing keeps the plane, so the true radius is the distance to it."""
+    margin = images.reshape(len(images), -1) @ jnp.asarray(WEIGHTS, jnp.float32)
+    return jnp.stack([jnp.zeros_like(margin), margin - 0.5 * float(WEIGHTS.sum())], axis=-1)
+
+
+def images_at(distance):
+    """An image in [0, 1] at a signed distance from the plane."""
+    image = 0.5 + distance * WEIGHTS
+    assert image.min() >= 0 and image.max() <= 1
+    return image.reshape(1, *SHAPE)
+
+
+@pytest.fixture(scope="module")
+def trials():
+    """Votes of many independent trials on one image."""
+    images = np.repeat(images_at(0.4), TRIALS, axis=0)
+    return certify(linear, images, sigma=SIGMA, num_classes=2, n0=100, n=500, alpha=ALPHA)
+
+
+def holds(radius, true_radius):
+    """Whether as few radii are too large as a guarantee of 1 - alpha allows (false alarm: 1e-6)."""
+    return (radius > true_radius).sum() <= stats.binom.isf(1e-6, TRIALS, ALPHA)
+
+
+def test_the_radius_of_a_linear_classifier_holds_and_broken_ones_do_not(trials):
+    assert (trials.prediction == 1).all()
+    assert holds(trials.radius, 0.4)
+    assert trials.radius.mean() > 0.3  # and is not vacuous
+    count, n = trials.counts[:, 1], 500
+    plug_in = SIGMA * special.ndtri(count / n)
+    at_five_alpha = SIGMA * special.ndtri(special.betaincinv(count, n - count + 1, 5 * ALPHA))
+    wrong_sigma = trials.radius * 1.2
+    for broken in (plug_in, at_five_alpha, wrong_sigma):
+        assert not holds(broken, 0.4)
+
+
+def test_votes_have_the_probability_of_the_closed_form(trials):
+    p = stats.norm.cdf(0.4 / SIGMA)
+    # Every trial is Binomial(n, p) of its own: mean and variance of the counts, within 5 standard errors.
+    count = trials.counts[:, 1]
+    assert abs(count.mean() - 500 * p) < 5 * np.sqrt(500 * p * (1 - p) / TRIALS)
+    assert count.var() == pytest.approx(500 * p * (1 - p), rel=5 * np.sqrt(2 / TRIALS))
+
+
+def test_selection_and_estimation_are_independent(trials):
+    correlation = np.corrcoef(trials.counts0[:, 1], trials.counts[:, 1])[0, 1]
+    assert abs(correlation) < 5 / np.sqrt(TRIALS)
+
+
+def test_reusing_the_selection_votes_breaks_the_guarantee():
+    # At the plane each class has probability 1/2, so a certified class with a bound above 1/2 is always wrong.
+    images = np.repeat(images_at(0.0), 2000, axis=0)
+    result = certify(linear, images, sigma=SIGMA, num_classes=2, n0=53, n=53, alpha=ALPHA)
+    limit = stats.binom.isf(1e-6, 2000, ALPHA)
+    assert (result.prediction != ABSTAIN).sum() <= limit
+    reused = conclude(result.counts, result.counts, alpha=ALPHA, sigma=SIGMA)
+    assert (reused.prediction != ABSTAIN).sum() > limit
+
+
+@pytest.fixture(scope="module")
+def several():
+    return np.concatenate([images_at(distance) for distance in (-0.6, -0.1, 0.05, 0.2, 0.45, 0.6, -0.3)])
+
+
+@pytest.fixture(scope="module")
+def votes(several):
+    return certify(linear, several, sigma=SIGMA, num_classes=2, n0=10, n=333, batch_size=64, seed=7)
+
+
+def assert_same_votes(one, other):
+    np.testing.assert_array_equal(one.counts0, other.counts0)
+    np.testing.assert_array_equal(one.counts, other.counts)
+
+
+def test_shapes_types_and_totals(several, votes):
+    assert votes.prediction.shape == votes.radius.shape == (7,)
+    assert votes.counts0.shape == votes.counts.shape == (7, 2)
+    assert votes.radius.dtype == np.float64
+    assert (votes.counts0.sum(axis=1) == 10).all() and (votes.counts.sum(axis=1) == 333).all()
+    assert votes.prediction[0] == 0 and votes.prediction[5] == 1
+
+
+@pytest.mark.parametrize("num_devices", [1, 2, 3, 8])
+@pytest.mark.parametrize("batch_size", [1, 37, 64, 5000])
+def test_votes_do_not_depend_on_devices_or_batch(several, votes, num_devices, batch_size):
+    chosen = several[:2] if batch_size == 1 else several  # a batch of one is slow
+    devices = jax.devices()[:num_devices]
+    got = certify(
+        linear, chosen, sigma=SIGMA, num_classes=2, n0=10, n=333, batch_size=batch_size, seed=7, devices=devices
+    )
+    np.testing.assert_array_equal(got.counts, votes.counts[: len(chosen)])
+    np.testing.assert_array_equal(got.counts0, votes.counts0[: len(chosen)])
+
+
+def test_votes_depend_on_the_index_not_on_the_company(several, votes):
+    order = np.array([4, 0, 6])
+    got = certify(linear, several[order], sigma=SIGMA, num_classes=2, n0=10, n=333, seed=7, indices=order)
+    np.testing.assert_array_equal(got.counts, votes.counts[order])
+    moved = certify(linear, several[order], sigma=SIGMA, num_classes=2, n0=10, n=333, seed=7)
+    assert (moved.counts != votes.counts[order]).any()
+
+
+def test_votes_depend_on_the_seed_and_estimation_not_on_n0(several, votes):
+    other_seed = certify(linear, several, sigma=SIGMA, num_classes=2, n0=10, n=333, seed=8)
+    assert (other_seed.counts != votes.counts).any()
+    other_n0 = certify(linear, several, sigma=SIGMA, num_classes=2, n0=30, n=333, seed=7)
+    np.testing.assert_array_equal(other_n0.counts, votes.counts)
+
+
+def test_prediction_and_radius_follow_from_the_votes():
+    counts0 = np.array([[9, 1], [1, 9], [5, 5]])
+    counts = np.array([[1000, 0], [400, 600], [530, 470]])
+    result = conclude(counts0, counts, alpha=0.001, sigma=2.0)
+    assert result.prediction.tolist() == [0, 1, ABSTAIN]
+    lower = special.betaincinv([600], [401], 0.001)[0]
+    np.testing.assert_allclose(result.radius, [2 * special.ndtri(0.001**0.001), 2 * special.ndtri(lower), 0])
+    equal = conclude(np.array([[5, 5]]), np.array([[0, 100]]), alpha=0.001, sigma=1.0)
+    assert equal.prediction.tolist() == [ABSTAIN]  # the lowest of equals is selected, and has no votes
+
+
+def test_a_constant_classifier_reaches_the_ceiling_and_one_vote_abstains(several):
+    def constant(images):
+        return jnp.zeros((len(images), 3)).at[:, 2].set(1.0)
+
+    result = certify(constant, several, sigma=1.0, num_classes=3, n0=1, n=100)
+    assert (result.prediction == 2).all()
+    np.testing.assert_allclose(result.radius, special.ndtri(0.001**0.01))
+    assert (certify(constant, several, sigma=1.0, num_classes=3, n0=1, n=1).prediction == ABSTAIN).all()
+
+
+def test_no_images_give_no_certificates():
+    result = certify(linear, np.zeros((0, *SHAPE)), sigma=SIGMA, num_classes=2)
+    assert result.prediction.shape == (0,) and result.counts.shape == (0, 2)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"sigma": 0.0}, "sigma=0.0: use a number greater than 0"),
+        ({"sigma": float("nan")}, "sigma=nan"),
+        ({"alpha": 0.0}, r"alpha=0.0: use a number in \(0, 1\)"),
+        ({"alpha": 1.5}, "alpha=1.5"),
+        ({"n": 0}, "n=0: use a whole number of at least 1"),
+        ({"n0": 0}, "n0=0: use a whole number of at least 1"),
+        ({"n": 2**40}, "use at most 1073741824 votes"),
+        ({"batch_size": 0}, "batch_size=0"),
+        ({"seed": -1}, "seed=-1"),
+        ({"num_classes": 3}, r"num_classes=3 needs logits of shape"),
+        ({"indices": [0, 1]}, r"indices has shape \(2,\)"),
+    ],
+)
+def test_bad_settings(several, arguments, message):
+    settings = {"sigma": SIGMA, "num_classes": 2, "n0": 10, "n": 10, "batch_size": 8, **arguments}
+    with pytest.raises(UserError, match=message):
+        certify(linear, several, **settings)
+
+
+@pytest.mark.parametrize(
+    ("images", "message"),
+    [
+        (np.zeros((4, 4, 1)), r"images has shape \(4, 4, 1\); it must be \[B, H, W, C\]"),
+        (np.full((1, *SHAPE), 255, np.uint8), r"images lie in \[255, 255\]; they must be in \[0, 1\]"),
+        (np.full((1, *SHAPE), -0.1), "must be in"),
+        (np.full((1, *SHAPE), np.nan), "must be in"),
+        (np.zeros((1, 5, 5, 1)), r"the model does not accept images of shape \(5, 5, 1\)"),
+    ],
+)
+def test_bad_images(images, message):
+    with pytest.raises(UserError, match=message):
+        certify(linear, images, sigma=SIGMA, num_classes=2, n0=10, n=10)
+
+
+def test_a_model_that_gives_nan_is_refused(several):
+    def broken(images):
+        return jnp.where(images[:, 0, 0] > 0.5, jnp.nan, linear(images))
+
+    with pytest.raises(UserError, match="the model gives NaN for noisy copies of image 0"):
+        certify(broken, several, sigma=SIGMA, num_classes=2, n0=10, n=10)

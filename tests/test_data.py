@@ -1,0 +1,156 @@
+"""Datasets: the embedded one, prepared TFDS folders, the cache, and what is said when one is not there."""
+
+import json
+import shutil
+import time
+
+import numpy as np
+import pytest
+
+from rs_consistency import UserError, data
+from rs_consistency.data import tfds_source
+from tests.helpers import write_tfds
+
+
+def test_the_embedded_subset_is_the_start_of_the_original_files():
+    train, test = data.load("mnist_subset", "train"), data.load("mnist_subset", "test")
+    assert train.images.shape == (10_000, 28, 28, 1) and test.images.shape == (1_000, 28, 28, 1)
+    assert train.images.dtype == np.uint8 and train.labels.dtype == np.int32
+    assert train.labels[:10].tolist() == [5, 0, 4, 1, 9, 2, 1, 3, 1, 4]
+    assert test.labels[:10].tolist() == [7, 2, 1, 0, 4, 1, 4, 9, 5, 9]
+    assert np.bincount(train.labels).tolist() == [1001, 1127, 991, 1032, 980, 863, 1014, 1070, 944, 978]
+    # The first training image, a five, has 166 pixels that are not black.
+    assert (train.images[0] > 0).sum() == 166
+
+
+def test_unit_images_are_float32_between_0_and_1():
+    unit = data.to_unit(np.array([0, 51, 255], np.uint8))
+    assert unit.dtype == np.float32
+    np.testing.assert_allclose(unit, [0, 0.2, 1], rtol=1e-6)
+
+
+def test_a_prepared_folder_is_read_in_order_without_tensorflow(tmp_path, monkeypatch):
+    rng = np.random.default_rng(0)
+    images, labels = rng.integers(0, 256, (30, 32, 32, 3), dtype=np.uint8), rng.integers(0, 10, 30)
+    write_tfds(tmp_path, "cifar10", "3.0.2", {"train": (images, labels), "test": (images[:5], labels[:5])})
+    split = data.load("cifar10", "train", data_dir=str(tmp_path), cache_dir=str(tmp_path / "cache"))
+    np.testing.assert_array_equal(split.images, images)
+    np.testing.assert_array_equal(split.labels, labels)
+
+
+def test_the_second_load_comes_from_the_cache_and_a_changed_folder_does_not(tmp_path, monkeypatch):
+    images, labels = np.zeros((4, 28, 28, 1), np.uint8), np.arange(4)
+    write_tfds(tmp_path, "mnist", "3.0.1", {"train": (images, labels), "test": (images, labels)})
+    cache = tmp_path / "cache"
+    first = data.load("mnist", "train", data_dir=str(tmp_path), cache_dir=str(cache))
+
+    decode = tfds_source._decode
+    monkeypatch.setattr(tfds_source, "_decode", lambda *_: pytest.fail("decoded again"))
+    second = data.load("mnist", "train", data_dir=str(tmp_path), cache_dir=str(cache))
+    np.testing.assert_array_equal(first.images, second.images)
+
+    monkeypatch.setattr(tfds_source, "_decode", decode)
+    shutil.rmtree(tmp_path / "mnist")
+    write_tfds(tmp_path, "mnist", "3.0.1", {"train": (images + 9, labels), "test": (images, labels)})
+    assert data.load("mnist", "train", data_dir=str(tmp_path), cache_dir=str(cache)).images[0, 0, 0, 0] == 9
+
+
+def test_a_damaged_cache_is_made_again(tmp_path):
+    images, labels = np.full((4, 28, 28, 1), 3, np.uint8), np.arange(4)
+    write_tfds(tmp_path, "mnist", "3.0.1", {"train": (images, labels), "test": (images, labels)})
+    cache = tmp_path / "cache"
+    data.load("mnist", "train", data_dir=str(tmp_path), cache_dir=str(cache))
+    (cached,) = cache.iterdir()
+    for damaged in (b"", cached.read_bytes()[:500]):
+        cached.write_bytes(damaged)
+        split = data.load("mnist", "train", data_dir=str(tmp_path), cache_dir=str(cache))
+        np.testing.assert_array_equal(split.images, images)
+    assert cached.stat().st_size > 500
+
+
+def test_an_unwritable_cache_costs_a_note_only(tmp_path, capsys):
+    images, labels = np.zeros((4, 28, 28, 1), np.uint8), np.arange(4)
+    write_tfds(tmp_path, "mnist", "3.0.1", {"train": (images, labels), "test": (images, labels)})
+    (tmp_path / "file").touch()
+    data.load("mnist", "train", data_dir=str(tmp_path), cache_dir=str(tmp_path / "file" / "cache"))
+    assert "note: decoded images are not cached" in capsys.readouterr().err
+
+
+def test_the_newest_version_is_read(tmp_path):
+    for version, value in {"3.0.9": 1, "3.0.10": 2}.items():
+        images = np.full((2, 28, 28, 1), value, np.uint8)
+        write_tfds(tmp_path, "mnist", version, {"train": (images, np.arange(2)), "test": (images, np.arange(2))})
+    assert data.load("mnist", "test", data_dir=str(tmp_path), cache_dir=str(tmp_path / "c")).images.max() == 2
+
+
+def test_a_dataset_that_is_not_prepared_is_told_at_once_with_the_command(tmp_path):
+    start = time.monotonic()
+    with pytest.raises(UserError, match=r"'fashion_mnist' is not prepared in .*prepare fashion_mnist --data_dir="):
+        data.load("fashion_mnist", "train", data_dir=str(tmp_path))
+    assert time.monotonic() - start < 5
+
+
+def test_unknown_names():
+    with pytest.raises(UserError, match=r"dataset.name='minst' is unknown; use one of cifar10, fashion_mnist, mnist"):
+        data.load("minst", "train")
+    with pytest.raises(UserError, match="split='valid' is unknown; use one of train, test"):
+        data.load("mnist_subset", "valid")
+
+
+def test_tfrecord_without_tensorflow_names_both_ways_out(tmp_path, monkeypatch):
+    images = np.zeros((2, 28, 28, 1), np.uint8)
+    home = write_tfds(tmp_path, "mnist", "3.0.1", {"train": (images, np.arange(2)), "test": (images, np.arange(2))})
+    info = json.loads((home / "dataset_info.json").read_text())
+    (home / "dataset_info.json").write_text(json.dumps({**info, "fileFormat": "tfrecord"}))
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    with pytest.raises(UserError, match=r"only TensorFlow reads.*pip install tensorflow-cpu.*data.prepare mnist"):
+        data.load("mnist", "train", data_dir=str(tmp_path), cache_dir=str(tmp_path / "cache"))
+
+
+@pytest.mark.parametrize("damage", ["truncate", "remove", "info"])
+def test_a_damaged_folder_is_named(tmp_path, damage):
+    images = np.zeros((20, 28, 28, 1), np.uint8)
+    labels = np.arange(20) % 10
+    home = write_tfds(tmp_path, "mnist", "3.0.1", {"train": (images, labels), "test": (images, labels)})
+    (record,) = home.glob("*train*")
+    if damage == "truncate":
+        record.write_bytes(record.read_bytes()[:100])
+    elif damage == "remove":
+        record.unlink()
+    else:
+        (home / "dataset_info.json").write_text("{")
+    with pytest.raises(UserError, match=r"is unreadable.*prepare it again with"):
+        data.load("mnist", "train", data_dir=str(tmp_path), cache_dir=str(tmp_path / "cache"))
+
+
+def test_labels_outside_their_range_are_named(tmp_path):
+    images = np.zeros((3, 28, 28, 1), np.uint8)
+    write_tfds(tmp_path, "mnist", "3.0.1", {s: (images, np.array([1, 10, 2])) for s in ("train", "test")})
+    with pytest.raises(UserError, match=r"label 10 of example 1 is outside 0\.\.9"):
+        data.load("mnist", "train", data_dir=str(tmp_path), cache_dir=str(tmp_path / "cache"))
+
+
+def test_images_of_another_shape_are_named(tmp_path):
+    images = np.zeros((3, 32, 32, 3), np.uint8)
+    write_tfds(tmp_path, "mnist", "3.0.1", {s: (images, np.arange(3)) for s in ("train", "test")})
+    with pytest.raises(UserError, match=r"images are uint8 \(3, 32, 32, 3\); expected uint8 \[N, \(28, 28, 1\)\]"):
+        data.load("mnist", "train", data_dir=str(tmp_path), cache_dir=str(tmp_path / "cache"))
+
+
+def test_prepare_says_what_is_missing_within_seconds(program, monkeypatch, tmp_path):
+    assert "cannot be prepared; use one of mnist" in program.fails("data.prepare", "mnist_subset")
+
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    assert "pip install tensorflow-cpu" in program.fails("data.prepare", "mnist", f"--data_dir={tmp_path}")
+
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: object())
+    assert "manual_dir=/nowhere is not a folder" in program.fails("data.prepare", "mnist", "--manual_dir=/nowhere")
+    monkeypatch.setattr("rs_consistency.data.prepare._HOSTS", {"mnist": "http://127.0.0.1:9/nothing"})
+    assert "out of reach (ConnectionError)" in program.fails("data.prepare", "mnist", f"--data_dir={tmp_path}")
+
+
+def test_the_digest_names_images_and_labels():
+    split = data.Split(np.zeros((2, 2, 2, 1), np.uint8), np.array([0, 1], np.int32))
+    assert data.digest(split) == data.digest(data.Split(split.images.copy(), split.labels.copy()))
+    assert data.digest(split) != data.digest(data.Split(split.images + 1, split.labels))
+    assert data.digest(split) != data.digest(data.Split(split.images, split.labels[::-1]))

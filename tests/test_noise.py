@@ -1,0 +1,46 @@
+"""Noise: its distribution, and that a draw depends on its address alone."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from scipy import stats
+
+from rs_consistency import noise
+
+SHAPE = (4, 4, 1)
+
+
+def draw(seed=0, step=3, positions=(0, 1, 2, 3), num_noise=2):
+    key = noise.stream_key(seed, noise.Stream.TRAIN)
+    positions = jnp.asarray(positions)
+    return np.asarray(noise.training_noise(key, step=step, positions=positions, num_noise=num_noise, shape=SHAPE))
+
+
+def test_training_noise_is_standard_normal_and_independent_between_copies():
+    draws = draw(positions=range(500), num_noise=4)
+    assert draws.shape == (4, 500, *SHAPE)
+    assert stats.kstest(draws.ravel(), "norm").pvalue > 1e-3
+    correlations = np.corrcoef(draws.reshape(4, -1))
+    assert np.abs(correlations - np.eye(4)).max() < 5 / np.sqrt(draws[0].size)
+
+
+def test_training_noise_is_a_function_of_step_position_and_copy():
+    whole = draw()
+    np.testing.assert_array_equal(draw(positions=(2, 3)), whole[:, 2:])
+    np.testing.assert_array_equal(draw(num_noise=1), whole[:1])
+    assert not np.isin(draw(step=4), whole).any()
+    assert not np.isin(draw(seed=1), whole).any()
+
+
+def test_addressed_noise_is_a_function_of_the_address():
+    key = noise.stream_key(0, noise.Stream.CERTIFY)
+    image, vote = np.divmod(np.arange(12), 4)
+    draws = np.asarray(noise.addressed_noise(key, jnp.asarray(image), jnp.asarray(vote), shape=SHAPE))
+    again = noise.addressed_noise(key, jnp.asarray(image[::-2]), jnp.asarray(vote[::-2]), shape=SHAPE)
+    np.testing.assert_array_equal(again, draws[::-2])
+    assert len(np.unique(draws[:, 0, 0, 0])) == 12
+
+
+def test_streams_share_no_key():
+    keys = [jax.random.key_data(noise.stream_key(seed, stream)).tolist() for seed in (0, 1) for stream in noise.Stream]
+    assert len({tuple(key) for key in keys}) == len(keys)

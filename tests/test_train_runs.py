@@ -1,0 +1,181 @@
+"""Runs of train.py: files, kill and resume, damaged checkpoints, divergence."""
+
+import json
+import shutil
+
+import jax
+import numpy as np
+import optax
+import pytest
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+from rs_consistency import training
+from rs_consistency.checkpoints import digest
+from tests.helpers import ROOT, TINY, count_lines, final_params, kill_when, start
+
+
+def records(workdir):
+    return [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
+
+
+def assert_same_params(one, other):
+    for a, b in zip(jax.tree.leaves(final_params(one)), jax.tree.leaves(final_params(other)), strict=True):
+        np.testing.assert_array_equal(a, b)
+
+
+def truncate_files(folder):
+    for path in folder.rglob("*"):
+        if path.is_file():
+            path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
+
+
+def test_a_run_leaves_config_metrics_tensorboard_and_checkpoints(trained):
+    config = json.loads((trained / "config.json").read_text())
+    assert config["sigma"] == 0.5 and config["optimizer"]["lr"] == 0.01
+    assert [record["epoch"] for record in records(trained)] == [1, 2]
+    last = records(trained)[-1]
+    assert set(last) == {
+        "epoch", "step", "loss", "cross_entropy", "consistency", "lr", "noisy_images_per_second", "noisy_test_accuracy",
+    }  # fmt: skip
+    assert last["step"] == 14 and last["lr"] == pytest.approx(0.01) and last["noisy_images_per_second"] > 0
+    assert last["noisy_test_accuracy"] * 60 == pytest.approx(round(last["noisy_test_accuracy"] * 60))
+    assert sorted(path.name for path in (trained / "checkpoints").iterdir()) == ["14", "7"]
+    events = EventAccumulator(str(trained / "tensorboard")).Reload()
+    assert [event.step for event in events.Scalars("loss")] == [7, 14]
+
+
+def test_rerunning_a_finished_run_says_so_and_changes_nothing(program, trained, tmp_path):
+    shutil.copytree(trained, tmp_path / "run")
+    before = (tmp_path / "run" / "metrics.jsonl").read_text()
+    assert "all 2 epochs are done" in program.succeeds("cli.train", *TINY, f"--workdir={tmp_path / 'run'}").out
+    assert (tmp_path / "run" / "metrics.jsonl").read_text() == before
+
+
+def test_a_killed_run_resumes_to_the_same_parameters(program, tmp_path):
+    config = [*TINY, "--config.num_epochs=25", "--config.checkpoint_keep=2"]
+    whole, killed = tmp_path / "whole", tmp_path / "killed"
+    program.succeeds("cli.train", *config, f"--workdir={whole}")
+
+    process = start("train.py", *config, f"--workdir={killed}")
+    kill_when(process, lambda: count_lines(killed / "metrics.jsonl") >= 4)
+    finished = count_lines(killed / "metrics.jsonl")
+    assert 4 <= finished < 25
+    with (killed / "metrics.jsonl").open("a") as file:
+        file.write('{"epoch": 99, "st')  # a line cut off by the kill
+
+    program.succeeds("cli.train", *config, f"--workdir={killed}")
+    assert "continuing after step" in program.err
+    assert_same_params(whole, killed)
+    assert [record["epoch"] for record in records(killed)] == list(range(1, 26))
+    for one, other in zip(records(whole), records(killed), strict=True):
+        one.pop("noisy_images_per_second"), other.pop("noisy_images_per_second")
+        assert one == other
+    # The newest two are kept, whatever happened between.
+    assert sorted(int(path.name) for path in (killed / "checkpoints").iterdir()) == [24 * 7, 25 * 7]
+
+
+def test_a_run_on_one_device_continues_on_eight(program, tmp_path, trained):
+    one_then_eight = tmp_path / "run"
+    process = start("train.py", *TINY, "--config.num_epochs=2", "--config.num_devices=1", f"--workdir={one_then_eight}")
+    _, err = process.communicate(timeout=120)
+    assert process.returncode == 0, err
+    shutil.rmtree(one_then_eight / "checkpoints" / "14")
+    program.succeeds("cli.train", *TINY, f"--workdir={one_then_eight}")
+    assert "continuing after step 7" in program.err
+    for a, b in zip(*map(jax.tree.leaves, (final_params(one_then_eight), final_params(trained))), strict=True):
+        np.testing.assert_allclose(a, b, rtol=0, atol=1e-6)  # sums in another order
+
+
+def test_another_config_in_a_workdir_is_refused(program, trained):
+    error = program.fails(
+        "cli.train", *TINY, "--config.sigma=0.25", "--config.optimizer.lr=0.1", f"--workdir={trained}"
+    )
+    assert "holds a run with another config (optimizer.lr: 0.01 -> 0.1; sigma: 0.5 -> 0.25)" in error
+
+
+def test_a_damaged_config_and_foreign_checkpoints_are_refused(program, tmp_path):
+    (tmp_path / "config.json").write_text("{")
+    assert "config.json is damaged" in program.fails("cli.train", *TINY, f"--workdir={tmp_path}")
+    (tmp_path / "config.json").unlink()
+    (tmp_path / "checkpoints").mkdir()
+    assert "has checkpoints but no config.json" in program.fails("cli.train", *TINY, f"--workdir={tmp_path}")
+
+
+def test_two_programs_cannot_train_in_one_workdir(program, tmp_path):
+    process = start("train.py", *TINY, "--config.num_epochs=500", f"--workdir={tmp_path}")
+    try:
+
+        def second_is_refused():
+            assert "in use by another process" in program.fails(
+                "cli.train", *TINY, "--config.num_epochs=500", f"--workdir={tmp_path}"
+            )
+            return True
+
+        kill_when(process, lambda: count_lines(tmp_path / "metrics.jsonl") >= 1 and second_is_refused())
+    finally:
+        process.kill()
+
+
+@pytest.mark.parametrize("damage", ["empty", "truncated"])
+def test_a_damaged_newest_checkpoint_is_stepped_over_and_made_again(program, trained, tmp_path, damage):
+    workdir = tmp_path / "run"
+    shutil.copytree(trained, workdir)
+    newest = workdir / "checkpoints" / "14"
+    if damage == "empty":
+        shutil.rmtree(newest)
+        newest.mkdir()
+    else:
+        truncate_files(newest)
+    program.succeeds("cli.train", *TINY, f"--workdir={workdir}")
+    assert "checkpoints/14 is unreadable" in program.err and "continuing after step 7" in program.err
+    assert_same_params(workdir, trained)
+    assert (workdir / "damaged_checkpoints" / "14").is_dir()
+    assert [record["epoch"] for record in records(workdir)] == [1, 2]
+
+
+def test_only_unreadable_checkpoints_are_an_error(program, trained, tmp_path):
+    workdir = tmp_path / "run"
+    shutil.copytree(trained, workdir)
+    truncate_files(workdir / "checkpoints")
+    for name, arguments in {"train": TINY, "certify": ["--n=10"]}.items():
+        error = program.fails(f"cli.{name}", *arguments, f"--workdir={workdir}")
+        assert f"every checkpoint in {workdir / 'checkpoints'} is unreadable (steps 14, 7)" in error
+
+
+def test_a_loss_that_is_not_finite_stops_the_run_and_keeps_the_good_checkpoint(program, tmp_path, monkeypatch):
+    # The learning rate becomes absurd in the second epoch.
+    monkeypatch.setattr(
+        training, "make_schedule", lambda config, steps: optax.piecewise_constant_schedule(1e-2, {steps: 1e32})
+    )
+    error = program.fails("cli.train", *TINY, f"--workdir={tmp_path}")
+    assert "training diverged at step " in error
+    assert int(error.split("at step ")[1].split()[0]) in range(7, 14)
+    assert "optimizer.lr=0.01 is too large or consistency.lbd=5.0 is too large" in error
+    assert [path.name for path in (tmp_path / "checkpoints").iterdir()] == ["7"]
+    assert all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(final_params(tmp_path)))
+
+
+def test_a_full_disk_is_one_line(program, tmp_path, monkeypatch):
+    from rs_consistency import metrics
+
+    def full(self, record):
+        raise OSError(28, "No space left on device", "metrics.jsonl")
+
+    monkeypatch.setattr(metrics.MetricsWriter, "write", full)
+    assert "metrics.jsonl: No space left on device" in program.fails("cli.train", *TINY, f"--workdir={tmp_path}")
+
+
+def test_the_digest_depends_on_every_parameter(trained):
+    params = final_params(trained)
+    first = digest(params)
+    assert first == digest(jax.tree.map(np.copy, params)) and len(first) == 64
+    params["Dense_1"]["bias"] = params["Dense_1"]["bias"] + np.float32(1e-3)
+    assert digest(params) != first
+
+
+def test_train_from_another_folder(tmp_path):
+    # The package and the configs are found beside the script, wherever the user stands.
+    assert (ROOT / "configs" / "mnist.py").is_file()
+    process = start("train.py", "--config=configs/demo.py:method=magic", f"--workdir={tmp_path / 'run'}")
+    _, err = process.communicate(timeout=60)
+    assert process.returncode == 2 and "method='magic' has no published settings here" in err

@@ -1,0 +1,193 @@
+"""The training step: what it computes, and that devices and interruptions do not change it."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from ml_collections import ConfigDict
+
+from configs import default, mnist
+from rs_consistency import data, losses, methods, noise, parallel, training
+from rs_consistency.data import DATASETS
+
+NUM_EXAMPLES = 40
+SHAPE = (28, 28, 1)
+
+
+def small_config(**changes) -> ConfigDict:
+    config = mnist.get_config()
+    config.update({"batch_size": 32, "eval_batch_size": 16, **changes})
+    return config
+
+
+@pytest.fixture(scope="module")
+def examples():
+    split = data.load("mnist_subset", "train")
+    return data.Split(split.images[:NUM_EXAMPLES], split.labels[:NUM_EXAMPLES])
+
+
+def run_steps(config, examples, num_devices, num_steps):
+    devices = jax.devices()[:num_devices]
+    sizes = training.step_sizes(config, NUM_EXAMPLES)
+    optimizer = training.make_optimizer(config, sizes.steps)
+    model = training.make_model(config)
+    step = training.make_train_step(config, apply_fn=model.apply, optimizer=optimizer, sizes=sizes, devices=devices)
+    state = parallel.replicate(training.create_state(config, optimizer), devices)
+    arrays = parallel.replicate(tuple(examples), devices)
+    order = training.make_order(config, NUM_EXAMPLES)
+    history = []
+    for i in range(num_steps):
+        state, metrics = step(state, *arrays, parallel.replicate(order(i // sizes.steps), devices))
+        history.append(jax.device_get(metrics))
+    return jax.device_get(state), history
+
+
+def reference_steps(config, examples, num_steps):
+    """One device, one copy at a time, gradients of the plain mean, PyTorch's SGD written out."""
+    num_noise, batch = config.num_noise, config.batch_size // config.num_noise
+    steps = -(-NUM_EXAMPLES // batch)
+    model = training.make_model(config)
+    params = training.create_state(config, training.make_optimizer(config, steps)).params
+    momentum = jax.tree.map(jnp.zeros_like, params)
+    history = []
+    for i in range(num_steps):
+        order = training.make_order(config, NUM_EXAMPLES)(i // steps)
+        chosen = [int(order[(i % steps * batch + j) % NUM_EXAMPLES]) for j in range(batch)]
+        images, labels = examples.images[chosen] / np.float32(255), examples.labels[chosen]
+        key = noise.stream_key(config.seed, noise.Stream.TRAIN)
+
+        noisy = [
+            images
+            + config.sigma * jnp.stack([jax.random.normal(noise.fold(key, i, j, m), SHAPE) for j in range(batch)])
+            for m in range(num_noise)
+        ]
+
+        def loss_fn(params, noisy=noisy, labels=labels):
+            logits = jnp.stack([model.apply({"params": params}, copy, train=True) for copy in noisy])
+            loss = losses.cross_entropy(logits, labels)
+            if config.consistency.lbd:
+                loss = loss + losses.consistency(logits, lbd=config.consistency.lbd, eta=config.consistency.eta)
+            return loss.mean()
+
+        loss, grads = jax.value_and_grad(loss_fn)(params)
+        lr = config.optimizer.lr * config.optimizer.lr_gamma ** (i // (steps * config.optimizer.lr_step_size))
+        grads = jax.tree.map(lambda g, p: g + config.optimizer.weight_decay * p, grads, params)
+        momentum = jax.tree.map(lambda m, g: config.optimizer.momentum * m + g, momentum, grads)
+        params = jax.tree.map(lambda p, m, lr=lr: p - lr * m, params, momentum)
+        history.append(float(loss))
+    return params, history
+
+
+def assert_close(one, other, atol):
+    for a, b in zip(jax.tree.leaves(one), jax.tree.leaves(other), strict=True):
+        np.testing.assert_allclose(a, b, rtol=0, atol=atol)
+
+
+# The published settings, a rapid schedule so that five steps pass two epochs and a drop of the learning rate, and a
+# weight decay that would show if it were decoupled from the gradient or left out.
+FAST = {"optimizer": {"lr": 0.05, "lr_step_size": 1, "weight_decay": 0.05}}
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [{}, {"num_noise": 1, "consistency": {"lbd": 0.0}}, {"num_noise": 4, "consistency": {"lbd": 2.0, "eta": 0.1}}],
+    ids=["consistency", "gaussian", "four copies"],
+)
+def test_steps_equal_the_reference(examples, changes):
+    config = small_config(**changes, **FAST)
+    state, history = run_steps(config, examples, 1, 5)
+    params, reference = reference_steps(config, examples, 5)
+    np.testing.assert_allclose([step["loss"] for step in history], reference, rtol=1e-4)
+    assert_close(state.params, params, atol=1e-5)  # float32 rounding of five steps
+    moved = training.create_state(config, training.make_optimizer(config, 3)).params
+    assert max(np.abs(a - b).max() for a, b in zip(*map(jax.tree.leaves, (state.params, moved)), strict=True)) > 5e-3
+    assert int(state.step) == 5
+
+
+@pytest.mark.parametrize("num_devices", [2, 8])
+def test_devices_do_not_change_the_training(examples, num_devices):
+    config = small_config(**FAST)
+    one, one_history = run_steps(config, examples, 1, 5)
+    many, many_history = run_steps(config, examples, num_devices, 5)
+    assert_close(one.params, many.params, atol=2e-6)  # sums in another order
+    np.testing.assert_allclose(
+        [step["loss"] for step in one_history], [step["loss"] for step in many_history], rtol=1e-5
+    )
+
+
+def test_metrics_name_the_terms_of_the_loss(examples):
+    _, history = run_steps(small_config(), examples, 8, 1)
+    (metrics,) = history
+    assert set(metrics) == {"loss", "cross_entropy", "consistency", "param_norm"}
+    assert metrics["loss"] == pytest.approx(metrics["cross_entropy"] + metrics["consistency"], rel=1e-5)
+    _, history = run_steps(small_config(num_noise=1, consistency={"lbd": 0.0}), examples, 8, 1)
+    assert set(history[0]) == {"loss", "cross_entropy", "param_norm"}
+
+
+def test_a_seed_is_a_training_of_its_own(examples):
+    losses_of = [run_steps(small_config(seed=seed), examples, 1, 2)[1][1]["loss"] for seed in (0, 0, 1)]
+    assert losses_of[0] == losses_of[1] != losses_of[2]
+
+
+def test_the_published_steps():
+    config = mnist.get_config()
+    assert training.step_sizes(config, 60_000) == (128, 469)  # M = 2: 256 noisy images of 128 examples
+    gaussian = mnist.get_config("method=gaussian")
+    assert training.step_sizes(gaussian, 60_000) == (256, 235)
+
+
+def test_the_order_is_a_permutation_by_seed_and_epoch():
+    order = training.make_order(default.get_config(), 1000)
+    first, again, second = np.asarray(order(0)), np.asarray(order(0)), np.asarray(order(1))
+    assert sorted(first) == list(range(1000))
+    np.testing.assert_array_equal(first, again)
+    assert (first != second).mean() > 0.9
+    config = default.get_config()
+    config.seed = 1
+    assert (np.asarray(training.make_order(config, 1000)(0)) != first).mean() > 0.9
+
+
+def test_the_learning_rate_drops_by_epochs():
+    schedule = training.make_schedule(mnist.get_config(), steps_per_epoch=469)
+    for epoch, lr in {0: 1e-2, 29: 1e-2, 30: 1e-3, 59: 1e-3, 60: 1e-4, 89: 1e-4}.items():
+        for step in (469 * epoch, 469 * epoch + 468):
+            assert float(schedule(step)) == pytest.approx(lr, rel=1e-5)
+
+
+@pytest.mark.parametrize("num_devices", [1, 8])
+@pytest.mark.parametrize("batch", [16, 13, 100])
+def test_evaluation_counts_every_image_once(examples, num_devices, batch):
+    config = small_config(eval_batch_size=batch)
+    model = training.make_model(config)
+    params = training.create_state(config, optax.sgd(0.1)).params
+    devices = jax.devices()[:num_devices]
+    step = training.make_eval_step(config, apply_fn=model.apply, devices=devices)
+    arrays = parallel.replicate(tuple(examples), devices)
+    starts = range(0, NUM_EXAMPLES, batch)
+    correct, seen = np.sum([step(params, *arrays, np.int32(start)) for start in starts], axis=0)
+
+    key = noise.stream_key(config.seed, noise.Stream.EVAL)
+    draws = jnp.stack([jax.random.normal(noise.fold(key, i), SHAPE) for i in range(NUM_EXAMPLES)])
+    logits = model.apply({"params": params}, examples.images / np.float32(255) + config.sigma * draws)
+    assert seen == NUM_EXAMPLES
+    assert correct == (logits.argmax(axis=-1) == examples.labels).sum()
+
+
+def test_training_learns(examples):
+    config = small_config(num_epochs=1, sigma=0.25)
+    _, history = run_steps(config, examples, 1, 60)
+    assert np.mean([step["cross_entropy"] for step in history[-3:]]) < 0.6 * history[0]["cross_entropy"]
+
+
+def test_every_method_gives_its_terms_and_unknown_ones_are_named():
+    with pytest.raises(ValueError, match="method='magic' is unknown; use one of gaussian"):
+        methods.make_objective("magic", consistency_lbd=0, consistency_eta=0, consistency_form="default")
+
+
+def test_a_model_that_cannot_take_the_images_is_told(monkeypatch):
+    monkeypatch.setitem(DATASETS, "specks", DATASETS["mnist"]._replace(image_shape=(6, 6, 1)))
+    config = small_config()
+    config.dataset.name = "specks"
+    with pytest.raises(ValueError, match=r"model='lenet' cannot take the \(6, 6, 1\) images of dataset 'specks'"):
+        training.create_state(config, optax.sgd(0.1))
