@@ -1,0 +1,115 @@
+"""analyze.py: measures by hand, formats, pictures, and files that cannot be trusted."""
+
+import csv
+import io
+import json
+
+import matplotlib.image
+import numpy as np
+import pytest
+
+from rs_consistency.analysis import read_certificates
+from rs_consistency.plots import short_labels
+
+FIELD = (
+    "idx\tlabel\tpredict\tradius\tcorrect\ttime\n"
+    "0\t7\t7\t1.5\t1\t0:00:01.393193\n"
+    "5\t2\t2\t0.5\t1\t0:00:00.298455\n"
+    "10\t1\t8\t0.75\t0\t0:00:00.3\n"
+    "15\t0\t-1\t0.0\t0\t0:01:00.3\n"
+)
+OURS = (
+    "idx\tlabel\tpredict\tradius\tcorrect\ttime\tcount0\tcount\tcount_runner_up\tselected\n"
+    "0\t7\t7\t1.000000\t1\t0:00:01.393193\t100\t1000\t0\t7\n"
+)
+
+
+@pytest.fixture
+def field(tmp_path):
+    (tmp_path / "field.tsv").write_text(FIELD)
+    return tmp_path / "field.tsv"
+
+
+def test_measures_by_hand(program, field):
+    (summary,) = json.loads(program.succeeds("cli.analyze", field, "--format=json", "--radii", 0, 0.5, 0.51, 1.5).out)
+    assert summary == {
+        "path": str(field),
+        "n_images": 4,
+        "acr": 0.5,  # (1.5 + 0.5) / 4: the error's radius does not count
+        "accuracy": 0.5,
+        "abstention": 0.25,
+        "certified_accuracy": {"0": 0.5, "0.5": 0.5, "0.51": 0.25, "1.5": 0.25},
+    }
+
+
+def test_a_workdir_several_files_and_every_format(program, field, tmp_path):
+    workdir = tmp_path / "run"
+    workdir.mkdir()
+    (workdir / "certificates.tsv").write_text(OURS)
+    command = ["cli.analyze", field, workdir, "--radii", 0.25, 1]
+    text = program.succeeds(*command).out
+    assert [line.split() for line in text.splitlines()] == [
+        ["path", "images", "ACR", "accuracy", "abstention", "r=0.25", "r=1"],
+        [str(field), "4", "0.5000", "0.5000", "0.2500", "0.500", "0.250"],
+        [str(workdir), "1", "1.0000", "1.0000", "0.0000", "1.000", "1.000"],
+    ]
+    markdown = program.succeeds(*command, "--format=markdown").out.splitlines()
+    assert markdown[1] == "| --- | ---: | ---: | ---: | ---: | ---: | ---: |"
+    assert markdown[3] == f"| {workdir} | 1 | 1.0000 | 1.0000 | 0.0000 | 1.000 | 1.000 |"
+    table = list(csv.DictReader(io.StringIO(program.succeeds(*command, "--format=csv").out)))
+    assert table[0]["certified_accuracy_0.25"] == "0.5" and table[1]["acr"] == "1.0"
+    assert [summary["n_images"] for summary in json.loads(program.succeeds(*command, "--format=json").out)] == [4, 1]
+
+
+def test_the_curves_are_a_picture(program, field, tmp_path):
+    out = program.succeeds("cli.analyze", field, field, "--output", tmp_path / "a" / "b").out
+    assert f"curves: {tmp_path / 'a' / 'b' / 'certified_accuracy.png'}" in out
+    picture = matplotlib.image.imread(tmp_path / "a" / "b" / "certified_accuracy.png")
+    assert picture.shape[0] > 400 and picture.shape[1] > 600
+    blue = np.abs(picture[..., :3] - np.array([0, 0x72, 0xB2]) / 255).max(axis=-1) < 0.02
+    assert blue.sum() > 200  # a curve is drawn
+
+
+def test_labels_tell_files_apart(tmp_path):
+    runs = tmp_path / "runs"
+    assert short_labels([runs / "a", runs / "b"]) == ["a", "b"]
+    assert short_labels([runs / "a" / "certificates.tsv", runs / "b" / "x.tsv"]) == ["a", "b/x"]
+    assert short_labels([tmp_path / "one.tsv"]) == ["one"]
+    assert len(set(short_labels([runs / "a" / "certificates.tsv", runs / "a"]))) == 2
+
+
+def test_a_file_without_a_last_newline_is_read_when_nothing_can_be_missing(field):
+    field.write_text(FIELD.rstrip("\n"))
+    assert len(read_certificates(field).idx) == 4
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ("", "column idx, label, predict, radius, correct is missing"),
+        (FIELD.replace("radius", "r"), "column radius is missing"),
+        (FIELD.splitlines()[0] + "\n", "has no images yet"),
+        (FIELD.replace("0.5\t1", "nan\t1"), "image 5: radius=nan; expected a finite number of at least 0"),
+        (FIELD.replace("0.5\t1", "inf\t1"), "image 5: radius=inf; expected a finite number"),
+        (FIELD.replace("0.5\t1", "-0.5\t1"), "image 5: radius=-0.5; expected a finite number"),
+        (FIELD.replace("0.5\t1", "half\t1"), "line 3: radius='half' is not a number"),
+        (FIELD.replace("\t0.75\t0\t", "\t0.75\t1\t"), "image 10: correct=1; expected 1 where predict is label"),
+        (FIELD.replace("\t-1\t", "\t-2\t"), "image 15: predict=-2; expected a class, or -1"),
+        (FIELD.replace("15\t0", "5\t0"), "image 5: idx=5; expected every image once"),
+        (FIELD[:-17], "line 5: 4 columns instead of 6; is it cut off?"),
+        (OURS[:-1], "the last line is cut off; run certify.py again"),
+        (OURS[:-6], "the last line is cut off"),
+    ],
+)
+def test_files_that_cannot_be_trusted(program, field, content, message):
+    field.write_text(content)
+    error = program.fails("cli.analyze", field)
+    assert message in error and str(field) in error
+    assert program.out == ""
+
+
+def test_bad_arguments(program, field, tmp_path):
+    assert "does not exist; give a workdir" in program.fails("cli.analyze", tmp_path / "nothing")
+    assert "has no certificates.tsv; make it" in program.fails("cli.analyze", tmp_path)
+    assert "radii: -1.0 is not a radius" in program.fails("cli.analyze", field, "--radii=-1")
+    assert "Not a directory" in program.fails("cli.analyze", field, "--output=/dev/null/figures")
