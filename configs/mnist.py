@@ -1,6 +1,6 @@
 """MNIST, LeNet: the published setting of Jeong and Shin (NeurIPS 2020).
 
-Paper: Consistency Regularization for Certified Robustness of Smoothed Classifiers, section 4.1.
+Paper: Consistency Regularization for Certified Robustness of Smoothed Classifiers.
 
     python train.py --config=configs/mnist.py --workdir=runs/mnist                      # consistency, sigma 0.5
     python train.py --config=configs/mnist.py:method=gaussian,sigma=0.25 --workdir=...  # another published cell

@@ -1,6 +1,6 @@
 """The statistics of a certificate: confidence bounds and radii, in float64 on the host.
 
-Source: Cohen, Rosenfeld, Kolter (ICML 2019), section 3.2 and appendix C. Everything broadcasts over arrays.
+Source: Cohen, Rosenfeld, Kolter (ICML 2019), theorem 1 and algorithm CERTIFY. Everything broadcasts over arrays.
 """
 
 import numpy as np

@@ -1,8 +1,10 @@
 """Checkpoints of a run, through Orbax: saved in the background, the newest k kept, damaged ones stepped over."""
 
 import hashlib
+import re
 import shutil
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -29,33 +31,55 @@ class Checkpoints:
           keep: how many of the newest checkpoints stay; None for reading only.
         """
         self.folder = workdir.resolve() / "checkpoints"
-        self._read_only = keep is None
-        options = ocp.CheckpointManagerOptions(
-            max_to_keep=keep, create=False, read_only=self._read_only, enable_async_checkpointing=True
-        )
-        if not self._read_only:
+        self._manager = None
+        self._failed = False
+        if keep is not None:
             self.folder.mkdir(parents=True, exist_ok=True)
-        # The handler is named, since Orbax would otherwise ask the first step that it reads, which may be damaged.
-        handler = ocp.StandardCheckpointHandler()
-        self._manager = (
-            ocp.CheckpointManager(self.folder, options=options, item_handlers=handler) if self.folder.is_dir() else None
-        )
+        if self.folder.is_dir():
+            options = ocp.CheckpointManagerOptions(
+                max_to_keep=keep,
+                create=False,
+                read_only=keep is None,
+                cleanup_tmp_directories=keep is not None,  # what a kill in the middle of a save left
+                enable_async_checkpointing=True,
+            )
+            # The handler is named, since Orbax would otherwise ask the first step that it reads, which may be damaged.
+            self._manager = ocp.CheckpointManager(
+                self.folder, options=options, item_handlers=ocp.StandardCheckpointHandler()
+            )
 
     def save(self, step: int, state: Any) -> None:
-        """Starts to save a state; an error of the save before is raised here, or by `wait`.
+        """Starts to save a state. What is saved is a copy: the next step may donate the state's buffers meanwhile.
 
-        What is saved is a copy: the caller may donate the state's buffers to the next step meanwhile.
+        Raises:
+          UserError: when this or the save before failed, such as on a full disk.
         """
-        self._manager.save(step, args=ocp.args.StandardSave(jax.tree.map(jnp.copy, state)))
+        saved = jax.tree.map(jnp.copy, state)
+        self._guard(lambda: self._manager.save(step, args=ocp.args.StandardSave(saved)))
 
     def wait(self) -> None:
-        """Returns when the last save is on disk."""
-        self._manager.wait_until_finished()
+        """Returns when the last save is on disk; raises like `save`."""
+        self._guard(self._manager.wait_until_finished)
 
     def close(self) -> None:
-        """Waits for the last save and ends the background work."""
-        if self._manager is not None:
-            self._manager.close()
+        """Waits for the last save and ends the background work; raises like `save`, for a failure not yet told."""
+        if self._manager is None:
+            return
+        if self._failed:
+            with suppress(Exception):
+                self._manager.close()
+        else:
+            self._guard(self._manager.close)
+
+    def _guard(self, action: Callable[[], Any]) -> None:
+        try:
+            action()
+        except Exception as error:  # Orbax hands on what TensorStore raises: many kinds, and many lines
+            self._failed = True
+            raise UserError(
+                f"a checkpoint could not be written to {self.folder}: {_reason(error)}; free space or make it writable,"
+                " then run the same command again: it continues after the newest whole checkpoint"
+            ) from error
 
     def restore_newest(self, target: Any, *, note: Callable[[str], None]) -> tuple[int, Any] | None:
         """The newest checkpoint that can be read.
@@ -75,9 +99,7 @@ class Checkpoints:
             try:
                 return step, self._manager.restore(step, args=ocp.args.StandardRestore(target))
             except Exception as error:  # Orbax and TensorStore raise many kinds for a damaged file
-                note(
-                    f"checkpoint {self.folder / str(step)} is unreadable ({_first_line(error)}); trying the one before"
-                )
+                note(f"checkpoint {self.folder / str(step)} is unreadable ({_reason(error)}); trying the one before")
         if steps:
             raise UserError(
                 f"every checkpoint in {self.folder} is unreadable (steps {', '.join(map(str, steps))}); restore one"
@@ -106,5 +128,7 @@ def digest(params: Any) -> str:
     return sha.hexdigest()
 
 
-def _first_line(error: Exception) -> str:
-    return (str(error).strip() or type(error).__name__).splitlines()[0][:160]
+def _reason(error: Exception) -> str:
+    """What the operating system says, where TensorStore quotes it; else the first line."""
+    quoted = re.search(r": ([^:]+) \[os_error_code", str(error))
+    return quoted[1] if quoted else (str(error).strip() or type(error).__name__).splitlines()[0][:160]

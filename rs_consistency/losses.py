@@ -46,7 +46,7 @@ def cross_entropy(logits: jax.Array, labels: jax.Array) -> jax.Array:
 def consistency(logits: jax.Array, *, lbd: float, eta: float = 0.5, form: str = "default") -> jax.Array:
     """Consistency regularization: how much predictions differ between noisy copies of one example.
 
-    Source: Jeong and Shin (NeurIPS 2020), equations 5 to 7 and the ablation of other forms. With
+    Source: Jeong and Shin (NeurIPS 2020): the regularizer, and the alternatives that they compare it with. With
     `KL = (1/M) sum_i KL(Fbar || F_i)` and `H` the entropy of Fbar:
 
     | form | value |

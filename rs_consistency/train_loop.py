@@ -5,6 +5,7 @@ import sys
 import time
 from collections.abc import Iterator
 from contextlib import closing
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
@@ -55,7 +56,7 @@ def train(config: ConfigDict, workdir: Path) -> training.TrainState:
         with closing(MetricsWriter(workdir, finished_epochs=first_epoch, finished_steps=int(start.step))) as writer:
             for record, state in _epochs(config, start, first_epoch, train_split, test_split, sizes, devices):
                 writer.write(record)
-                _print_record(record, config.num_epochs)
+                _print_record(config, record)
                 if record["epoch"] == config.num_epochs or record["epoch"] % config.checkpoint_every_epochs == 0:
                     checkpoints.save(record["step"], state)
         checkpoints.wait()
@@ -176,7 +177,10 @@ def _evaluate(
     return float(correct / seen)
 
 
-def _print_record(record: dict[str, Any], num_epochs: int) -> None:
+def _print_record(config: ConfigDict, record: dict[str, Any]) -> None:
     shown = {name: value for name, value in record.items() if name not in ("epoch", "step")}
     parts = [f"{name} {value:.4g}" for name, value in shown.items()]
-    print(f"epoch {record['epoch']}/{num_epochs}  {'  '.join(parts)}", flush=True)
+    images_in_epoch = record["step"] / record["epoch"] * config.batch_size
+    seconds = (config.num_epochs - record["epoch"]) * images_in_epoch / record["noisy_images_per_second"]
+    left = timedelta(seconds=round(seconds))
+    print(f"epoch {record['epoch']}/{config.num_epochs}  {'  '.join(parts)}  left {left}", flush=True)

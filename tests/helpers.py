@@ -58,9 +58,11 @@ class Program:
         return errors[-1]
 
 
-def start(script, *args):
-    """Starts a top-level script in a process of its own, as a user would."""
+def start(script, *args, limit_kib=None):
+    """Starts a top-level script in a process of its own, as a user would; no file may grow beyond the limit."""
     command = [sys.executable, str(ROOT / script), *map(str, args)]
+    if limit_kib:
+        command = ["bash", "-c", f'ulimit -f {limit_kib}; exec "$@"', "bash", *command]
     return subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
 
 

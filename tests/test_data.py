@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from rs_consistency import UserError, data
-from rs_consistency.data import tfds_source
+from rs_consistency.data import prepare, tfds_source
 from tests.helpers import write_tfds
 
 
@@ -145,7 +145,10 @@ def test_prepare_says_what_is_missing_within_seconds(program, monkeypatch, tmp_p
 
     monkeypatch.setattr("importlib.util.find_spec", lambda name: object())
     assert "manual_dir=/nowhere is not a folder" in program.fails("data.prepare", "mnist", "--manual_dir=/nowhere")
-    monkeypatch.setattr("rs_consistency.data.prepare._HOSTS", {"mnist": "http://127.0.0.1:9/nothing"})
+    assert f"manual_dir={tmp_path} lacks train-images" in program.fails(
+        "data.prepare", "mnist", f"--manual_dir={tmp_path}"
+    )
+    monkeypatch.setitem(prepare.ORIGINALS, "mnist", prepare.Original("http://127.0.0.1:9/nothing", ()))
     assert "out of reach (ConnectionError)" in program.fails("data.prepare", "mnist", f"--data_dir={tmp_path}")
 
 

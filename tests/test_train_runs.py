@@ -9,7 +9,7 @@ import optax
 import pytest
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from rs_consistency import training
+from rs_consistency import metrics, training
 from rs_consistency.checkpoints import digest
 from tests.helpers import ROOT, TINY, count_lines, final_params, kill_when, start
 
@@ -155,9 +155,21 @@ def test_a_loss_that_is_not_finite_stops_the_run_and_keeps_the_good_checkpoint(p
     assert all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(final_params(tmp_path)))
 
 
-def test_a_full_disk_is_one_line(program, tmp_path, monkeypatch):
-    from rs_consistency import metrics
+def test_a_full_disk_is_one_line_and_the_run_can_go_on(program, trained, tmp_path):
+    # A limit on the size of files stands in for the disk: no checkpoint fits in 1,500 KiB.
+    process = start("train.py", *TINY, f"--workdir={tmp_path}", limit_kib=1500)
+    _, err = process.communicate(timeout=120)
+    assert process.returncode == 2
+    assert "Traceback" not in err
+    assert err.splitlines()[-1].startswith(
+        f"error: a checkpoint could not be written to {tmp_path}/checkpoints: File too"
+    )
+    program.succeeds("cli.train", *TINY, f"--workdir={tmp_path}")
+    assert_same_params(tmp_path, trained)
+    assert sorted(path.name for path in (tmp_path / "checkpoints").iterdir()) == ["14", "7"]
 
+
+def test_records_that_cannot_be_written_are_one_line(program, tmp_path, monkeypatch):
     def full(self, record):
         raise OSError(28, "No space left on device", "metrics.jsonl")
 

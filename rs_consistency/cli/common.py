@@ -46,8 +46,23 @@ def note(message: str) -> None:
 
 
 def quiet_libraries() -> None:
-    """Orbax and TFDS log every step at INFO; JAX warns of accelerators that are not there."""
-    absl_logging.set_verbosity(absl_logging.ERROR)
-    absl_logging.set_stderrthreshold("error")
+    """Silences what libraries log beside the programs' own lines.
+
+    Orbax and TFDS log every step, and errors that the programs tell in one line; JAX warns of absent accelerators.
+    """
+    absl_logging.set_verbosity(absl_logging.FATAL)
+    absl_logging.set_stderrthreshold("fatal")
     for name in ("jax", "orbax", "tensorflow_datasets"):
         logging.getLogger(name).setLevel(logging.ERROR)
+    if sys.unraisablehook is not _unraisable:
+        _others.append(sys.unraisablehook)
+        sys.unraisablehook = _unraisable
+
+
+_others: list[Callable[["sys.UnraisableHookArgs"], object]] = []
+
+
+def _unraisable(unraisable: "sys.UnraisableHookArgs") -> None:
+    """Leaves out the tracebacks of TensorStore's threads when a save has failed; the failure itself is raised."""
+    if "Event loop is closed" not in str(unraisable.exc_value):
+        _others[-1](unraisable)

@@ -10,19 +10,36 @@ import argparse
 import importlib.util
 from collections.abc import Sequence
 from pathlib import Path
+from typing import NamedTuple
 
 import requests
 
 from rs_consistency.cli.common import run_main
-from rs_consistency.data import DATASETS, embedded_mnist
 from rs_consistency.data.tfds_source import resolve_data_dir
 from rs_consistency.errors import UserError
 
 _PROBE_SECONDS = 5
-_HOSTS = {
-    "mnist": "https://storage.googleapis.com/cvdf-datasets/mnist/",
-    "fashion_mnist": "http://fashion-mnist.s3-website.eu-central-1.amazonaws.com",
-    "cifar10": "https://www.cs.toronto.edu/~kriz/cifar.html",
+_MNIST_FILES = tuple(
+    f"{split}-{kind}-ubyte.gz" for split in ("train", "t10k") for kind in ("images-idx3", "labels-idx1")
+)
+
+
+class Original(NamedTuple):
+    """Where a dataset comes from.
+
+    Attributes:
+      url: of the host that TFDS downloads from.
+      files: names of the original files.
+    """
+
+    url: str
+    files: tuple[str, ...]
+
+
+ORIGINALS: dict[str, Original] = {
+    "mnist": Original("https://storage.googleapis.com/cvdf-datasets/mnist/", _MNIST_FILES),
+    "fashion_mnist": Original("http://fashion-mnist.s3-website.eu-central-1.amazonaws.com", _MNIST_FILES),
+    "cifar10": Original("https://www.cs.toronto.edu/~kriz/cifar.html", ("cifar-10-binary.tar.gz",)),
 }
 
 
@@ -40,14 +57,12 @@ def prepare(name: str, *, data_dir: str = "", manual_dir: str = "") -> Path:
     Raises:
       UserError: unknown name, TensorFlow missing, or no way to the download; within seconds.
     """
-    names = [known for known, info in DATASETS.items() if info.read is not embedded_mnist.read]
-    if name not in names:
-        raise UserError(f"dataset {name!r} cannot be prepared; use one of {', '.join(names)}")
+    if name not in ORIGINALS:
+        raise UserError(f"dataset {name!r} cannot be prepared; use one of {', '.join(ORIGINALS)}")
     if importlib.util.find_spec("tensorflow") is None:
         raise UserError(f"preparing {name!r} needs TensorFlow, which is not installed: pip install tensorflow-cpu")
     if manual_dir:
-        if not Path(manual_dir).expanduser().is_dir():
-            raise UserError(f"manual_dir={manual_dir} is not a folder; give the one with the original files")
+        _check_files(name, Path(manual_dir).expanduser())
     else:
         _check_network(name)
 
@@ -57,17 +72,29 @@ def prepare(name: str, *, data_dir: str = "", manual_dir: str = "") -> Path:
     download_config = tfds.download.DownloadConfig(
         manual_dir=str(Path(manual_dir).expanduser().resolve()) if manual_dir else None
     )
-    builder.download_and_prepare(download_config=download_config)
+    try:
+        builder.download_and_prepare(download_config=download_config)
+    except Exception as error:  # downloads, checksums and writing fail in many ways
+        raise UserError(f"{name!r} could not be prepared: {str(error).splitlines()[0]}; try again") from error
     return Path(builder.data_path)
+
+
+def _check_files(name: str, manual_dir: Path) -> None:
+    if not manual_dir.is_dir():
+        raise UserError(f"manual_dir={manual_dir} is not a folder; give the one with the original files")
+    missing = [file for file in ORIGINALS[name].files if not (manual_dir / file).is_file()]
+    if missing:
+        raise UserError(f"manual_dir={manual_dir} lacks {', '.join(missing)}; put the original files there")
 
 
 def _check_network(name: str) -> None:
     """TFDS retries a download for minutes; one request tells in seconds."""
+    url = ORIGINALS[name].url
     try:
-        requests.head(_HOSTS[name], timeout=_PROBE_SECONDS, allow_redirects=False)
+        requests.head(url, timeout=_PROBE_SECONDS, allow_redirects=False)
     except requests.RequestException as error:
         raise UserError(
-            f"{name!r} cannot be downloaded: {_HOSTS[name]} is out of reach ({type(error).__name__}); connect to the"
+            f"{name!r} cannot be downloaded: {url} is out of reach ({type(error).__name__}); connect to the"
             " network, or give the original files with --manual_dir"
         ) from None
 

@@ -12,8 +12,8 @@ from rs_consistency.models.layers import fan_in_uniform, max_pool_2x2, normalize
 class LeNet(nn.Module):
     """Two 5x5 convolutions (20, 50 channels), each with ReLU and 2x2 max pooling; dense 500; dense K.
 
-    Source: Jeong and Shin (NeurIPS 2020), section 4.1. On 28x28x1 images with K = 10 it has 431,080 parameters.
-    Weights and biases start uniform in +-1/sqrt(fan_in).
+    Source: the MNIST experiments of Jeong and Shin (NeurIPS 2020). On 28x28x1 images with K = 10 it has 431,080
+    parameters. Weights and biases start uniform in +-1/sqrt(fan_in).
 
     Attributes:
       num_classes: K.
