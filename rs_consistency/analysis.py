@@ -43,7 +43,7 @@ def certificate_path(path: Path) -> Path:
         if not inside.is_file():
             raise UserError(f"{path} has no certificates.tsv; make it: python certify.py --workdir={path}")
         return inside
-    if not path.is_file():
+    if not path.exists():
         raise UserError(f"{path} does not exist; give a workdir or a certificate file")
     return path
 
@@ -56,8 +56,10 @@ def read_certificates(path: Path) -> Certificates:
         negative, `correct` contradicts the prediction, an image appears twice, or there is no line at all.
     """
     path = certificate_path(path)
-    text = path.read_text(encoding="utf-8", errors="replace")
-    header, *lines = text.splitlines() or [""]
+    text = path.read_text(encoding="utf-8-sig", errors="replace")
+    if not text.strip():
+        raise UserError(f"{path} is empty; certify some images, or leave it out")
+    header, *lines = text.splitlines()
     names = header.split("\t")
     missing = [name for name in _NEEDED if name not in names]
     if missing:

@@ -9,6 +9,8 @@ from scipy import special
 
 from rs_consistency.errors import UserError
 
+_SMALLEST_ALPHA = 1e-100  # below it the quantile function loses its accuracy
+
 
 def lower_confidence_bound(count: ArrayLike, n: ArrayLike, alpha: ArrayLike) -> np.ndarray:
     """One-sided Clopper-Pearson lower bound of a binomial proportion.
@@ -24,7 +26,7 @@ def lower_confidence_bound(count: ArrayLike, n: ArrayLike, alpha: ArrayLike) -> 
     Args:
       count: successes, whole numbers in 0..n.
       n: trials, whole numbers of at least 1.
-      alpha: error probability, in (0, 1).
+      alpha: error probability, in (0, 1), at least 1e-100.
 
     Returns:
       float64, shaped as the arguments broadcast; a float64 scalar for scalars. Always below 1.
@@ -34,7 +36,8 @@ def lower_confidence_bound(count: ArrayLike, n: ArrayLike, alpha: ArrayLike) -> 
     """
     count, n, alpha = (np.asarray(value) for value in (count, n, alpha))
     _check_range("alpha", alpha, (alpha > 0) & (alpha < 1), "use a number in (0, 1), such as 0.001")
-    _check_range("n", n, (n >= 1) & (n == np.floor(n)), "use a whole number of at least 1")
+    _check_range("alpha", alpha, alpha >= _SMALLEST_ALPHA, f"use a number of at least {_SMALLEST_ALPHA}")
+    _check_range("n", n, np.isfinite(n) & (n >= 1) & (n == np.floor(n)), "use a whole number of at least 1")
     inside = (count >= 0) & (count <= n) & (count == np.floor(count))
     _check_range("count", count, inside, "use whole numbers from 0 to n")
     count, n, alpha = (value.astype(np.float64) for value in (count, n, alpha))

@@ -18,6 +18,7 @@
 `NAME.json` holds the settings, what was certified, and with what.
 """
 
+import math
 import os
 from datetime import timedelta
 from decimal import ROUND_FLOOR, Decimal
@@ -41,7 +42,7 @@ class Progress(NamedTuple):
 
     Attributes:
       images: whole lines.
-      radius_sum: sum of radius times correct over them; ACR is its share of `images`.
+      radius_sum: sum of the written radius times correct over them.
       correct: lines with correct = 1.
       abstained: lines with predict = -1.
     """
@@ -50,6 +51,11 @@ class Progress(NamedTuple):
     radius_sum: float
     correct: int
     abstained: int
+
+    @property
+    def acr(self) -> float:
+        """Average certified radius."""
+        return self.radius_sum / self.images
 
 
 class CertificateFile:
@@ -74,8 +80,8 @@ class CertificateFile:
         self.path, record_path = path, record_of(path)
         if not path.parent.is_dir():
             raise UserError(f"output={path}: its folder does not exist; create it, or choose another --output")
-        if path.is_dir():
-            raise UserError(f"output={path} is a folder; give the name of a .tsv file")
+        if path.exists() and not path.is_file():
+            raise UserError(f"output={path} is not a regular file; give the name of a .tsv file")
         self._file: BinaryIO = open(os.open(path, os.O_RDWR | os.O_CREAT, 0o666), "r+b", buffering=0)  # noqa: SIM115
         try:
             lock(self._file.fileno(), f"output={path}")
@@ -110,10 +116,11 @@ class CertificateFile:
         others = result.counts.copy()
         np.put_along_axis(others, selected[:, None], -1, axis=1)
         correct = result.prediction == labels
+        radii = [format_radius(radius) for radius in result.radius]
         lines = []
         for i, index in enumerate(indices):
             columns = (
-                index, labels[i], result.prediction[i], format_radius(result.radius[i]), int(correct[i]),
+                index, labels[i], result.prediction[i], radii[i], int(correct[i]),
                 format_time(seconds), result.counts0[i, selected[i]], result.counts[i, selected[i]],
                 max(others[i].max(), 0), selected[i],
             )  # fmt: skip
@@ -122,7 +129,7 @@ class CertificateFile:
         before = self.progress
         self.progress = Progress(
             before.images + len(lines),
-            before.radius_sum + float(result.radius[correct].sum()),
+            before.radius_sum + sum(float(radius) for radius, right in zip(radii, correct, strict=True) if right),
             before.correct + int(correct.sum()),
             before.abstained + int((result.prediction == ABSTAIN).sum()),
         )
@@ -198,7 +205,7 @@ def _check_lines(path: Path, text: str, indices: list[int]) -> Progress:
                 float(columns[3]),
                 int(columns[4]),
             )
-            damaged = len(columns) != len(HEADER.split("\t"))
+            damaged = len(columns) != len(HEADER.split("\t")) or not 0 <= radius < math.inf or correct not in (0, 1)
         except (ValueError, IndexError):
             damaged = True
         if damaged or (number < len(indices) and index != indices[number]):

@@ -1,6 +1,5 @@
 """Certification of a smoothed classifier as a library: for any JAX function."""
 
-import math
 from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
@@ -11,10 +10,11 @@ from tqdm import tqdm
 
 from rs_consistency import parallel, voting
 from rs_consistency.bounds import certified_radius, lower_confidence_bound
+from rs_consistency.checks import probability
 from rs_consistency.errors import UserError
+from rs_consistency.voting import MAX_INDEX
 
 ABSTAIN = -1
-_MOST_VOTES = 2**30  # row numbers are int32 on the devices
 
 
 class Certification(NamedTuple):
@@ -83,26 +83,27 @@ def certify(
         images and num_classes, or one that gives NaN.
     """
     images = check_images(images)
-    check_settings(sigma=sigma, n0=n0, n=n, alpha=alpha, seed=seed, batch_size=batch_size, num_classes=num_classes)
-    indices = np.arange(len(images)) if indices is None else np.asarray(indices)
-    if indices.shape != (len(images),) or (indices < 0).any():
-        raise UserError(
-            f"indices has shape {indices.shape}; give one number of at least 0 for each of {len(images)} images"
-        )
+    indices = check_indices(indices, len(images))
     devices = parallel.choose_devices() if devices is None else list(devices)
-
-    groups = voting.count_votes(
-        lambda _, batch: apply_fn(batch), (), images, indices, sigma=sigma, num_classes=num_classes, n0=n0, n=n,
-        seed=seed, batch_size=batch_size or voting.default_batch_size(devices[0].platform), devices=devices,
+    if not devices:
+        raise UserError("devices=[]: give at least one, or None for all")
+    alpha = probability("alpha", alpha)
+    settings = voting.vote_settings(
+        sigma=sigma, num_classes=num_classes, n0=n0, n=n, seed=seed, batch_size=batch_size,
+        platform=devices[0].platform,
     )  # fmt: skip
+    groups = voting.count_votes(
+        lambda _, batch: apply_fn(batch), (), images, indices, settings=settings, devices=devices
+    )
     found: list[voting.Votes] = []
     with tqdm(total=len(images), desc="certifying", unit="img", disable=not progress) as bar:
         for votes in groups:
             found.append(votes)
             bar.update(len(votes.counts))
-    counts0 = np.concatenate([np.zeros((0, num_classes), np.int64), *(votes.counts0 for votes in found)])
-    counts = np.concatenate([np.zeros((0, num_classes), np.int64), *(votes.counts for votes in found)])
-    return conclude(counts0, counts, alpha=alpha, sigma=sigma)
+    none = np.zeros((0, settings.num_classes), np.int64)
+    counts0 = np.concatenate([none, *(votes.counts0 for votes in found)])
+    counts = np.concatenate([none, *(votes.counts for votes in found)])
+    return conclude(counts0, counts, alpha=alpha, sigma=settings.sigma)
 
 
 def conclude(counts0: np.ndarray, counts: np.ndarray, *, alpha: float, sigma: float) -> Certification:
@@ -127,18 +128,13 @@ def check_images(images: ArrayLike) -> np.ndarray:
     return images.astype(np.float32)
 
 
-def check_settings(
-    *, sigma: float, n0: int, n: int, alpha: float, seed: int, batch_size: int | None, num_classes: int
-) -> None:
-    """Raises a `UserError` for the first setting that cannot work."""
-    if not (math.isfinite(sigma) and sigma > 0):
-        raise UserError(f"sigma={sigma}: use a number greater than 0, normally the one used in training")
-    if not 0 < alpha < 1:
-        raise UserError(f"alpha={alpha}: use a number in (0, 1), such as 0.001")
-    for name, value in {"n0": n0, "n": n, "num_classes": num_classes, "batch_size": batch_size}.items():
-        if value is not None and (int(value) != value or value < 1):
-            raise UserError(f"{name}={value}: use a whole number of at least 1")
-    if n0 + n > _MOST_VOTES:
-        raise UserError(f"n0={n0} and n={n}: use at most {_MOST_VOTES} votes for an image")
-    if not 0 <= seed < 2**32:
-        raise UserError(f"seed={seed}: use a whole number from 0 to 2**32 - 1")
+def check_indices(indices: ArrayLike | None, num_images: int) -> np.ndarray:
+    """int64 `[B]`, 0..B-1 for None; a `UserError` when they cannot number the images."""
+    if indices is None:
+        return np.arange(num_images)
+    array = np.asarray(indices)
+    if array.shape != (num_images,):
+        raise UserError(f"indices has shape {array.shape}; give one number for each of {num_images} images")
+    if array.size and not (np.issubdtype(array.dtype, np.integer) and array.min() >= 0 and array.max() <= MAX_INDEX):
+        raise UserError(f"indices={array}: use whole numbers from 0 to {MAX_INDEX}")
+    return array.astype(np.int64)

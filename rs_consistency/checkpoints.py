@@ -15,12 +15,15 @@ import orbax.checkpoint as ocp
 
 from rs_consistency.errors import UserError
 
+_DIGEST_BYTES = hashlib.sha256().digest_size
+
 
 class Checkpoints:
     """The folder `checkpoints` of a workdir.
 
     A step is listed once it is whole: Orbax writes beside it and renames. A step that cannot be read all the same
-    (an empty folder, a truncated file) is stepped over, newest to oldest.
+    (an empty folder, a truncated file), or whose content is not what was saved (its digest is saved with it), is
+    stepped over, newest to oldest.
     """
 
     def __init__(self, workdir: Path, *, keep: int | None = None) -> None:
@@ -54,7 +57,7 @@ class Checkpoints:
         Raises:
           UserError: when this or the save before failed, such as on a full disk.
         """
-        saved = jax.tree.map(jnp.copy, state)
+        saved = {"state": jax.tree.map(jnp.copy, state), "digest": _digest_array(state)}
         self._guard(lambda: self._manager.save(step, args=ocp.args.StandardSave(saved)))
 
     def wait(self) -> None:
@@ -95,11 +98,15 @@ class Checkpoints:
           UserError: when there are checkpoints and none can be read.
         """
         steps = sorted(self._manager.all_steps(), reverse=True) if self._manager is not None else []
+        saved_target = {"state": target, "digest": np.zeros(_DIGEST_BYTES, np.uint8)}
         for step in steps:
             try:
-                return step, self._manager.restore(step, args=ocp.args.StandardRestore(target))
+                saved = self._manager.restore(step, args=ocp.args.StandardRestore(saved_target))
+                if not np.array_equal(saved["digest"], _digest_array(saved["state"])):
+                    raise ValueError("its content is not what was saved")
+                return step, saved["state"]
             except Exception as error:  # Orbax and TensorStore raise many kinds for a damaged file
-                note(f"checkpoint {self.folder / str(step)} is unreadable ({_reason(error)}); trying the one before")
+                note(f"checkpoint {self.folder / str(step)} is unreadable: {_reason(error)}; trying the one before")
         if steps:
             raise UserError(
                 f"every checkpoint in {self.folder} is unreadable (steps {', '.join(map(str, steps))}); restore one"
@@ -118,17 +125,23 @@ class Checkpoints:
         self._manager.reload()
 
 
-def digest(params: Any) -> str:
-    """SHA-256 over names, shapes, types and values of all parameters, as a hexadecimal string."""
+def digest(tree: Any) -> str:
+    """SHA-256 over names, shapes, types and values of all arrays of a tree, as a hexadecimal string."""
     sha = hashlib.sha256()
-    for path, leaf in sorted((jax.tree_util.keystr(p), leaf) for p, leaf in jax.tree.leaves_with_path(params)):
+    leaves = {jax.tree_util.keystr(path): leaf for path, leaf in jax.tree.leaves_with_path(tree)}
+    for path, leaf in sorted(leaves.items()):
         array = np.asarray(leaf)
         sha.update(f"{path} {array.dtype.str} {array.shape}".encode())
         sha.update(np.ascontiguousarray(array))
     return sha.hexdigest()
 
 
+def _digest_array(state: Any) -> np.ndarray:
+    return np.frombuffer(bytes.fromhex(digest(state)), np.uint8)
+
+
 def _reason(error: Exception) -> str:
-    """What the operating system says, where TensorStore quotes it; else the first line."""
+    """What the operating system says, where TensorStore quotes it; else the first line, without its own details."""
     quoted = re.search(r": ([^:]+) \[os_error_code", str(error))
-    return quoted[1] if quoted else (str(error).strip() or type(error).__name__).splitlines()[0][:160]
+    first_line = (str(error).strip() or type(error).__name__).splitlines()[0]
+    return quoted[1] if quoted else first_line.split(" See full TensorStore details")[0][:160]

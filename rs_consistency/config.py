@@ -1,15 +1,16 @@
 """Checks a configuration before anything is computed, and says which of its keys shape the result."""
 
-import math
 from typing import Any
 
 from ml_collections import ConfigDict
 
 from rs_consistency import losses
+from rs_consistency.checks import number_above, number_at_least, one_of, whole_number
 from rs_consistency.data import DATASETS
 from rs_consistency.errors import UserError
 from rs_consistency.methods import METHODS
 from rs_consistency.models import MODELS
+from rs_consistency.noise import MAX_SEED
 
 # Where and how a run is computed, not what: they may change between a run and its continuation.
 PLACE_KEYS = frozenset(
@@ -43,32 +44,26 @@ def validate(config: ConfigDict, *, num_devices: int) -> None:
       config: with the keys of `configs/default.py`.
       num_devices: devices that the run will use.
     """
-    _one_of("dataset.name", config.dataset.name, DATASETS)
-    _one_of("model", config.model, MODELS)
-    _one_of("method", config.method, METHODS)
-    _one_of("consistency.form", config.consistency.form, losses.FORMS)
+    one_of("dataset.name", config.dataset.name, DATASETS)
+    one_of("model", config.model, MODELS)
+    one_of("method", config.method, METHODS)
+    one_of("consistency.form", config.consistency.form, losses.FORMS)
 
     flat = flatten(config)
     for key in ("sigma", "optimizer.lr"):
-        _number(key, flat[key], above=0)
-    for key in ("consistency.lbd", "consistency.eta", "optimizer.weight_decay", "optimizer.lr_gamma"):
-        _number(key, flat[key], at_least=0)
-    _number("optimizer.momentum", config.optimizer.momentum, at_least=0)
+        number_above(key, flat[key], 0)
+    for key in (
+        "consistency.lbd", "consistency.eta", "optimizer.weight_decay", "optimizer.lr_gamma", "optimizer.momentum",
+    ):  # fmt: skip
+        number_at_least(key, flat[key], 0)
     if config.optimizer.momentum >= 1:
         raise UserError(f"optimizer.momentum={config.optimizer.momentum}: use a number in [0, 1)")
     for key in (
-        "num_noise",
-        "batch_size",
-        "num_epochs",
-        "optimizer.lr_step_size",
-        "eval_batch_size",
-        "eval_every_epochs",
-        "checkpoint_every_epochs",
-        "checkpoint_keep",
-    ):
-        _whole(key, flat[key], at_least=1)
-    if not 0 <= config.seed < 2**32:
-        raise UserError(f"seed={config.seed}: use a whole number from 0 to 2**32 - 1")
+        "num_noise", "batch_size", "num_epochs", "optimizer.lr_step_size", "eval_batch_size", "eval_every_epochs",
+        "checkpoint_every_epochs", "checkpoint_keep",
+    ):  # fmt: skip
+        whole_number(key, flat[key], at_least=1)
+    whole_number("seed", config.seed, at_least=0, at_most=MAX_SEED)
 
     if config.consistency.lbd > 0 and config.num_noise < 2:
         raise UserError(
@@ -91,21 +86,3 @@ def differing_keys(mine: dict[str, Any], other: dict[str, Any]) -> list[str]:
         for key in sorted(mine.keys() | other.keys())
         if key not in PLACE_KEYS and mine.get(key, missing) != other.get(key, missing)
     ]
-
-
-def _one_of(key: str, value: str, names: Any) -> None:
-    if value not in names:
-        raise UserError(f"{key}={value!r} is unknown; use one of {', '.join(sorted(names))}")
-
-
-def _number(key: str, value: float, *, above: float | None = None, at_least: float | None = None) -> None:
-    good = isinstance(value, int | float) and math.isfinite(value)
-    if above is not None and not (good and value > above):
-        raise UserError(f"{key}={value}: use a number greater than {above}")
-    if at_least is not None and not (good and value >= at_least):
-        raise UserError(f"{key}={value}: use a number of at least {at_least}")
-
-
-def _whole(key: str, value: int, *, at_least: int) -> None:
-    if not isinstance(value, int) or value < at_least:
-        raise UserError(f"{key}={value}: use a whole number of at least {at_least}")

@@ -17,7 +17,8 @@ _FLOOR = -1e30
 
 
 def _log_softmax(logits: jax.Array) -> jax.Array:
-    """Log softmax over the last axis, finite for every finite input."""
+    """Log softmax over the last axis, in float32 at least; finite for every finite input."""
+    logits = logits.astype(jnp.promote_types(logits.dtype, jnp.float32))
     return jnp.maximum(jax.nn.log_softmax(logits, axis=-1), _FLOOR)
 
 
@@ -31,16 +32,21 @@ def cross_entropy(logits: jax.Array, labels: jax.Array) -> jax.Array:
       labels: `[B]` integers in 0..K-1.
 
     Returns:
-      `[B]`: `(1/M) sum_i -log F_i[label]`, in nats. Finite, with finite gradients, for all finite logits.
+      `[B]`: `(1/M) sum_i -log F_i[label]`, in nats, in float32 at least. Finite, with finite gradients, for all finite
+      logits. Where a label is outside 0..K-1: NaN under `jit`, which cannot raise.
 
     Raises:
-      ValueError: when the shapes do not fit together.
+      ValueError: when the shapes do not fit together, or (outside `jit`) a label is outside 0..K-1.
     """
     _check_logits(logits)
+    num_classes = logits.shape[2]
     if labels.shape != logits.shape[1:2]:
         raise ValueError(f"labels has shape {labels.shape}; logits {logits.shape} need [B] = {logits.shape[1:2]}")
+    known = (labels >= 0) & (labels < num_classes)
+    if not isinstance(known, jax.core.Tracer) and not known.all():
+        raise ValueError(f"labels={labels[~known][0]}: use whole numbers from 0 to {num_classes - 1}")
     picked = jnp.take_along_axis(_log_softmax(logits), labels[None, :, None], axis=-1)  # [M, B, 1]
-    return -picked[..., 0].mean(axis=0)
+    return jnp.where(known, -picked[..., 0].mean(axis=0), jnp.nan)
 
 
 def consistency(logits: jax.Array, *, lbd: float, eta: float = 0.5, form: str = "default") -> jax.Array:
@@ -63,8 +69,8 @@ def consistency(logits: jax.Array, *, lbd: float, eta: float = 0.5, form: str = 
       form: one of the above.
 
     Returns:
-      `[B]`, in nats (`mse`: squared l2 distance). The gradient flows through Fbar as well. Finite, with finite
-      gradients, for all finite logits.
+      `[B]`, in nats (`mse`: squared l2 distance), in float32 at least. The gradient flows through Fbar as well.
+      Finite, with finite gradients, for all finite logits.
 
     Raises:
       ValueError: for an unknown form, a negative weight, or `M = 1` with `lbd > 0`: one copy is always
@@ -82,7 +88,7 @@ def consistency(logits: jax.Array, *, lbd: float, eta: float = 0.5, form: str = 
     log_probs = _log_softmax(logits)  # [M, B, K]
     if form == "mse":
         if num_copies == 1:
-            return jnp.zeros(logits.shape[1], logits.dtype)
+            return jnp.zeros_like(log_probs[0, :, 0])
         probs = jnp.exp(log_probs[:2])
         return lbd * jnp.square(probs[0] - probs[1]).sum(axis=-1)
 

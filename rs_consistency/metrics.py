@@ -6,6 +6,7 @@ from typing import Any
 
 from tensorboardX import SummaryWriter
 
+from rs_consistency.errors import UserError
 from rs_consistency.files import replace_atomically
 
 
@@ -41,8 +42,14 @@ class MetricsWriter:
 
 
 def read_lines(path: Path) -> list[dict[str, Any]]:
-    """The whole lines of a `metrics.jsonl`; a last line that was cut off is left out."""
+    """The records of a `metrics.jsonl`; a last line that was cut off is left out, a damaged one a `UserError`."""
     if not path.exists():
         return []
     whole = [line for line in path.read_text(encoding="utf-8").splitlines(keepends=True) if line.endswith("\n")]
-    return [json.loads(line) for line in whole]
+    records = []
+    for number, line in enumerate(whole, start=1):
+        try:
+            records.append(json.loads(line))
+        except ValueError:
+            raise UserError(f"{path}, line {number} is damaged ({line[:40].strip()!r}); delete that line") from None
+    return records

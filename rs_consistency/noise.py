@@ -11,6 +11,8 @@ from enum import IntEnum
 import jax
 import jax.numpy as jnp
 
+MAX_SEED = 2**32 - 1
+
 
 class Stream(IntEnum):
     """What a key is for; the first index that is folded into the root key."""

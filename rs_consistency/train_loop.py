@@ -47,7 +47,10 @@ def train(config: ConfigDict, workdir: Path) -> training.TrainState:
     train_split = data.load(config.dataset.name, "train", **source)
     test_split = data.load(config.dataset.name, "test", **source)
     sizes = training.step_sizes(config, len(train_split.labels))
-    with open_for_training(workdir, config), closing(Checkpoints(workdir, keep=config.checkpoint_keep)) as checkpoints:
+    with (
+        open_for_training(workdir, config, data.digest(train_split)),
+        closing(Checkpoints(workdir, keep=config.checkpoint_keep)) as checkpoints,
+    ):
         start = _start_state(config, checkpoints, sizes, devices)
         first_epoch = int(start.step) // sizes.steps
         if first_epoch >= config.num_epochs:
@@ -108,7 +111,8 @@ def _start_state(
         return parallel.replicate(training.create_state(config, optimizer), devices)
     step, state = restored
     checkpoints.set_aside_after(step)
-    note(f"continuing after step {step}")
+    if step < config.num_epochs * sizes.steps:
+        note(f"continuing after step {step}")
     return state
 
 

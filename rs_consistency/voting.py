@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from rs_consistency import noise, parallel
+from rs_consistency.checks import number_above, whole_number
 from rs_consistency.errors import UserError
 
 # A group of images is voted on together, and is at least so many batches: what its last batch leaves unused is small.
@@ -15,6 +16,49 @@ _BATCHES_IN_GROUP = 16
 # On 2 CPU cores LeNet's votes per second peak between 256 and 400 in a batch; an accelerator wants thousands.
 _BATCH_SIZE = {"cpu": 256}
 _BATCH_SIZE_ELSEWHERE = 4096
+# Row numbers are int32 on the devices: n0, n and a batch together have to stay below 2**31.
+_MOST_VOTES = 2**29
+MAX_INDEX = 2**31 - 1
+
+
+class VoteSettings(NamedTuple):
+    """What `count_votes` does for every image; made by `vote_settings`, which checks it.
+
+    Attributes:
+      sigma: standard deviation of the noise.
+      num_classes: K.
+      n0: votes of the selection.
+      n: votes of the estimation.
+      seed: of the noise.
+      batch_size: noisy images at a time, over all devices.
+    """
+
+    sigma: float
+    num_classes: int
+    n0: int
+    n: int
+    seed: int
+    batch_size: int
+
+
+def vote_settings(
+    *, sigma: Any, num_classes: Any, n0: Any, n: Any, seed: Any, batch_size: Any, platform: str
+) -> VoteSettings:
+    """Checked settings; a `batch_size` of None is chosen by platform.
+
+    Raises:
+      UserError: for the first setting that cannot work.
+    """
+    if batch_size is None:
+        batch_size = _BATCH_SIZE.get(platform, _BATCH_SIZE_ELSEWHERE)
+    return VoteSettings(
+        sigma=number_above("sigma", sigma, 0),
+        num_classes=whole_number("num_classes", num_classes, at_least=1),
+        n0=whole_number("n0", n0, at_least=1, at_most=_MOST_VOTES),
+        n=whole_number("n", n, at_least=1, at_most=_MOST_VOTES),
+        seed=whole_number("seed", seed, at_least=0, at_most=noise.MAX_SEED),
+        batch_size=whole_number("batch_size", batch_size, at_least=1, at_most=_MOST_VOTES),
+    )
 
 
 class Votes(NamedTuple):
@@ -29,23 +73,13 @@ class Votes(NamedTuple):
     counts: np.ndarray
 
 
-def default_batch_size(platform: str) -> int:
-    """Noisy images in a batch, by platform."""
-    return _BATCH_SIZE.get(platform, _BATCH_SIZE_ELSEWHERE)
-
-
 def count_votes(
     apply_fn: Callable[[Any, jax.Array], jax.Array],
     variables: Any,
     images: np.ndarray,
-    indices: Sequence[int] | np.ndarray,
+    indices: np.ndarray,
     *,
-    sigma: float,
-    num_classes: int,
-    n0: int,
-    n: int,
-    seed: int,
-    batch_size: int,
+    settings: VoteSettings,
     devices: Sequence[jax.Device],
 ) -> Iterator[Votes]:
     """Yields the votes of the images, group after group, in order.
@@ -61,13 +95,8 @@ def count_votes(
       apply_fn: (variables, `[N, H, W, C]`) -> logits `[N, K]`.
       variables: passed through; replicated on the devices.
       images: `[B, H, W, C]` float32.
-      indices: `[B]`, the images' numbers in their dataset, which address the noise.
-      sigma: standard deviation of the noise.
-      num_classes: K.
-      n0: votes of the selection.
-      n: votes of the estimation.
-      seed: of the noise.
-      batch_size: noisy images at a time, over all devices.
+      indices: `[B]`, the images' numbers in their dataset, 0..MAX_INDEX, which address the noise.
+      settings: from `vote_settings`.
       devices: local devices that share a batch.
 
     Yields:
@@ -76,6 +105,7 @@ def count_votes(
     Raises:
       UserError: when the model does not accept the images, does not give K logits, or gives NaN.
     """
+    sigma, num_classes, n0, n, seed, batch_size = settings
     per_device = -(-batch_size // len(devices))
     batch_size = per_device * len(devices)
     check_model(apply_fn, variables, images.shape[1:], num_classes=num_classes, batch_size=per_device)
@@ -111,7 +141,7 @@ def count_votes(
         arrays = parallel.replicate(
             (
                 np.asarray(images[chosen], np.float32),
-                np.asarray(indices, np.int32)[chosen],
+                indices[chosen].astype(np.int32),
                 np.int32(num_real),
             ),
             devices,
@@ -123,7 +153,7 @@ def count_votes(
         if found[..., num_classes].any():
             bad = int(np.flatnonzero(found[..., num_classes].any(axis=0))[0])
             raise UserError(
-                f"the model gives NaN for noisy copies of image {int(np.asarray(indices)[first + bad])}; check its"
+                f"the model gives NaN for noisy copies of image {indices[first + bad]}; check its"
                 " parameters and normalization"
             )
         yield Votes(found[0, :, :num_classes], found[1, :, :num_classes])

@@ -14,15 +14,21 @@ from rs_consistency.errors import UserError
 from rs_consistency.files import lock, read_json, write_json
 
 CONFIG_FILE = "config.json"
+DATA_FILE = "data.json"
 
 
 @contextmanager
-def open_for_training(workdir: Path, config: ConfigDict) -> Iterator[None]:
-    """Makes the folder or checks that it belongs to this config, and keeps others from training in it.
+def open_for_training(workdir: Path, config: ConfigDict, data_digest: str) -> Iterator[None]:
+    """Makes the folder or checks that it belongs to this config and data, and keeps others from training in it.
+
+    Args:
+      workdir: the folder.
+      config: of the run. Keys that say where and how it is computed (`config.PLACE_KEYS`) may change: the newest count.
+      data_digest: of the training data.
 
     Raises:
-      UserError: when the folder holds another config (the differing keys are named), or files of something else, or
-        when another process trains in it.
+      UserError: when the folder holds another config (the differing keys are named), a run on other data, or
+        checkpoints without a config, or when another process trains in it.
     """
     if workdir.exists() and not workdir.is_dir():
         raise UserError(f"workdir={workdir} is a file; choose a folder")
@@ -30,25 +36,31 @@ def open_for_training(workdir: Path, config: ConfigDict) -> Iterator[None]:
     descriptor = os.open(workdir, os.O_RDONLY)
     try:
         lock(descriptor, f"workdir={workdir}")
-        _claim(workdir, json.loads(config.to_json()))
+        _claim(workdir, json.loads(config.to_json()), data_digest)
         yield
     finally:
         os.close(descriptor)
 
 
-def _claim(workdir: Path, mine: dict[str, Any]) -> None:
-    path = workdir / CONFIG_FILE
+def _claim(workdir: Path, mine: dict[str, Any], data_digest: str) -> None:
+    path, data_path = workdir / CONFIG_FILE, workdir / DATA_FILE
     if path.exists():
-        differing = differing_keys(mine, read_json(path))
+        recorded = read_json(path)
+        differing = differing_keys(mine, recorded)
         if differing:
             raise UserError(
                 f"workdir={workdir} holds a run with another config ({'; '.join(differing)}); choose another --workdir,"
                 " or set these back"
             )
+        if data_path.exists() and read_json(data_path).get("train") != data_digest:
+            raise UserError(
+                f"workdir={workdir} holds a run on other data: the training split of {mine['dataset']['name']} is not"
+                " what it was; choose another --workdir, or set dataset.data_dir back"
+            )
     elif (workdir / "checkpoints").exists():
         raise UserError(f"workdir={workdir} has checkpoints but no {CONFIG_FILE}; choose another --workdir")
-    else:
-        write_json(path, mine)
+    write_json(data_path, {"train": data_digest})
+    write_json(path, mine)
 
 
 def read_config(workdir: Path) -> ConfigDict:

@@ -3,7 +3,7 @@
 import importlib
 import io
 import json
-import os
+import shutil
 import subprocess
 import sys
 import time
@@ -46,24 +46,24 @@ class Program:
     def succeeds(self, name, *args):
         self(name, *args)
         assert self.status == 0, self.err
+        assert "Traceback" not in self.err
         return self
 
     def fails(self, name, *args):
         """Fails as users should see it: non-zero, one line of error, no traceback. Returns that line."""
         self(name, *args)
         assert self.status not in (0, None)
-        errors = [line for line in self.err.splitlines() if not line.startswith("note: ")]
-        assert "Traceback" not in self.err
-        assert errors and errors[-1].startswith("error: "), self.err
-        return errors[-1]
+        lines = [line for line in self.err.splitlines() if line and not line.startswith(("note: ", "certifying", "\r"))]
+        assert len(lines) == 1 and lines[0].startswith("error: "), self.err
+        return lines[0]
 
 
-def start(script, *args, limit_kib=None):
+def start(script, *args, limit_kib=None, cwd=ROOT):
     """Starts a top-level script in a process of its own, as a user would; no file may grow beyond the limit."""
     command = [sys.executable, str(ROOT / script), *map(str, args)]
     if limit_kib:
         command = ["bash", "-c", f'ulimit -f {limit_kib}; exec "$@"', "bash", *command]
-    return subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    return subprocess.Popen(command, cwd=cwd, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
 
 
 def kill_when(process, ready, seconds=120):
@@ -140,5 +140,17 @@ def rows(path):
     return [line[:time_column] + line[time_column + 1 :] for line in lines]
 
 
-def environment(**changes):
-    return {**os.environ, **changes}
+def damage_checkpoint(step_folder, damage):
+    """What disks and kills do to a checkpoint: an empty folder, a cut or changed data file, a missing manifest."""
+    data_files = sorted((step_folder / "default").rglob("d/*"), key=lambda path: path.stat().st_size)
+    largest = data_files[-1].read_bytes()
+    if damage == "empty":
+        shutil.rmtree(step_folder)
+        step_folder.mkdir()
+    elif damage == "truncated":
+        data_files[-1].write_bytes(largest[: len(largest) // 2])
+    elif damage == "flipped":
+        middle = len(largest) // 2
+        data_files[-1].write_bytes(largest[:middle] + bytes([largest[middle] ^ 1]) + largest[middle + 1 :])
+    else:
+        (step_folder / "default" / "manifest.ocdbt").unlink()

@@ -86,7 +86,8 @@ def test_a_file_without_a_last_newline_is_read_when_nothing_can_be_missing(field
 @pytest.mark.parametrize(
     ("content", "message"),
     [
-        ("", "column idx, label, predict, radius, correct is missing"),
+        ("", "is empty; certify some images"),
+        ("1.0\n2.0\n", "column idx, label, predict, radius, correct is missing"),
         (FIELD.replace("radius", "r"), "column radius is missing"),
         (FIELD.splitlines()[0] + "\n", "has no images yet"),
         (FIELD.replace("0.5\t1", "nan\t1"), "image 5: radius=nan; expected a finite number of at least 0"),

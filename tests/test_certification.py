@@ -6,14 +6,16 @@ import numpy as np
 import pytest
 from scipy import special, stats
 
-from rs_consistency import ABSTAIN, UserError, certify
+from rs_consistency import ABSTAIN, UserError, certify, lower_confidence_bound
 from rs_consistency.certification import conclude
 
 SHAPE = (4, 4, 1)
 WEIGHTS = np.random.default_rng(0).normal(size=16)
 WEIGHTS /= np.linalg.norm(WEIGHTS)
 SIGMA = 0.5
-TRIALS, ALPHA = 400, 0.05
+# Chosen so that the exact probability of a radius that is too large, 0.022, and those of the broken bounds below,
+# 0.079, lie at least six standard errors of the share from alpha: counts are discrete, and most n hide the difference.
+TRIALS, ALPHA, VOTES, DISTANCE = 4000, 0.05, 49, 0.61
 
 
 def linear(images):
@@ -32,33 +34,39 @@ def images_at(distance):
 @pytest.fixture(scope="module")
 def trials():
     """Votes of many independent trials on one image."""
-    images = np.repeat(images_at(0.4), TRIALS, axis=0)
-    return certify(linear, images, sigma=SIGMA, num_classes=2, n0=100, n=500, alpha=ALPHA)
+    images = np.repeat(images_at(DISTANCE), TRIALS, axis=0)
+    return certify(linear, images, sigma=SIGMA, num_classes=2, n0=25, n=VOTES, alpha=ALPHA, batch_size=8192)
 
 
-def holds(radius, true_radius):
-    """Whether as few radii are too large as a guarantee of 1 - alpha allows (false alarm: 1e-6)."""
-    return (radius > true_radius).sum() <= stats.binom.isf(1e-6, TRIALS, ALPHA)
+def holds(radius):
+    """Whether at most a share alpha of the radii is too large."""
+    return np.mean(radius > DISTANCE) <= ALPHA
 
 
 def test_the_radius_of_a_linear_classifier_holds_and_broken_ones_do_not(trials):
-    assert (trials.prediction == 1).all()
-    assert holds(trials.radius, 0.4)
-    assert trials.radius.mean() > 0.3  # and is not vacuous
-    count, n = trials.counts[:, 1], 500
-    plug_in = SIGMA * special.ndtri(count / n)
-    at_five_alpha = SIGMA * special.ndtri(special.betaincinv(count, n - count + 1, 5 * ALPHA))
-    wrong_sigma = trials.radius * 1.2
-    for broken in (plug_in, at_five_alpha, wrong_sigma):
-        assert not holds(broken, 0.4)
+    assert (trials.prediction == 1).mean() > 0.99
+    assert holds(trials.radius)
+    assert trials.radius.mean() > DISTANCE / 2  # and is not vacuous
+
+    count, share = trials.counts[:, 1], trials.counts[:, 1] / VOTES
+    lowered = {
+        "plug-in": share,
+        "Wald": share - stats.norm.ppf(1 - ALPHA) * np.sqrt(share * (1 - share) / VOTES),
+        "at twice alpha": lower_confidence_bound(count, VOTES, 2 * ALPHA),
+        "one vote too many": lower_confidence_bound(np.minimum(count + 1, VOTES), VOTES, ALPHA),
+    }
+    for name, bound in lowered.items():
+        assert not holds(SIGMA * special.ndtri(bound)), name
+    assert not holds(trials.radius * 1.1)
 
 
 def test_votes_have_the_probability_of_the_closed_form(trials):
-    p = stats.norm.cdf(0.4 / SIGMA)
+    p = stats.norm.cdf(DISTANCE / SIGMA)
     # Every trial is Binomial(n, p) of its own: mean and variance of the counts, within 5 standard errors.
     count = trials.counts[:, 1]
-    assert abs(count.mean() - 500 * p) < 5 * np.sqrt(500 * p * (1 - p) / TRIALS)
-    assert count.var() == pytest.approx(500 * p * (1 - p), rel=5 * np.sqrt(2 / TRIALS))
+    assert abs(count.mean() - VOTES * p) < 5 * np.sqrt(VOTES * p * (1 - p) / TRIALS)
+    kurtosis = 3 + (1 - 6 * p * (1 - p)) / (VOTES * p * (1 - p))
+    assert count.var() == pytest.approx(VOTES * p * (1 - p), rel=5 * np.sqrt((kurtosis - 1) / TRIALS))
 
 
 def test_selection_and_estimation_are_independent(trials):
@@ -157,21 +165,37 @@ def test_no_images_give_no_certificates():
     [
         ({"sigma": 0.0}, "sigma=0.0: use a number greater than 0"),
         ({"sigma": float("nan")}, "sigma=nan"),
-        ({"alpha": 0.0}, r"alpha=0.0: use a number in \(0, 1\)"),
+        ({"sigma": "0.5"}, r"sigma=0\.5: use a number"),
+        ({"sigma": None}, "sigma=None"),
+        ({"alpha": 0.0}, r"alpha=0\.0: use a number in \(0, 1\)"),
         ({"alpha": 1.5}, "alpha=1.5"),
+        ({"alpha": "0.1"}, r"alpha=0\.1: use a number"),
         ({"n": 0}, "n=0: use a whole number of at least 1"),
+        ({"n": 10.5}, r"n=10\.5: use a whole number"),
+        ({"n": float("inf")}, "n=inf: use a whole number"),
+        ({"n": True}, "n=True: use a whole number"),
         ({"n0": 0}, "n0=0: use a whole number of at least 1"),
-        ({"n": 2**40}, "use at most 1073741824 votes"),
+        ({"n": 2**40}, "n=1099511627776: use a whole number of at least 1 and at most 536870912"),
         ({"batch_size": 0}, "batch_size=0"),
         ({"seed": -1}, "seed=-1"),
+        ({"seed": 1.5}, r"seed=1\.5"),
         ({"num_classes": 3}, r"num_classes=3 needs logits of shape"),
         ({"indices": [0, 1]}, r"indices has shape \(2,\)"),
+        ({"indices": [0, 1, 2, 3, 4, 5, 2**32]}, "use whole numbers from 0 to 2147483647"),
+        ({"indices": [0, 1, 2, 3, 4, 5, -1]}, "use whole numbers from 0"),
+        ({"indices": [0.5] * 7}, "use whole numbers from 0"),
+        ({"devices": []}, r"devices=\[\]: give at least one"),
     ],
 )
 def test_bad_settings(several, arguments, message):
     settings = {"sigma": SIGMA, "num_classes": 2, "n0": 10, "n": 10, "batch_size": 8, **arguments}
     with pytest.raises(UserError, match=message):
         certify(linear, several, **settings)
+
+
+def test_whole_numbers_may_be_written_as_floats(several, votes):
+    got = certify(linear, several, sigma=np.float32(SIGMA), num_classes=2.0, n0=1e1, n=333.0, batch_size=64.0, seed=7.0)
+    assert_same_votes(got, votes)
 
 
 @pytest.mark.parametrize(

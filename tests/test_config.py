@@ -68,7 +68,7 @@ def test_cells_that_were_not_published(cell, message):
         (["--config.num_epochs=0"], "num_epochs=0: use a whole number of at least 1"),
         (["--config.optimizer.momentum=1"], "optimizer.momentum=1.0: use a number in [0, 1)"),
         (["--config.optimizer.lr=0"], "optimizer.lr=0.0: use a number greater than 0"),
-        (["--config.seed=-1"], "seed=-1: use a whole number from 0 to"),
+        (["--config.seed=-1"], "seed=-1: use a whole number of at least 0 and at most 4294967295"),
         (["--config.num_devices=9"], "num_devices=9: this machine has 8 cpu device(s)"),
         (["--config.sgima=1"], "no such key: sgima"),
         (["--config.optimizer.speed=1"], "no such key: speed"),

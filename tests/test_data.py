@@ -2,6 +2,7 @@
 
 import json
 import shutil
+import sys
 import time
 
 import numpy as np
@@ -29,13 +30,14 @@ def test_unit_images_are_float32_between_0_and_1():
     np.testing.assert_allclose(unit, [0, 0.2, 1], rtol=1e-6)
 
 
-def test_a_prepared_folder_is_read_in_order_without_tensorflow(tmp_path, monkeypatch):
+def test_a_prepared_folder_is_read_in_order_without_tensorflow(tmp_path):
     rng = np.random.default_rng(0)
     images, labels = rng.integers(0, 256, (30, 32, 32, 3), dtype=np.uint8), rng.integers(0, 10, 30)
     write_tfds(tmp_path, "cifar10", "3.0.2", {"train": (images, labels), "test": (images[:5], labels[:5])})
     split = data.load("cifar10", "train", data_dir=str(tmp_path), cache_dir=str(tmp_path / "cache"))
     np.testing.assert_array_equal(split.images, images)
     np.testing.assert_array_equal(split.labels, labels)
+    assert "tensorflow" not in sys.modules
 
 
 def test_the_second_load_comes_from_the_cache_and_a_changed_folder_does_not(tmp_path, monkeypatch):

@@ -134,3 +134,20 @@ def test_bad_shapes():
         losses.consistency(jnp.zeros((3, 4)), lbd=1.0)
     with pytest.raises(ValueError, match=r"labels has shape \(2,\)"):
         losses.cross_entropy(jnp.zeros((2, 3, 4)), jnp.zeros(2, int))
+
+
+@pytest.mark.parametrize("label", [-1, 4])
+def test_labels_outside_their_range(label):
+    logits, labels = jnp.zeros((2, 3, 4)), jnp.array([0, label, 3])
+    with pytest.raises(ValueError, match=f"labels={label}: use whole numbers from 0 to 3"):
+        losses.cross_entropy(logits, labels)
+    traced = jax.jit(losses.cross_entropy)(logits, labels)
+    assert np.isnan(traced).tolist() == [False, True, False]
+
+
+@pytest.mark.parametrize("dtype", [jnp.float16, jnp.bfloat16])
+def test_half_precision_logits_are_computed_in_single(dtype):
+    logits = jnp.asarray([[[6e4, -6e4]], [[-6e4, 6e4]]], dtype)
+    for loss in (lambda x: losses.consistency(x, lbd=1.0), lambda x: losses.cross_entropy(x, jnp.array([0]))):
+        assert loss(logits).dtype == jnp.float32
+        assert np.isfinite(loss(logits)).all() and np.isfinite(jax.grad(lambda x, f=loss: f(x).sum())(logits)).all()

@@ -11,7 +11,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 
 from rs_consistency import metrics, training
 from rs_consistency.checkpoints import digest
-from tests.helpers import ROOT, TINY, count_lines, final_params, kill_when, start
+from tests.helpers import TINY, count_lines, damage_checkpoint, final_params, kill_when, start, write_tfds
 
 
 def records(workdir):
@@ -21,12 +21,6 @@ def records(workdir):
 def assert_same_params(one, other):
     for a, b in zip(jax.tree.leaves(final_params(one)), jax.tree.leaves(final_params(other)), strict=True):
         np.testing.assert_array_equal(a, b)
-
-
-def truncate_files(folder):
-    for path in folder.rglob("*"):
-        if path.is_file():
-            path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
 
 
 def test_a_run_leaves_config_metrics_tensorboard_and_checkpoints(trained):
@@ -93,6 +87,35 @@ def test_another_config_in_a_workdir_is_refused(program, trained):
     assert "holds a run with another config (optimizer.lr: 0.01 -> 0.1; sigma: 0.5 -> 0.25)" in error
 
 
+def test_another_dataset_under_the_same_name_is_refused(program, trained, tmp_path):
+    workdir = tmp_path / "run"
+    shutil.copytree(trained, workdir)
+    images, labels = np.zeros((300, 28, 28, 1), np.uint8), np.zeros(300, int)
+    write_tfds(tmp_path / "other", "mnist", "3.0.1", {"train": (images, labels), "test": (images, labels)})
+    error = program.fails("cli.train", *TINY, f"--config.dataset.data_dir={tmp_path / 'other'}", f"--workdir={workdir}")
+    assert "holds a run on other data: the training split of mnist is not what it was" in error
+
+
+def test_data_that_moved_is_found_again(program, trained, tfds_dir, tmp_path):
+    workdir, moved = tmp_path / "run", tmp_path / "moved"
+    shutil.copytree(trained, workdir)
+    shutil.copytree(tfds_dir, moved)
+    program.succeeds("cli.train", *TINY, f"--config.dataset.data_dir={moved}", f"--workdir={workdir}")
+    assert json.loads((workdir / "config.json").read_text())["dataset"]["data_dir"] == str(moved)
+    shutil.rmtree(moved)
+    command = ["cli.certify", f"--workdir={workdir}", "--n=10", "--max=1"]
+    assert "is not prepared in" in program.fails(*command)
+    program.succeeds(*command, f"--data_dir={tfds_dir}")
+
+
+def test_a_damaged_record_is_named(program, trained, tmp_path):
+    shutil.copytree(trained, tmp_path / "run")
+    shutil.rmtree(tmp_path / "run" / "checkpoints" / "14")
+    metrics_file = tmp_path / "run" / "metrics.jsonl"
+    metrics_file.write_text("{\n" + metrics_file.read_text())
+    assert "metrics.jsonl, line 1 is damaged" in program.fails("cli.train", *TINY, f"--workdir={tmp_path / 'run'}")
+
+
 def test_a_damaged_config_and_foreign_checkpoints_are_refused(program, tmp_path):
     (tmp_path / "config.json").write_text("{")
     assert "config.json is damaged" in program.fails("cli.train", *TINY, f"--workdir={tmp_path}")
@@ -116,18 +139,15 @@ def test_two_programs_cannot_train_in_one_workdir(program, tmp_path):
         process.kill()
 
 
-@pytest.mark.parametrize("damage", ["empty", "truncated"])
+@pytest.mark.parametrize("damage", ["empty", "truncated", "flipped"])
 def test_a_damaged_newest_checkpoint_is_stepped_over_and_made_again(program, trained, tmp_path, damage):
     workdir = tmp_path / "run"
     shutil.copytree(trained, workdir)
-    newest = workdir / "checkpoints" / "14"
-    if damage == "empty":
-        shutil.rmtree(newest)
-        newest.mkdir()
-    else:
-        truncate_files(newest)
+    damage_checkpoint(workdir / "checkpoints" / "14", damage)
     program.succeeds("cli.train", *TINY, f"--workdir={workdir}")
-    assert "checkpoints/14 is unreadable" in program.err and "continuing after step 7" in program.err
+    damaged, continuing = program.err.splitlines()  # and nothing else
+    assert damaged.startswith(f"note: checkpoint {workdir / 'checkpoints' / '14'} is unreadable: ")
+    assert continuing == "note: continuing after step 7"
     assert_same_params(workdir, trained)
     assert (workdir / "damaged_checkpoints" / "14").is_dir()
     assert [record["epoch"] for record in records(workdir)] == [1, 2]
@@ -136,7 +156,8 @@ def test_a_damaged_newest_checkpoint_is_stepped_over_and_made_again(program, tra
 def test_only_unreadable_checkpoints_are_an_error(program, trained, tmp_path):
     workdir = tmp_path / "run"
     shutil.copytree(trained, workdir)
-    truncate_files(workdir / "checkpoints")
+    for step in ("7", "14"):
+        damage_checkpoint(workdir / "checkpoints" / step, "truncated")
     for name, arguments in {"train": TINY, "certify": ["--n=10"]}.items():
         error = program.fails(f"cli.{name}", *arguments, f"--workdir={workdir}")
         assert f"every checkpoint in {workdir / 'checkpoints'} is unreadable (steps 14, 7)" in error
@@ -186,8 +207,16 @@ def test_the_digest_depends_on_every_parameter(trained):
 
 
 def test_train_from_another_folder(tmp_path):
-    # The package and the configs are found beside the script, wherever the user stands.
-    assert (ROOT / "configs" / "mnist.py").is_file()
-    process = start("train.py", "--config=configs/demo.py:method=magic", f"--workdir={tmp_path / 'run'}")
-    _, err = process.communicate(timeout=60)
-    assert process.returncode == 2 and "method='magic' has no published settings here" in err
+    process = start("train.py", *TINY, "--config.num_epochs=1", "--workdir=run", cwd=tmp_path)
+    out, err = process.communicate(timeout=120)
+    assert process.returncode == 0, err
+    assert out.startswith("epoch 1/1 ")
+    assert (tmp_path / "run" / "checkpoints" / "7").is_dir()
+
+
+def test_a_reader_that_goes_away_is_no_error(trained, tmp_path):
+    process = start("analyze.py", "--help")
+    process.stdout.close()
+    process.wait(timeout=60)
+    assert "Traceback" not in process.stderr.read()
+    process.stderr.close()

@@ -7,11 +7,10 @@ For every image: the class that the smoothed classifier predicts, and an l2 radi
 """
 
 import argparse
-import math
 import platform
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from datetime import UTC, datetime
 from importlib import metadata
 from pathlib import Path
@@ -24,8 +23,9 @@ from tqdm import tqdm
 
 from rs_consistency import data, parallel, training, voting
 from rs_consistency.certificates import CertificateFile
-from rs_consistency.certification import check_settings, conclude
+from rs_consistency.certification import conclude
 from rs_consistency.checkpoints import Checkpoints, digest
+from rs_consistency.checks import probability, whole_number
 from rs_consistency.cli.common import note, run_main
 from rs_consistency.config import validate
 from rs_consistency.errors import UserError
@@ -55,6 +55,8 @@ def _parser() -> argparse.ArgumentParser:
         default=0,
         help="devices that share the work; no effect on the votes (default: all)",
     )
+    add("--data_dir", default="", help="folder of the prepared dataset (default: as in training)")
+    add("--cache_dir", default="", help="folder of decoded images (default: as in training)")
     add("--output", type=Path, help="the file to write (default: WORKDIR/certificates.tsv)")
     return parser
 
@@ -64,71 +66,77 @@ def _main(argv: Sequence[str] | None) -> None:
     workdir = args.workdir.expanduser()
     config = _read_valid_config(workdir)
     info = data.dataset_info(config.dataset.name)
-    sigma = config.sigma if args.sigma is None else args.sigma
-    check_settings(
-        sigma=sigma, n0=args.n0, n=args.n, alpha=args.alpha, seed=args.seed, batch_size=args.batch_size,
-        num_classes=info.num_classes,
-    )  # fmt: skip
-    for name in ("skip", "max"):
-        value = getattr(args, name)
-        if value is not None and value < 1:
-            raise UserError(f"{name}={value}: use a whole number of at least 1")
     devices = parallel.choose_devices(args.num_devices)
+    alpha = probability("alpha", args.alpha)
+    settings = voting.vote_settings(
+        sigma=config.sigma if args.sigma is None else args.sigma, num_classes=info.num_classes, n0=args.n0, n=args.n,
+        seed=args.seed, batch_size=args.batch_size, platform=devices[0].platform,
+    )  # fmt: skip
+    skip = whole_number("skip", args.skip, at_least=1)
+    most = None if args.max is None else whole_number("max", args.max, at_least=1)
 
     split = data.load(
-        config.dataset.name, args.split, data_dir=config.dataset.data_dir, cache_dir=config.dataset.cache_dir
+        config.dataset.name,
+        args.split,
+        data_dir=args.data_dir or config.dataset.data_dir,
+        cache_dir=args.cache_dir or config.dataset.cache_dir,
     )
     checkpoint_step, params = _restore_params(config, workdir, devices)
-    indices = np.arange(0, len(split.labels), args.skip)[: args.max]
+    indices = np.arange(0, len(split.labels), skip)[:most]
     identity = {
-        "sigma": sigma, "n0": args.n0, "n": args.n, "alpha": args.alpha, "seed": args.seed, "skip": args.skip,
-        "dataset": config.dataset.name, "split": args.split, "data_digest": data.digest(split),
+        "sigma": settings.sigma, "n0": settings.n0, "n": settings.n, "alpha": alpha, "seed": settings.seed,
+        "skip": skip, "dataset": config.dataset.name, "split": args.split, "data_digest": data.digest(split),
         "model": config.model, "checkpoint_step": checkpoint_step, "parameter_digest": digest(params),
     }  # fmt: skip
     output = (args.output or workdir / "certificates.tsv").expanduser()
     file = CertificateFile(output, identity=identity, about=_about(config, devices), indices=indices.tolist())
     try:
         model = training.make_model(config)
-        _certify(
-            file, indices, split,
-            apply_fn=lambda variables, images: model.apply(variables, images, train=False),
-            variables={"params": params}, sigma=sigma, num_classes=info.num_classes, n0=args.n0, n=args.n,
-            alpha=args.alpha, seed=args.seed,
-            batch_size=args.batch_size or voting.default_batch_size(devices[0].platform), devices=devices,
-        )  # fmt: skip
+        votes = voting.count_votes(
+            lambda variables, images: model.apply(variables, images, train=False),
+            {"params": params},
+            data.to_unit(split.images[indices[file.progress.images :]]),
+            indices[file.progress.images :],
+            settings=settings,
+            devices=devices,
+        )
+        _certify(file, votes, indices, split.labels, alpha=alpha, sigma=settings.sigma)
     finally:
         file.close()
     done = file.progress
     print(
-        f"{output}: {done.images} images, ACR {_floor(done.radius_sum / done.images, 4)},"
+        f"{output}: {done.images} images, ACR {done.acr:.4f},"
         f" accuracy {done.correct / done.images:.4f}, abstained {done.abstained}\n"
         f"next: python analyze.py {output}"
     )
 
 
 def _certify(
-    file: CertificateFile, indices: np.ndarray, split: data.Split, *, alpha: float, sigma: float, **how: Any
+    file: CertificateFile,
+    groups: Iterator[voting.Votes],
+    indices: np.ndarray,
+    labels: np.ndarray,
+    *,
+    alpha: float,
+    sigma: float,
 ) -> None:
-    """Certifies the images that the file does not hold yet, and adds them to it group by group."""
+    """Adds the images that the file does not hold yet, group by group."""
     done = file.progress.images
     if done:
         note(f"{file.path} holds {done} images already")
-    todo = indices[done:]
     bar = tqdm(
         total=max(done, len(indices)), initial=done, desc="certifying", unit="img",
         mininterval=0.5 if sys.stderr.isatty() else _SECONDS_BETWEEN_LINES,
     )  # fmt: skip
-    images = split.images[todo].astype(np.float32) / 255
     with bar:
         before = time.perf_counter()
-        for votes in voting.count_votes(how.pop("apply_fn"), how.pop("variables"), images, todo, sigma=sigma, **how):
-            group = todo[: len(votes.counts)]
-            todo = todo[len(group) :]
-            now = time.perf_counter()
+        for votes in groups:
+            group = indices[file.progress.images :][: len(votes.counts)]
             result = conclude(*votes, alpha=alpha, sigma=sigma)
-            file.append(group, split.labels[group], result, (now - before) / len(group))
+            now = time.perf_counter()
+            file.append(group, labels[group], result, (now - before) / len(group))
             before = now
-            bar.set_postfix(ACR=f"{file.progress.radius_sum / file.progress.images:.4f}", refresh=False)
+            bar.set_postfix(ACR=f"{file.progress.acr:.4f}", refresh=False)
             bar.update(len(group))
 
 
@@ -150,7 +158,7 @@ def _restore_params(config: ConfigDict, workdir: Path, devices: list[jax.Device]
     finally:
         checkpoints.close()
     if restored is None:
-        raise UserError(f"workdir={workdir} has no checkpoint yet; train first: python train.py --workdir={workdir}")
+        raise UserError(f"workdir={workdir} has no checkpoint yet; train first, with train.py and the same --workdir")
     step, state = restored
     return step, state.params
 
@@ -163,10 +171,6 @@ def _about(config: ConfigDict, devices: list[jax.Device]) -> dict[str, Any]:
         "started": datetime.now(UTC).isoformat(timespec="seconds"),
         "config": config.to_dict(),
     }
-
-
-def _floor(value: float, decimals: int) -> str:
-    return f"{math.floor(value * 10**decimals) / 10**decimals:.{decimals}f}"
 
 
 def main(argv: Sequence[str] | None = None) -> None:

@@ -2,6 +2,7 @@
 
 import errno
 import logging
+import os
 import sys
 from collections.abc import Callable, Sequence
 
@@ -10,12 +11,8 @@ from absl import logging as absl_logging
 from rs_consistency.errors import UserError
 
 EXIT_USER_ERROR = 2
-_DISK_ERRORS = frozenset(
-    {
-        errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EACCES, errno.EPERM, errno.EROFS,
-        errno.ENOTDIR, errno.EISDIR, errno.ENOENT, errno.EEXIST, errno.EIO,
-    }
-)  # fmt: skip
+EXIT_BROKEN_PIPE = 141
+EXIT_INTERRUPTED = 130
 
 
 def run_main(main: Callable[[Sequence[str] | None], None], argv: Sequence[str] | None) -> None:
@@ -23,15 +20,21 @@ def run_main(main: Callable[[Sequence[str] | None], None], argv: Sequence[str] |
     quiet_libraries()
     try:
         main(argv)
+        sys.stdout.flush()
     except UserError as error:
         fail(str(error))
+    except BrokenPipeError:  # the reader of our output has gone, such as `| head`
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # nothing more can fail to be flushed
+        raise SystemExit(EXIT_BROKEN_PIPE) from None
     except OSError as error:
-        if error.errno not in _DISK_ERRORS:
+        if error.errno is None:
             raise
         where = f"{error.filename}: " if error.filename else ""
-        fail(f"{where}{error.strerror}; free space or choose a writable folder. What was finished is on disk")
+        full = error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+        remedy = "free space and run the same command again" if full else "choose another path, or make this one usable"
+        fail(f"{where}{error.strerror}; {remedy}")
     except KeyboardInterrupt:
-        fail("interrupted; the same command continues", status=130)
+        fail("interrupted; the same command continues", status=EXIT_INTERRUPTED)
 
 
 def fail(message: str, *, status: int = EXIT_USER_ERROR) -> None:
@@ -54,6 +57,7 @@ def quiet_libraries() -> None:
     absl_logging.set_stderrthreshold("fatal")
     for name in ("jax", "orbax", "tensorflow_datasets"):
         logging.getLogger(name).setLevel(logging.ERROR)
+    logging.getLogger("asyncio").setLevel(logging.CRITICAL)
     if sys.unraisablehook is not _unraisable:
         _others.append(sys.unraisablehook)
         sys.unraisablehook = _unraisable
@@ -63,6 +67,8 @@ _others: list[Callable[["sys.UnraisableHookArgs"], object]] = []
 
 
 def _unraisable(unraisable: "sys.UnraisableHookArgs") -> None:
-    """Leaves out the tracebacks of TensorStore's threads when a save has failed; the failure itself is raised."""
-    if "Event loop is closed" not in str(unraisable.exc_value):
+    """Leaves out what Orbax's unfinished reads and writes say when one of them failed; the failure itself is raised."""
+    code = getattr(unraisable.object, "cr_code", None)  # of a coroutine
+    of_orbax = code is not None and "orbax" in code.co_filename
+    if not of_orbax and "Event loop is closed" not in str(unraisable.exc_value):
         _others[-1](unraisable)

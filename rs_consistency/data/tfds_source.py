@@ -61,8 +61,9 @@ def find_prepared(name: str, data_dir: Path) -> Path:
     if not versions:
         raise UserError(
             f"dataset.name={name!r} is not prepared in {data_dir}; prepare it with"
-            f" `python -m rs_consistency.data.prepare {name} --data_dir={data_dir}`, or set --config.dataset.data_dir"
-            " or TFDS_DATA_DIR to the folder that has it (mnist_subset needs no preparation)"
+            f" `python -m rs_consistency.data.prepare {name} --data_dir={data_dir}`, or set"
+            " TFDS_DATA_DIR or data_dir (--config.dataset.data_dir of train.py, --data_dir of certify.py) to the folder"
+            " that has it (mnist_subset needs no preparation)"
         )
     return max(versions, key=lambda path: [int(n) if n.isdigit() else -1 for n in path.name.split(".")])
 

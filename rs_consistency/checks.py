@@ -1,0 +1,46 @@
+"""Checks of single settings; each raises a `UserError` with the name, the value and the remedy."""
+
+import math
+import numbers
+from typing import Any
+
+from rs_consistency.errors import UserError
+
+
+def whole_number(name: str, value: Any, *, at_least: int, at_most: int = 2**63 - 1) -> int:
+    """A whole number in a range, as an int; `1e5` is one, `True` and `"5"` are not."""
+    if _is_number(value) and math.isfinite(value) and int(value) == value and at_least <= value <= at_most:
+        return int(value)
+    upper = "" if at_most == 2**63 - 1 else f" and at most {at_most}"
+    raise UserError(f"{name}={value}: use a whole number of at least {at_least}{upper}")
+
+
+def number_above(name: str, value: Any, limit: float) -> float:
+    """A finite number greater than the limit, as a float."""
+    if _is_number(value) and math.isfinite(value) and value > limit:
+        return float(value)
+    raise UserError(f"{name}={value}: use a number greater than {limit}")
+
+
+def number_at_least(name: str, value: Any, limit: float) -> float:
+    """A finite number of at least the limit, as a float."""
+    if _is_number(value) and math.isfinite(value) and value >= limit:
+        return float(value)
+    raise UserError(f"{name}={value}: use a number of at least {limit}")
+
+
+def probability(name: str, value: Any) -> float:
+    """A number in the open interval (0, 1), as a float."""
+    if _is_number(value) and 0 < value < 1:
+        return float(value)
+    raise UserError(f"{name}={value}: use a number in (0, 1), such as 0.001")
+
+
+def one_of(name: str, value: Any, names: Any) -> None:
+    """One of the given names."""
+    if value not in names:
+        raise UserError(f"{name}={value!r} is unknown; use one of {', '.join(sorted(names))}")
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, numbers.Real) and not isinstance(value, bool)
