@@ -29,7 +29,7 @@ import numpy as np
 
 from rs_consistency.certification import ABSTAIN, Certification
 from rs_consistency.errors import UserError
-from rs_consistency.files import lock, read_json, write_json
+from rs_consistency.files import lock, naming, read_json, write_json
 
 FIELD_COLUMNS = ("idx", "label", "predict", "radius", "correct", "time")
 COUNT_COLUMNS = ("count0", "count", "count_runner_up", "selected")
@@ -143,12 +143,12 @@ class CertificateFile:
         start = self._file.tell()
         rest = memoryview(text.encode())
         try:
-            while rest:
-                rest = rest[self._file.write(rest) :]
-            os.fsync(self._file.fileno())
-        except OSError as error:
+            with naming(self.path):
+                while rest:
+                    rest = rest[self._file.write(rest) :]
+                os.fsync(self._file.fileno())
+        except OSError:
             self._file.truncate(start)
-            error.filename = str(self.path)
             raise
 
     def _check_record(self, record_path: Path, identity: dict[str, Any], about: dict[str, Any]) -> None:

@@ -12,6 +12,16 @@ from rs_consistency.errors import UserError
 
 
 @contextmanager
+def naming(path: Path) -> Iterator[None]:
+    """Puts the path, as the user knows it, into an `OSError` of the block: a failed write does not say where."""
+    try:
+        yield
+    except OSError as error:
+        error.filename = str(path)
+        raise
+
+
+@contextmanager
 def replace_atomically(path: Path) -> Iterator[Path]:
     """Yields a temporary path in the same folder; what was written there then replaces `path`.
 
@@ -19,13 +29,11 @@ def replace_atomically(path: Path) -> Iterator[Path]:
     """
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
-        yield temporary
-        with temporary.open("rb") as file:
-            os.fsync(file.fileno())
-        temporary.replace(path)
-    except OSError as error:
-        error.filename = str(path)  # the name that the user knows
-        raise
+        with naming(path):
+            yield temporary
+            with temporary.open("rb") as file:
+                os.fsync(file.fileno())
+            temporary.replace(path)
     finally:
         temporary.unlink(missing_ok=True)
 

@@ -1,13 +1,16 @@
 """The records of a training run: a line of `metrics.jsonl` and TensorBoard scalars for every epoch."""
 
 import json
+import time
 from pathlib import Path
 from typing import Any
 
-from tensorboardX import SummaryWriter
+from tensorboardX.event_file_writer import EventsWriter
+from tensorboardX.proto.event_pb2 import Event, SessionLog
+from tensorboardX.proto.summary_pb2 import Summary
 
 from rs_consistency.errors import UserError
-from rs_consistency.files import replace_atomically
+from rs_consistency.files import naming, replace_atomically
 
 
 class MetricsWriter:
@@ -25,16 +28,25 @@ class MetricsWriter:
         kept = [line for line in read_lines(self._path) if line["epoch"] <= finished_epochs]
         with replace_atomically(self._path) as temporary:
             temporary.write_text("".join(json.dumps(line) + "\n" for line in kept), encoding="utf-8")
-        self._tensorboard = SummaryWriter(str(workdir / "tensorboard"), purge_step=finished_steps + 1)
+        self._folder = workdir / "tensorboard"
+        self._folder.mkdir(exist_ok=True)
+        # The plain writer, not SummaryWriter: its thread and exit hook print tracebacks when the disk is full.
+        self._tensorboard = EventsWriter(str(self._folder / "events"), filename_suffix=f".{time.time_ns()}")
+        # TensorBoard drops the scalars of an earlier part of the run from this step on.
+        self._write_event(finished_steps + 1, session_log=SessionLog(status=SessionLog.START))
 
     def write(self, record: dict[str, Any]) -> None:
         """Writes one record; `step` and `epoch` are part of it."""
-        with self._path.open("a", encoding="utf-8") as file:
+        with naming(self._path), self._path.open("a", encoding="utf-8") as file:
             file.write(json.dumps(record) + "\n")
-        for name, value in record.items():
-            if name not in ("step", "epoch"):
-                self._tensorboard.add_scalar(name, value, record["step"])
-        self._tensorboard.flush()
+        scalars = [(name, value) for name, value in record.items() if name not in ("step", "epoch")]
+        values = [Summary.Value(tag=name, simple_value=value) for name, value in scalars]
+        self._write_event(record["step"], summary=Summary(value=values))
+
+    def _write_event(self, step: int, **content: Any) -> None:
+        with naming(self._folder):
+            self._tensorboard.write_event(Event(step=step, wall_time=time.time(), **content))
+            self._tensorboard.flush()
 
     def close(self) -> None:
         """Flushes and closes."""

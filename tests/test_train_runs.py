@@ -64,6 +64,8 @@ def test_a_killed_run_resumes_to_the_same_parameters(program, tmp_path):
     for one, other in zip(records(whole), records(killed), strict=True):
         one.pop("noisy_images_per_second"), other.pop("noisy_images_per_second")
         assert one == other
+    events = EventAccumulator(str(killed / "tensorboard")).Reload()
+    assert [event.step for event in events.Scalars("loss")] == list(range(7, 26 * 7, 7))
     # The newest two are kept, whatever happened between.
     assert sorted(int(path.name) for path in (killed / "checkpoints").iterdir()) == [24 * 7, 25 * 7]
 
