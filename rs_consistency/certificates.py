@@ -87,18 +87,20 @@ class CertificateFile:
             lock(self._file.fileno(), f"output={path}")
             content = self._file.read()
             whole = content[: content.rfind(b"\n") + 1]
-            if whole:
+            header = HEADER.encode()
+            if header.startswith(content) or whole == header:  # new, or killed before the first image was done
+                self._file.truncate(0)
+                self._file.seek(0)
+                write_json(record_path, {**identity, **about})
+                self._write(HEADER)
+                self.progress = Progress(0, 0.0, 0, 0)
+            elif whole:
                 self._check_record(record_path, identity, about)
                 self.progress = _check_lines(path, whole.decode("utf-8", "replace"), indices)
-            elif HEADER.encode().startswith(content):  # new, or killed while writing the header
-                write_json(record_path, {**identity, **about})
-                self.progress = Progress(0, 0.0, 0, 0)
+                self._file.truncate(len(whole))
+                self._file.seek(len(whole))
             else:
                 raise UserError(f"{path} is not a certificate file; choose another --output")
-            self._file.truncate(len(whole))
-            self._file.seek(len(whole))
-            if not whole:
-                self._write(HEADER)
         except BaseException:
             self._file.close()
             raise

@@ -90,7 +90,7 @@ def certify(
     alpha = probability("alpha", alpha)
     settings = voting.vote_settings(
         sigma=sigma, num_classes=num_classes, n0=n0, n=n, seed=seed, batch_size=batch_size,
-        platform=devices[0].platform,
+        image_shape=images.shape[1:], platform=devices[0].platform,
     )  # fmt: skip
     groups = voting.count_votes(
         lambda _, batch: apply_fn(batch), (), images, indices, settings=settings, devices=devices

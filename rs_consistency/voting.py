@@ -1,5 +1,6 @@
 """The votes of a smoothed classifier, counted on the devices."""
 
+import math
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple
 
@@ -16,6 +17,7 @@ _BATCHES_IN_GROUP = 16
 # On 2 CPU cores LeNet's votes per second peak between 256 and 400 in a batch; an accelerator wants thousands.
 _BATCH_SIZE = {"cpu": 256}
 _BATCH_SIZE_ELSEWHERE = 4096
+_BATCH_VALUES = 2**24  # pixel values in a batch at most, so that large images fit into memory: 111 of 224 x 224 x 3
 # Row numbers are int32 on the devices: n0, n and a batch together have to stay below 2**31.
 _MOST_VOTES = 2**29
 MAX_INDEX = 2**31 - 1
@@ -42,15 +44,24 @@ class VoteSettings(NamedTuple):
 
 
 def vote_settings(
-    *, sigma: Any, num_classes: Any, n0: Any, n: Any, seed: Any, batch_size: Any, platform: str
+    *,
+    sigma: Any,
+    num_classes: Any,
+    n0: Any,
+    n: Any,
+    seed: Any,
+    batch_size: Any,
+    image_shape: Sequence[int],
+    platform: str,
 ) -> VoteSettings:
-    """Checked settings; a `batch_size` of None is chosen by platform.
+    """Checked settings; a `batch_size` of None is chosen by platform and image shape `(H, W, C)`.
 
     Raises:
       UserError: for the first setting that cannot work.
     """
     if batch_size is None:
-        batch_size = _BATCH_SIZE.get(platform, _BATCH_SIZE_ELSEWHERE)
+        usual = _BATCH_SIZE.get(platform, _BATCH_SIZE_ELSEWHERE)
+        batch_size = max(1, min(usual, _BATCH_VALUES // max(1, math.prod(image_shape))))
     return VoteSettings(
         sigma=number_above("sigma", sigma, 0),
         num_classes=whole_number("num_classes", num_classes, at_least=1),

@@ -8,6 +8,7 @@ from scipy import special, stats
 
 from rs_consistency import ABSTAIN, UserError, certify, lower_confidence_bound
 from rs_consistency.certification import conclude
+from rs_consistency.voting import vote_settings
 
 SHAPE = (4, 4, 1)
 WEIGHTS = np.random.default_rng(0).normal(size=16)
@@ -191,6 +192,15 @@ def test_bad_settings(several, arguments, message):
     settings = {"sigma": SIGMA, "num_classes": 2, "n0": 10, "n": 10, "batch_size": 8, **arguments}
     with pytest.raises(UserError, match=message):
         certify(linear, several, **settings)
+
+
+@pytest.mark.parametrize(
+    ("platform", "image_shape", "batch_size"),
+    [("cpu", (28, 28, 1), 256), ("gpu", (32, 32, 3), 4096), ("gpu", (224, 224, 3), 111), ("cpu", (224, 224, 3), 111)],
+)
+def test_the_batch_is_chosen_by_platform_and_image(platform, image_shape, batch_size):
+    settings = {"sigma": 1, "num_classes": 2, "n0": 1, "n": 1, "seed": 0, "batch_size": None}
+    assert vote_settings(**settings, image_shape=image_shape, platform=platform).batch_size == batch_size
 
 
 def test_whole_numbers_may_be_written_as_floats(several, votes):

@@ -126,10 +126,10 @@ def test_going_on_with_another_device_is_recorded(program, trained, tmp_path):
     assert other["device"] == "1 x cpu (cpu)"
 
 
-@pytest.mark.parametrize("kept", [0, 5, len(HEADER)])
-def test_a_file_killed_in_its_header_is_started_again(program, trained, certified, tmp_path, kept):
-    shutil.copy(certified.with_suffix(".json"), tmp_path / "c.json")
-    (tmp_path / "c.tsv").write_text(HEADER[:kept])
+@pytest.mark.parametrize("content", ["", HEADER[:5], HEADER, HEADER + "0\t7"])
+def test_a_file_killed_before_its_first_line_is_started_again(program, trained, certified, tmp_path, content):
+    (tmp_path / "c.json").write_text('{"n": 17}')  # made with other settings, which do not matter yet
+    (tmp_path / "c.tsv").write_text(content)
     program.succeeds("cli.certify", f"--workdir={trained}", *QUICK, "--skip=2", f"--output={tmp_path / 'c.tsv'}")
     assert rows(tmp_path / "c.tsv") == rows(certified)
 

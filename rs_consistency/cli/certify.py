@@ -70,7 +70,7 @@ def _main(argv: Sequence[str] | None) -> None:
     alpha = probability("alpha", args.alpha)
     settings = voting.vote_settings(
         sigma=config.sigma if args.sigma is None else args.sigma, num_classes=info.num_classes, n0=args.n0, n=args.n,
-        seed=args.seed, batch_size=args.batch_size, platform=devices[0].platform,
+        seed=args.seed, batch_size=args.batch_size, image_shape=info.image_shape, platform=devices[0].platform,
     )  # fmt: skip
     skip = whole_number("skip", args.skip, at_least=1)
     most = None if args.max is None else whole_number("max", args.max, at_least=1)
