@@ -17,6 +17,7 @@ from typing import Any
 
 import numpy as np
 from PIL import Image
+from tqdm import tqdm
 
 from rs_consistency.errors import UserError
 from rs_consistency.files import replace_atomically
@@ -114,7 +115,9 @@ def _decode(name: str, split: str, prepared: Path) -> tuple[np.ndarray, np.ndarr
         else:
             records = list(tfds.as_numpy(builder.as_dataset(split=split, decoders=decoders, shuffle_files=False)))
         with ThreadPoolExecutor() as pool:
-            images = np.stack(list(pool.map(_decode_image, (record["image"] for record in records))))
+            decoded = pool.map(_decode_image, (record["image"] for record in records))
+            bar = tqdm(decoded, f"decoding {name} ({split})", len(records), unit="img", disable=not sys.stderr.isatty())
+            images = np.stack(list(bar))
         labels = np.asarray([record["label"] for record in records], np.int32)
     except Exception as error:  # the readers below raise many kinds for a damaged file
         first_line = (str(error) or type(error).__name__).splitlines()[0]
