@@ -105,8 +105,12 @@ def test_tfrecord_without_tensorflow_names_both_ways_out(tmp_path, monkeypatch):
     info = json.loads((home / "dataset_info.json").read_text())
     (home / "dataset_info.json").write_text(json.dumps({**info, "fileFormat": "tfrecord"}))
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
-    with pytest.raises(UserError, match=r"only TensorFlow reads.*pip install tensorflow-cpu.*data.prepare mnist"):
+    with pytest.raises(
+        UserError, match=r"only TensorFlow reads.*pip install tensorflow-cpu.*data\.prepare mnist --data_dir="
+    ):
         data.load("mnist", "train", data_dir=str(tmp_path), cache_dir=str(tmp_path / "cache"))
+    with pytest.raises(UserError, match=r"is already prepared, as tfrecord.*give another --data_dir"):
+        prepare.prepare("mnist", data_dir=str(tmp_path))
 
 
 @pytest.mark.parametrize("damage", ["truncate", "remove", "info"])
@@ -121,7 +125,7 @@ def test_a_damaged_folder_is_named(tmp_path, damage):
         record.unlink()
     else:
         (home / "dataset_info.json").write_text("{")
-    with pytest.raises(UserError, match=r"is unreadable.*prepare it again with"):
+    with pytest.raises(UserError, match=r"is unreadable.*move"):
         data.load("mnist", "train", data_dir=str(tmp_path), cache_dir=str(tmp_path / "cache"))
 
 

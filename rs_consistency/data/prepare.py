@@ -15,7 +15,7 @@ from typing import NamedTuple
 import requests
 
 from rs_consistency.cli.common import run_main
-from rs_consistency.data.tfds_source import resolve_data_dir
+from rs_consistency.data.tfds_source import file_format, prepared_versions, resolve_data_dir
 from rs_consistency.errors import UserError
 
 _PROBE_SECONDS = 5
@@ -59,6 +59,13 @@ def prepare(name: str, *, data_dir: str = "", manual_dir: str = "") -> Path:
     """
     if name not in ORIGINALS:
         raise UserError(f"dataset {name!r} cannot be prepared; use one of {', '.join(ORIGINALS)}")
+    folder = resolve_data_dir(data_dir)
+    for prepared in prepared_versions(name, folder):
+        if file_format(prepared) != "array_record":
+            raise UserError(
+                f"{prepared} is already prepared, as {file_format(prepared)}: it can be read where TensorFlow is"
+                " installed; for array_record give another --data_dir"
+            )
     if importlib.util.find_spec("tensorflow") is None:
         raise UserError(f"preparing {name!r} needs TensorFlow, which is not installed: pip install tensorflow-cpu")
     if manual_dir:
@@ -68,11 +75,11 @@ def prepare(name: str, *, data_dir: str = "", manual_dir: str = "") -> Path:
 
     import tensorflow_datasets as tfds
 
-    builder = tfds.builder(name, data_dir=str(resolve_data_dir(data_dir)), file_format="array_record")
     download_config = tfds.download.DownloadConfig(
         manual_dir=str(Path(manual_dir).expanduser().resolve()) if manual_dir else None
     )
     try:
+        builder = tfds.builder(name, data_dir=str(folder), file_format="array_record")
         builder.download_and_prepare(download_config=download_config)
     except Exception as error:  # downloads, checksums and writing fail in many ways
         raise UserError(f"{name!r} could not be prepared: {str(error).splitlines()[0]}; try again") from error

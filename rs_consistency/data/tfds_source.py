@@ -58,15 +58,29 @@ def find_prepared(name: str, data_dir: Path) -> Path:
     Raises:
       UserError: when there is none; found from the folder alone, so without a network and at once.
     """
-    versions = [path.parent for path in (data_dir / name).glob("*/dataset_info.json")]
+    versions = prepared_versions(name, data_dir)
     if not versions:
         raise UserError(
             f"dataset.name={name!r} is not prepared in {data_dir}; prepare it with"
-            f" `python -m rs_consistency.data.prepare {name} --data_dir={data_dir}`, or set"
+            f" `{_command(name)} --data_dir={data_dir}`, or set"
             " TFDS_DATA_DIR or data_dir (--config.dataset.data_dir of train.py, --data_dir of certify.py) to the folder"
             " that has it (mnist_subset needs no preparation)"
         )
-    return max(versions, key=lambda path: [int(n) if n.isdigit() else -1 for n in path.name.split(".")])
+    return versions[-1]
+
+
+def prepared_versions(name: str, data_dir: Path) -> list[Path]:
+    """The folders of a dataset's prepared versions, oldest first."""
+    versions = [path.parent for path in (data_dir / name).glob("*/dataset_info.json")]
+    return sorted(versions, key=lambda path: [int(n) if n.isdigit() else -1 for n in path.name.split(".")])
+
+
+def file_format(prepared: Path) -> str:
+    """How a prepared folder is stored: `array_record`, `tfrecord`, ...; a `UserError` when it does not say."""
+    try:
+        return json.loads((prepared / "dataset_info.json").read_text()).get("fileFormat", "tfrecord")
+    except (OSError, ValueError, AttributeError) as error:
+        raise UserError(f"{prepared / 'dataset_info.json'} is unreadable ({error}); move {prepared} away") from None
 
 
 def _fingerprint(prepared: Path) -> str:
@@ -96,21 +110,18 @@ def _write_cache(path: Path, images: np.ndarray, labels: np.ndarray) -> None:
 
 
 def _decode(name: str, split: str, prepared: Path) -> tuple[np.ndarray, np.ndarray]:
-    try:
-        file_format = json.loads((prepared / "dataset_info.json").read_text()).get("fileFormat", "tfrecord")
-    except (OSError, ValueError) as error:
-        raise UserError(f"{prepared / 'dataset_info.json'} is unreadable ({error}); {_again(name)}") from None
-    if file_format != "array_record" and importlib.util.find_spec("tensorflow") is None:
+    stored_as = file_format(prepared)
+    if stored_as != "array_record" and importlib.util.find_spec("tensorflow") is None:
         raise UserError(
-            f"{prepared} is stored as {file_format}, which only TensorFlow reads, and TensorFlow is not installed;"
-            f" `pip install tensorflow-cpu`, or {_again(name)}"
+            f"{prepared} is stored as {stored_as}, which only TensorFlow reads, and TensorFlow is not installed;"
+            f" `pip install tensorflow-cpu`, or prepare it in another folder: {_command(name)} --data_dir=..."
         )
     import tensorflow_datasets as tfds  # slow to import, and only needed here
 
     try:
         builder = tfds.builder_from_directory(prepared)
         decoders = {"image": tfds.decode.SkipDecoding()}  # encoded bytes: PIL below is 6 times faster than TFDS
-        if file_format == "array_record":
+        if stored_as == "array_record":
             records = _from_array_record(builder.as_data_source(split=split, decoders=decoders))
         else:
             records = list(tfds.as_numpy(builder.as_dataset(split=split, decoders=decoders, shuffle_files=False)))
@@ -121,7 +132,9 @@ def _decode(name: str, split: str, prepared: Path) -> tuple[np.ndarray, np.ndarr
         labels = np.asarray([record["label"] for record in records], np.int32)
     except Exception as error:  # the readers below raise many kinds for a damaged file
         first_line = (str(error) or type(error).__name__).splitlines()[0]
-        raise UserError(f"{prepared} ({split}) is unreadable: {first_line}; {_again(name)}") from error
+        raise UserError(
+            f"{prepared} ({split}) is unreadable: {first_line}; move it away and prepare it again: {_command(name)}"
+        ) from error
     return images, labels
 
 
@@ -137,5 +150,5 @@ def _decode_image(encoded: bytes) -> np.ndarray:
     return image[..., None] if image.ndim == 2 else image  # [H, W, C]
 
 
-def _again(name: str) -> str:
-    return f"prepare it again with `python -m rs_consistency.data.prepare {name}`"
+def _command(name: str) -> str:
+    return f"python -m rs_consistency.data.prepare {name}"
