@@ -17,6 +17,8 @@ from rs_consistency.errors import UserError
 DEFAULT_RADII = (0.0, 0.25, 0.5, 0.75, 1.0, 1.25, 1.5, 1.75, 2.0, 2.25, 2.5)
 _NEEDED = {"idx": int, "label": int, "predict": int, "radius": float, "correct": int}
 
+_WORDS = {int: "whole number", float: "number"}
+
 
 class Certificates(NamedTuple):
     """The columns of a certificate file; `[N]` each, N > 0.
@@ -83,7 +85,7 @@ def read_certificates(path: Path) -> Certificates:
                 columns[name].append(kind(text_value))
             except ValueError:
                 raise UserError(
-                    f"{path}, line {number}: {name}={text_value!r} is not a number; repair the line"
+                    f"{path}, line {number}: {name}={text_value!r} is not a {_WORDS[kind]}; repair the line"
                 ) from None
     table = Certificates(**{name: np.asarray(values) for name, values in columns.items()})
     _check(path, table)

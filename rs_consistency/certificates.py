@@ -9,7 +9,7 @@
 | predict | certified class; -1: abstained |
 | radius | certified l2 radius, rounded down; 0 when it abstained |
 | correct | 1 when predict is label |
-| time | h:mm:ss.ffffff spent on the image |
+| time | h:mm:ss.ffffff spent on the image: the mean of those certified together, compilation included |
 | count0 | votes for the selected class among the n0 that selected it |
 | count | votes for it among the n further ones |
 | count_runner_up | most votes of any other class among those n |
@@ -89,6 +89,7 @@ class CertificateFile:
             whole = content[: content.rfind(b"\n") + 1]
             header = HEADER.encode()
             if header.startswith(content) or whole == header:  # new, or killed before the first image was done
+                _check_replaceable(record_path)
                 self._file.truncate(0)
                 self._file.seek(0)
                 write_json(record_path, {**identity, **about})
@@ -112,7 +113,7 @@ class CertificateFile:
           indices: `[G]` image numbers.
           labels: `[G]` true classes.
           result: of those images.
-          seconds: spent on each image.
+          seconds: spent on each image, on average.
         """
         selected = result.counts0.argmax(axis=1)
         others = result.counts.copy()
@@ -174,11 +175,16 @@ class CertificateFile:
 
 
 def record_of(path: Path) -> Path:
-    """The `.json` beside a `.tsv`."""
-    record_path = path.with_suffix(".json")
-    if record_path == path:
-        raise UserError(f"output={path}: the name ends in .json, which is the record beside it; use NAME.tsv")
-    return record_path
+    """The `.json` beside a `.tsv`; a `UserError` for a file of another name, whose record others might share."""
+    if path.suffix != ".tsv":
+        raise UserError(f"output={path}: the name must end in .tsv; the record beside it ends in .json")
+    return path.with_suffix(".json")
+
+
+def _check_replaceable(record_path: Path) -> None:
+    """A record of a certification without images may be replaced, a file of anything else not."""
+    if record_path.exists() and "parameter_digest" not in read_json(record_path):
+        raise UserError(f"{record_path} is there already and is no record of a certification; choose another --output")
 
 
 def format_radius(radius: float) -> str:

@@ -67,7 +67,7 @@ def certify(
       num_classes: K.
       n0: votes that choose the class.
       n: votes that measure it; the largest possible radius is `sigma * Phi^-1(alpha ** (1 / n))`.
-      alpha: error probability of one image's statement.
+      alpha: error probability of one image's statement, in (0, 1), at least 1e-100.
       seed: of the noise.
       batch_size: noisy images at a time; None for a choice by device. No effect on the votes.
       indices: `[B]`, numbers that address the images' noise, 0..B-1 by default. The votes of an image are a function
@@ -119,6 +119,8 @@ def conclude(counts0: np.ndarray, counts: np.ndarray, *, alpha: float, sigma: fl
 def check_images(images: ArrayLike) -> np.ndarray:
     """float32 `[B, H, W, C]`; a `UserError` when they are not that, or not in [0, 1]."""
     images = np.asarray(images)
+    if not (np.issubdtype(images.dtype, np.number) or images.dtype == bool):
+        raise UserError(f"images are of type {images.dtype}; they must be numbers in [0, 1]")
     if images.ndim != 4:
         raise UserError(f"images has shape {images.shape}; it must be [B, H, W, C], one image being images[None]")
     if images.size and not (np.isfinite(images).all() and images.min() >= 0 and images.max() <= 1):

@@ -6,40 +6,51 @@ from typing import Any
 
 from rs_consistency.errors import UserError
 
+SMALLEST_PROBABILITY = 1e-100  # below it the quantile functions lose their accuracy
+
 
 def whole_number(name: str, value: Any, *, at_least: int, at_most: int = 2**63 - 1) -> int:
     """A whole number in a range, as an int; `1e5` is one, `True` and `"5"` are not."""
+    value = _scalar(value)
     if _is_number(value) and math.isfinite(value) and int(value) == value and at_least <= value <= at_most:
         return int(value)
     upper = "" if at_most == 2**63 - 1 else f" and at most {at_most}"
-    raise UserError(f"{name}={value}: use a whole number of at least {at_least}{upper}")
+    raise UserError(f"{name}={value!r}: use a whole number of at least {at_least}{upper}")
 
 
 def number_above(name: str, value: Any, limit: float) -> float:
     """A finite number greater than the limit, as a float."""
+    value = _scalar(value)
     if _is_number(value) and math.isfinite(value) and value > limit:
         return float(value)
-    raise UserError(f"{name}={value}: use a number greater than {limit}")
+    raise UserError(f"{name}={value!r}: use a number greater than {limit}")
 
 
 def number_at_least(name: str, value: Any, limit: float) -> float:
     """A finite number of at least the limit, as a float."""
+    value = _scalar(value)
     if _is_number(value) and math.isfinite(value) and value >= limit:
         return float(value)
-    raise UserError(f"{name}={value}: use a number of at least {limit}")
+    raise UserError(f"{name}={value!r}: use a number of at least {limit}")
 
 
 def probability(name: str, value: Any) -> float:
-    """A number in the open interval (0, 1), as a float."""
-    if _is_number(value) and 0 < value < 1:
-        return float(value)
-    raise UserError(f"{name}={value}: use a number in (0, 1), such as 0.001")
+    """A number in (0, 1) and of at least `SMALLEST_PROBABILITY`, as a float."""
+    value = _scalar(value)
+    if not (_is_number(value) and 0 < value < 1):
+        raise UserError(f"{name}={value!r}: use a number in (0, 1), such as 0.001")
+    return number_at_least(name, value, SMALLEST_PROBABILITY)
 
 
 def one_of(name: str, value: Any, names: Any) -> None:
     """One of the given names."""
     if value not in names:
         raise UserError(f"{name}={value!r} is unknown; use one of {', '.join(sorted(names))}")
+
+
+def _scalar(value: Any) -> Any:
+    """The Python number in an array of no axes, such as `jnp.float32(0.5)`; anything else as it is."""
+    return value.item() if getattr(value, "ndim", None) == 0 else value
 
 
 def _is_number(value: Any) -> bool:

@@ -25,6 +25,8 @@ PLACE_KEYS = frozenset(
     }
 )
 
+_MOST = 10**9  # of anything that is counted: what int32 on the devices can add up
+
 
 def flatten(config: ConfigDict | dict[str, Any]) -> dict[str, Any]:
     """Nested keys as `optimizer.lr`."""
@@ -50,19 +52,22 @@ def validate(config: ConfigDict, *, num_devices: int) -> None:
     one_of("consistency.form", config.consistency.form, losses.FORMS)
 
     flat = flatten(config)
-    for key in ("sigma", "optimizer.lr"):
+    for key in ("sigma", "optimizer.lr", "optimizer.lr_gamma"):
         number_above(key, flat[key], 0)
     for key in (
-        "consistency.lbd", "consistency.eta", "optimizer.weight_decay", "optimizer.lr_gamma", "optimizer.momentum",
+        "consistency.lbd", "consistency.eta", "optimizer.weight_decay", "optimizer.momentum",
     ):  # fmt: skip
         number_at_least(key, flat[key], 0)
+    for key in ("consistency.lbd", "consistency.eta"):
+        if flat[key] > losses.LARGEST_WEIGHT:
+            raise UserError(f"{key}={flat[key]}: use a number of at most {losses.LARGEST_WEIGHT:g}")
     if config.optimizer.momentum >= 1:
         raise UserError(f"optimizer.momentum={config.optimizer.momentum}: use a number in [0, 1)")
     for key in (
         "num_noise", "batch_size", "num_epochs", "optimizer.lr_step_size", "eval_batch_size", "eval_every_epochs",
         "checkpoint_every_epochs", "checkpoint_keep",
     ):  # fmt: skip
-        whole_number(key, flat[key], at_least=1)
+        whole_number(key, flat[key], at_least=1, at_most=_MOST)
     whole_number("seed", config.seed, at_least=0, at_most=MAX_SEED)
 
     if config.consistency.lbd > 0 and config.num_noise < 2:

@@ -10,6 +10,8 @@ from typing import Any
 
 from rs_consistency.errors import UserError
 
+_REMEDY = "restore it from a copy, or move it away"
+
 
 @contextmanager
 def naming(path: Path) -> Iterator[None]:
@@ -50,9 +52,9 @@ def read_json(path: Path) -> dict[str, Any]:
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
     except ValueError as error:
-        raise UserError(f"{path} is damaged: {error}; restore it from a copy, or start in another folder") from None
+        raise UserError(f"{path} is damaged: {error}; {_REMEDY}") from None
     if not isinstance(content, dict):
-        raise UserError(f"{path} does not hold a JSON object; restore it from a copy, or start in another folder")
+        raise UserError(f"{path} does not hold a JSON object; {_REMEDY}")
     return content
 
 

@@ -14,6 +14,7 @@ FORMS = ("default", "xent", "kl", "mse")
 # Log-probabilities stop here. The differences of finite float32 logits can overflow to -inf, and 0 * inf and
 # inf - inf are NaN; 1e30 leaves room for sums over copies and classes and is far below any trainable value.
 _FLOOR = -1e30
+LARGEST_WEIGHT = 1e6  # keeps the weighted sums of such values finite
 
 
 def _log_softmax(logits: jax.Array) -> jax.Array:
@@ -64,8 +65,8 @@ def consistency(logits: jax.Array, *, lbd: float, eta: float = 0.5, form: str = 
 
     Args:
       logits: `[M, B, K]` floating point.
-      lbd: weight of the consistency term, at least 0.
-      eta: weight of the entropy, at least 0; only the form `default` uses it.
+      lbd: weight of the consistency term, 0 to 1e6.
+      eta: weight of the entropy, 0 to 1e6; only the form `default` uses it.
       form: one of the above.
 
     Returns:
@@ -73,14 +74,14 @@ def consistency(logits: jax.Array, *, lbd: float, eta: float = 0.5, form: str = 
       Finite, with finite gradients, for all finite logits.
 
     Raises:
-      ValueError: for an unknown form, a negative weight, or `M = 1` with `lbd > 0`: one copy is always
+      ValueError: for an unknown form, a weight outside its range, or `M = 1` with `lbd > 0`: one copy is always
         consistent with itself, so the term would silently do nothing.
     """
     _check_logits(logits)
     if form not in FORMS:
         raise ValueError(f"form={form!r} is unknown; use one of {', '.join(FORMS)}")
-    if not (math.isfinite(lbd) and lbd >= 0 and math.isfinite(eta) and eta >= 0):
-        raise ValueError(f"lbd={lbd} and eta={eta} must be finite and at least 0")
+    if not (0 <= lbd <= LARGEST_WEIGHT and 0 <= eta <= LARGEST_WEIGHT):
+        raise ValueError(f"lbd={lbd} and eta={eta} must be from 0 to {LARGEST_WEIGHT:g}")
     num_copies = logits.shape[0]
     if num_copies == 1 and lbd > 0:
         raise ValueError(f"lbd={lbd} needs at least two noisy copies, but logits {logits.shape} have M = 1")

@@ -57,11 +57,14 @@ def read_lines(path: Path) -> list[dict[str, Any]]:
     """The records of a `metrics.jsonl`; a last line that was cut off is left out, a damaged one a `UserError`."""
     if not path.exists():
         return []
-    whole = [line for line in path.read_text(encoding="utf-8").splitlines(keepends=True) if line.endswith("\n")]
+    text = path.read_text(encoding="utf-8", errors="replace")
+    whole = text[: text.rfind("\n") + 1].splitlines()
     records = []
     for number, line in enumerate(whole, start=1):
         try:
-            records.append(json.loads(line))
-        except ValueError:
+            record = json.loads(line)
+            record["epoch"] = int(record["epoch"])
+            records.append(record)
+        except (ValueError, TypeError, KeyError):
             raise UserError(f"{path}, line {number} is damaged ({line[:40].strip()!r}); delete that line") from None
     return records

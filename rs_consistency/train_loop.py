@@ -31,7 +31,8 @@ def train(config: ConfigDict, workdir: Path) -> training.TrainState:
 
     Args:
       config: with the keys of `configs/default.py`.
-      workdir: the run's folder: `config.json`, `metrics.jsonl`, `tensorboard/`, `checkpoints/`.
+      workdir: the run's folder: `config.json`, `data.json`, `metrics.jsonl`, `tensorboard/`, `checkpoints/`, and
+        `damaged_checkpoints/` where there were any.
 
     Returns:
       The final state, replicated over the devices. It is a function of config, seed and data; the number of
@@ -48,7 +49,7 @@ def train(config: ConfigDict, workdir: Path) -> training.TrainState:
     test_split = data.load(config.dataset.name, "test", **source)
     sizes = training.step_sizes(config, len(train_split.labels))
     with (
-        open_for_training(workdir, config, data.digest(train_split)),
+        open_for_training(workdir, config, data_digest=data.digest(train_split), num_examples=len(train_split.labels)),
         closing(Checkpoints(workdir, keep=config.checkpoint_keep)) as checkpoints,
     ):
         start = _start_state(config, checkpoints, sizes, devices)
@@ -162,7 +163,7 @@ def _check_finite(config: ConfigDict, fetched: list[dict[str, np.ndarray]], firs
                 causes.append(f"consistency.lbd={config.consistency.lbd} is too large")
             raise UserError(
                 f"training diverged at step {first_step + offset} ({', '.join(bad)}); likely {' or '.join(causes)}: use"
-                " a smaller one in another --workdir. The checkpoints before this epoch are kept"
+                " a smaller one in another --workdir. The checkpoints of earlier epochs are kept"
             )
 
 

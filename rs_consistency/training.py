@@ -60,7 +60,8 @@ def make_schedule(config: ConfigDict, steps_per_epoch: int) -> optax.Schedule:
     """Learning rate by step: times lr_gamma every lr_step_size epochs."""
     return optax.exponential_decay(
         config.optimizer.lr,
-        transition_steps=config.optimizer.lr_step_size * steps_per_epoch,
+        # Optax counts in int32; a drop beyond that never comes.
+        transition_steps=min(config.optimizer.lr_step_size * steps_per_epoch, 2**31 - 1),
         decay_rate=config.optimizer.lr_gamma,
         staircase=True,
     )

@@ -18,8 +18,9 @@ _BATCHES_IN_GROUP = 16
 _BATCH_SIZE = {"cpu": 256}
 _BATCH_SIZE_ELSEWHERE = 4096
 _BATCH_VALUES = 2**24  # pixel values in a batch at most, so that large images fit into memory: 111 of 224 x 224 x 3
-# Row numbers are int32 on the devices: n0, n and a batch together have to stay below 2**31.
+# Row numbers are int32 on the devices: n0 + n and the 16 batches of a group together stay below 2**31.
 _MOST_VOTES = 2**29
+_LARGEST_BATCH = 2**25
 MAX_INDEX = 2**31 - 1
 
 
@@ -68,7 +69,7 @@ def vote_settings(
         n0=whole_number("n0", n0, at_least=1, at_most=_MOST_VOTES),
         n=whole_number("n", n, at_least=1, at_most=_MOST_VOTES),
         seed=whole_number("seed", seed, at_least=0, at_most=noise.MAX_SEED),
-        batch_size=whole_number("batch_size", batch_size, at_least=1, at_most=_MOST_VOTES),
+        batch_size=whole_number("batch_size", batch_size, at_least=1, at_most=_LARGEST_BATCH),
     )
 
 

@@ -12,19 +12,21 @@ from ml_collections import ConfigDict
 from rs_consistency.config import differing_keys
 from rs_consistency.errors import UserError
 from rs_consistency.files import lock, read_json, write_json
+from rs_consistency.training import step_sizes
 
 CONFIG_FILE = "config.json"
 DATA_FILE = "data.json"
 
 
 @contextmanager
-def open_for_training(workdir: Path, config: ConfigDict, data_digest: str) -> Iterator[None]:
+def open_for_training(workdir: Path, config: ConfigDict, *, data_digest: str, num_examples: int) -> Iterator[None]:
     """Makes the folder or checks that it belongs to this config and data, and keeps others from training in it.
 
     Args:
       workdir: the folder.
       config: of the run. Keys that say where and how it is computed (`config.PLACE_KEYS`) may change: the newest count.
       data_digest: of the training data.
+      num_examples: of the training data.
 
     Raises:
       UserError: when the folder holds another config (the differing keys are named), a run on other data, or
@@ -36,13 +38,20 @@ def open_for_training(workdir: Path, config: ConfigDict, data_digest: str) -> It
     descriptor = os.open(workdir, os.O_RDONLY)
     try:
         lock(descriptor, f"workdir={workdir}")
-        _claim(workdir, json.loads(config.to_json()), data_digest)
+        _claim(workdir, json.loads(config.to_json()), data_digest, num_examples)
         yield
     finally:
         os.close(descriptor)
 
 
-def _claim(workdir: Path, mine: dict[str, Any], data_digest: str) -> None:
+def finished_step(workdir: Path, config: ConfigDict) -> int | None:
+    """The step of the run's last checkpoint once it is finished; None when the folder does not say."""
+    data_path = workdir / DATA_FILE
+    num_examples = read_json(data_path).get("train_examples") if data_path.exists() else None
+    return None if num_examples is None else config.num_epochs * step_sizes(config, num_examples).steps
+
+
+def _claim(workdir: Path, mine: dict[str, Any], data_digest: str, num_examples: int) -> None:
     path, data_path = workdir / CONFIG_FILE, workdir / DATA_FILE
     if path.exists():
         recorded = read_json(path)
@@ -52,14 +61,14 @@ def _claim(workdir: Path, mine: dict[str, Any], data_digest: str) -> None:
                 f"workdir={workdir} holds a run with another config ({'; '.join(differing)}); choose another --workdir,"
                 " or set these back"
             )
-        if data_path.exists() and read_json(data_path).get("train") != data_digest:
+        if data_path.exists() and read_json(data_path).get("train_digest") != data_digest:
             raise UserError(
                 f"workdir={workdir} holds a run on other data: the training split of {mine['dataset']['name']} is not"
                 " what it was; choose another --workdir, or set dataset.data_dir back"
             )
     elif (workdir / "checkpoints").exists():
         raise UserError(f"workdir={workdir} has checkpoints but no {CONFIG_FILE}; choose another --workdir")
-    write_json(data_path, {"train": data_digest})
+    write_json(data_path, {"train_digest": data_digest, "train_examples": num_examples})
     write_json(path, mine)
 
 
@@ -72,8 +81,7 @@ def read_config(workdir: Path) -> ConfigDict:
     path = workdir / CONFIG_FILE
     if not path.is_file():
         raise UserError(
-            f"workdir={workdir} has no {CONFIG_FILE}; give the folder of a run of train.py"
-            if workdir.is_dir()
-            else f"workdir={workdir} does not exist; give the folder of a run of train.py"
+            f"workdir={workdir} {'has no ' + CONFIG_FILE if workdir.exists() else 'does not exist'};"
+            " give the folder of a run of train.py"
         )
     return ConfigDict(read_json(path))

@@ -113,4 +113,6 @@ def test_bad_arguments(program, field, tmp_path):
     assert "does not exist; give a workdir" in program.fails("cli.analyze", tmp_path / "nothing")
     assert "has no certificates.tsv; make it" in program.fails("cli.analyze", tmp_path)
     assert "radii: -1.0 is not a radius" in program.fails("cli.analyze", field, "--radii=-1")
+    assert "give a folder" in program.fails("cli.analyze", field, "--output=figure.png")
+    assert "the following arguments are required: PATH" in program.fails("cli.analyze")
     assert "Not a directory" in program.fails("cli.analyze", field, "--output=/dev/null/figures")

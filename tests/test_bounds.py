@@ -87,6 +87,8 @@ def test_arguments_broadcast():
         ((1, 2, float("nan")), "alpha=nan"),
         ((1, 2, 1e-200), "alpha=1e-200: use a number of at least 1e-100"),
         ((1, float("inf"), 0.1), "n=inf"),
+        ((1, 2, None), "alpha=None: use numbers"),
+        (("a", 2, 0.1), "count='a': use numbers"),
         ((1, 0, 0.1), "n=0: use a whole number of at least 1"),
         ((3, 2, 0.1), "count=3: use whole numbers from 0 to n"),
         ((-1, 2, 0.1), "count=-1"),

@@ -166,11 +166,12 @@ def test_no_images_give_no_certificates():
     [
         ({"sigma": 0.0}, "sigma=0.0: use a number greater than 0"),
         ({"sigma": float("nan")}, "sigma=nan"),
-        ({"sigma": "0.5"}, r"sigma=0\.5: use a number"),
+        ({"sigma": "0.5"}, r"sigma='0\.5': use a number"),
         ({"sigma": None}, "sigma=None"),
         ({"alpha": 0.0}, r"alpha=0\.0: use a number in \(0, 1\)"),
         ({"alpha": 1.5}, "alpha=1.5"),
-        ({"alpha": "0.1"}, r"alpha=0\.1: use a number"),
+        ({"alpha": "0.1"}, r"alpha='0\.1': use a number"),
+        ({"alpha": 1e-150}, "alpha=1e-150: use a number of at least 1e-100"),
         ({"n": 0}, "n=0: use a whole number of at least 1"),
         ({"n": 10.5}, r"n=10\.5: use a whole number"),
         ({"n": float("inf")}, "n=inf: use a whole number"),
@@ -204,7 +205,9 @@ def test_the_batch_is_chosen_by_platform_and_image(platform, image_shape, batch_
 
 
 def test_whole_numbers_may_be_written_as_floats(several, votes):
-    got = certify(linear, several, sigma=np.float32(SIGMA), num_classes=2.0, n0=1e1, n=333.0, batch_size=64.0, seed=7.0)
+    got = certify(
+        linear, several, sigma=jnp.float32(SIGMA), num_classes=jnp.int32(2), n0=1e1, n=333.0, batch_size=64.0, seed=7.0
+    )
     assert_same_votes(got, votes)
 
 
@@ -214,6 +217,7 @@ def test_whole_numbers_may_be_written_as_floats(several, votes):
         (np.zeros((4, 4, 1)), r"images has shape \(4, 4, 1\); it must be \[B, H, W, C\]"),
         (np.full((1, *SHAPE), 255, np.uint8), r"images lie in \[255, 255\]; they must be in \[0, 1\]"),
         (np.full((1, *SHAPE), -0.1), "must be in"),
+        (np.full((1, *SHAPE), "dark"), "images are of type <U4"),
         (np.full((1, *SHAPE), np.nan), "must be in"),
         (np.zeros((1, 5, 5, 1)), r"the model does not accept images of shape \(5, 5, 1\)"),
     ],

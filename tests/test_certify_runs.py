@@ -128,7 +128,9 @@ def test_going_on_with_another_device_is_recorded(program, trained, tmp_path):
 
 @pytest.mark.parametrize("content", ["", HEADER[:5], HEADER, HEADER + "0\t7"])
 def test_a_file_killed_before_its_first_line_is_started_again(program, trained, certified, tmp_path, content):
-    (tmp_path / "c.json").write_text('{"n": 17}')  # made with other settings, which do not matter yet
+    (tmp_path / "c.json").write_text(
+        '{"n": 17, "parameter_digest": ""}'
+    )  # made with other settings, which do not matter yet
     (tmp_path / "c.tsv").write_text(content)
     program.succeeds("cli.certify", f"--workdir={trained}", *QUICK, "--skip=2", f"--output={tmp_path / 'c.tsv'}")
     assert rows(tmp_path / "c.tsv") == rows(certified)
@@ -192,8 +194,13 @@ def test_foreign_and_damaged_files_are_refused(program, trained, certified, tmp_
         (["--workdir=/nowhere"], "workdir=/nowhere does not exist"),
         (["--output=/nowhere/c.tsv"], "output=/nowhere/c.tsv: its folder does not exist"),
         (["--output=/proc/c.tsv"], "/proc/c.tsv"),
-        (["--output=/tmp"], "output=/tmp is not a regular file"),
-        (["--output=c.json"], "output=c.json: the name ends in .json"),
+        (["--output=/tmp"], "output=/tmp: the name must end in .tsv"),
+        (["--n=1e5.5"], "argument --n: invalid whole number value: '1e5.5'"),
+        (["--sigma=much"], "argument --sigma: invalid float value: 'much'"),
+        (["--alpha=1e-150"], "alpha=1e-150: use a number of at least 1e-100"),
+        (["--colour"], "unrecognized arguments: --colour"),
+        (["--output=c.json"], "output=c.json: the name must end in .tsv"),
+        (["--output=c"], "output=c: the name must end in .tsv"),
     ],
 )
 def test_bad_settings_of_certify(program, trained, arguments, message):
@@ -201,9 +208,30 @@ def test_bad_settings_of_certify(program, trained, arguments, message):
     assert not (trained / "certificates.tsv").exists()
 
 
-def test_words_instead_of_numbers_are_told_by_name(program, trained):
-    program("cli.certify", f"--workdir={trained}", "--sigma=much")
-    assert program.status == 2 and "argument --sigma: invalid float value: 'much'" in program.err
+def test_a_file_of_something_else_is_not_overwritten(program, trained, tmp_path):
+    workdir = tmp_path / "run"
+    shutil.copytree(trained, workdir)
+    command = ["cli.certify", f"--workdir={workdir}", *QUICK, "--max=1"]
+    error = program.fails(*command, f"--output={workdir / 'config.tsv'}")
+    assert "config.json is there already and is no record of a certification" in error
+    program.succeeds(*command, "--n0=2e1")  # and the run is as good as before
+
+
+def test_an_unfinished_run_is_told(program, trained, tmp_path):
+    workdir = tmp_path / "run"
+    shutil.copytree(trained, workdir)
+    shutil.rmtree(workdir / "checkpoints" / "14")
+    program.succeeds("cli.certify", f"--workdir={workdir}", *QUICK, "--max=1")
+    assert "note: the training is not finished: step 7 of 14" in program.err
+
+
+def test_a_device_without_memory_is_one_line(program, trained, tmp_path, monkeypatch):
+    def full(*_, **__):
+        raise jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: Out of memory allocating 1 bytes.\nat length")
+
+    monkeypatch.setattr("rs_consistency.voting.count_votes", full)
+    error = program.fails("cli.certify", f"--workdir={trained}", f"--output={tmp_path / 'c.tsv'}")
+    assert "the device's memory is full; use a smaller batch (--batch_size" in error
 
 
 def test_a_workdir_without_a_checkpoint(program, trained, tmp_path):

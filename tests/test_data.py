@@ -158,6 +158,10 @@ def test_prepare_says_what_is_missing_within_seconds(program, monkeypatch, tmp_p
     assert "out of reach (ConnectionError)" in program.fails("data.prepare", "mnist", f"--data_dir={tmp_path}")
 
 
+def test_what_is_prepared_needs_nothing(program, tfds_dir):
+    assert f"prepared {tfds_dir}/mnist/3.0.1" in program.succeeds("data.prepare", "mnist", f"--data_dir={tfds_dir}").out
+
+
 def test_the_digest_names_images_and_labels():
     split = data.Split(np.zeros((2, 2, 2, 1), np.uint8), np.array([0, 1], np.int32))
     assert data.digest(split) == data.digest(data.Split(split.images.copy(), split.labels.copy()))

@@ -114,8 +114,10 @@ def test_a_damaged_record_is_named(program, trained, tmp_path):
     shutil.copytree(trained, tmp_path / "run")
     shutil.rmtree(tmp_path / "run" / "checkpoints" / "14")
     metrics_file = tmp_path / "run" / "metrics.jsonl"
-    metrics_file.write_text("{\n" + metrics_file.read_text())
-    assert "metrics.jsonl, line 1 is damaged" in program.fails("cli.train", *TINY, f"--workdir={tmp_path / 'run'}")
+    good = metrics_file.read_bytes()
+    for line in (b"{", b"[1]", b"\xff\xfe", b'{"epoch": "one"}'):
+        metrics_file.write_bytes(line + b"\n" + good)
+        assert "metrics.jsonl, line 1 is damaged" in program.fails("cli.train", *TINY, f"--workdir={tmp_path / 'run'}")
 
 
 def test_a_damaged_config_and_foreign_checkpoints_are_refused(program, tmp_path):

@@ -149,6 +149,8 @@ def test_the_order_is_a_permutation_by_seed_and_epoch():
 
 
 def test_the_learning_rate_drops_by_epochs():
+    never = small_config(optimizer={"lr_step_size": 10**9})
+    assert float(training.make_schedule(never, steps_per_epoch=469)(10**6)) == pytest.approx(0.01)
     schedule = training.make_schedule(mnist.get_config(), steps_per_epoch=469)
     for epoch, lr in {0: 1e-2, 29: 1e-2, 30: 1e-3, 59: 1e-3, 60: 1e-4, 89: 1e-4}.items():
         for step in (469 * epoch, 469 * epoch + 468):

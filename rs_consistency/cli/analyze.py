@@ -5,7 +5,6 @@
 A PATH is a run's folder or any file in the field's format, from whatever program.
 """
 
-import argparse
 import csv
 import io
 import json
@@ -15,14 +14,12 @@ from pathlib import Path
 from typing import Any
 
 from rs_consistency.analysis import DEFAULT_RADII, read_certificates, summarize
-from rs_consistency.cli.common import run_main
+from rs_consistency.cli.common import Parser, run_main
 from rs_consistency.errors import UserError
 
 
-def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        prog="analyze.py", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+def _parser() -> Parser:
+    parser = Parser(prog="analyze.py", description=__doc__)
     add = parser.add_argument
     add("paths", nargs="+", type=Path, metavar="PATH", help="a workdir or a certificate file")
     add("--radii", nargs="+", type=float, default=DEFAULT_RADII, help="radii of the certified accuracies")
@@ -36,15 +33,19 @@ def _main(argv: Sequence[str] | None) -> None:
     for radius in args.radii:
         if not (math.isfinite(radius) and radius >= 0):
             raise UserError(f"radii: {radius} is not a radius; use numbers of at least 0")
-    summaries = [summarize(path, args.radii) for path in args.paths]
+    paths = [path.expanduser() for path in args.paths]
+    output = args.output and args.output.expanduser()
+    if output and output.suffix == ".png":
+        raise UserError(f"output={output}: give a folder; the picture in it is called certified_accuracy.png")
+    summaries = [summarize(path, args.radii) for path in paths]
     print(_FORMATS[args.format](summaries), end="")
-    if args.output:
+    if output:
         from rs_consistency.plots import save_curves, short_labels  # matplotlib is slow to import
 
-        args.output.mkdir(parents=True, exist_ok=True)
-        figure = args.output / "certified_accuracy.png"
-        labels = short_labels(args.paths)
-        save_curves(dict(zip(labels, map(read_certificates, args.paths), strict=True)), figure)
+        output.mkdir(parents=True, exist_ok=True)
+        figure = output / "certified_accuracy.png"
+        labels = short_labels(paths)
+        save_curves(dict(zip(labels, map(read_certificates, paths), strict=True)), figure)
         if args.format == "text":
             print(f"\ncurves: {figure}")
 

@@ -6,7 +6,6 @@ For every image: the class that the smoothed classifier predicts, and an l2 radi
 1 - alpha, no perturbation changes it. Writes certificates.tsv (a line per image) and certificates.json.
 """
 
-import argparse
 import platform
 import sys
 import time
@@ -26,32 +25,30 @@ from rs_consistency.certificates import CertificateFile
 from rs_consistency.certification import conclude
 from rs_consistency.checkpoints import Checkpoints, digest
 from rs_consistency.checks import probability, whole_number
-from rs_consistency.cli.common import note, run_main
-from rs_consistency.config import validate
+from rs_consistency.cli.common import Parser, note, run_main, whole
+from rs_consistency.config import PLACE_KEYS, flatten, validate
 from rs_consistency.errors import UserError
-from rs_consistency.workdir import CONFIG_FILE, read_config
+from rs_consistency.workdir import CONFIG_FILE, finished_step, read_config
 
 _SECONDS_BETWEEN_LINES = 30  # of the progress, where stderr is a file
 
 
-def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        prog="certify.py", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+def _parser() -> Parser:
+    parser = Parser(prog="certify.py", description=__doc__)
     add = parser.add_argument
     add("--workdir", required=True, type=Path, help="folder of a run of train.py")
-    add("--n0", type=int, default=100, help="votes that choose the class (default: %(default)s)")
-    add("--n", type=int, default=100_000, help="further votes that measure it (default: %(default)s)")
+    add("--n0", type=whole, default=100, help="votes that choose the class (default: %(default)s)")
+    add("--n", type=whole, default=100_000, help="further votes that measure it (default: %(default)s)")
     add("--alpha", type=float, default=0.001, help="error probability of a certificate (default: %(default)s)")
     add("--sigma", type=float, help="standard deviation of the noise (default: the one used in training)")
-    add("--skip", type=int, default=1, help="certify every SKIP-th image (default: %(default)s)")
-    add("--max", type=int, help="certify at most so many images (default: all)")
+    add("--skip", type=whole, default=1, help="certify every SKIP-th image (default: %(default)s)")
+    add("--max", type=whole, help="certify at most so many images (default: all)")
     add("--split", default="test", help="train or test (default: %(default)s)")
-    add("--seed", type=int, default=0, help="of the noise (default: %(default)s)")
-    add("--batch_size", type=int, help="noisy images at a time; no effect on the votes (default: by device)")
+    add("--seed", type=whole, default=0, help="of the noise (default: %(default)s)")
+    add("--batch_size", type=whole, help="noisy images at a time; no effect on the votes (default: by device)")
     add(
         "--num_devices",
-        type=int,
+        type=whole,
         default=0,
         help="devices that share the work; no effect on the votes (default: all)",
     )
@@ -144,6 +141,8 @@ def _read_valid_config(workdir: Path) -> ConfigDict:
     config = read_config(workdir)
     try:
         validate(config, num_devices=1)
+        flat = flatten(config)
+        _ = [flat[key] for key in PLACE_KEYS]
     except UserError as error:
         raise UserError(f"{workdir / CONFIG_FILE}: {error}") from None
     except (AttributeError, KeyError) as error:
@@ -160,17 +159,27 @@ def _restore_params(config: ConfigDict, workdir: Path, devices: list[jax.Device]
     if restored is None:
         raise UserError(f"workdir={workdir} has no checkpoint yet; train first, with train.py and the same --workdir")
     step, state = restored
+    last_step = finished_step(workdir, config)
+    if last_step is not None and step < last_step:
+        note(f"the training is not finished: step {step} of {last_step}; another checkpoint needs another --output")
     return step, state.params
 
 
 def _about(config: ConfigDict, devices: list[jax.Device]) -> dict[str, Any]:
-    versions = {name: metadata.version(name) for name in ("rs-consistency", "jax", "jaxlib", "flax", "numpy", "scipy")}
+    versions = {name: _version(name) for name in ("rs-consistency", "jax", "jaxlib", "flax", "numpy", "scipy")}
     return {
         "device": f"{len(devices)} x {devices[0].device_kind} ({devices[0].platform})",
         "versions": {"python": platform.python_version(), **versions},
         "started": datetime.now(UTC).isoformat(timespec="seconds"),
         "config": config.to_dict(),
     }
+
+
+def _version(name: str) -> str:
+    try:
+        return metadata.version(name)
+    except metadata.PackageNotFoundError:  # the project itself, run from a checkout that is not installed
+        return "not installed"
 
 
 def main(argv: Sequence[str] | None = None) -> None:

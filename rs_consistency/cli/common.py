@@ -1,11 +1,15 @@
 """What the command-line programs share: how they start, and how they fail."""
 
+import argparse
 import errno
 import logging
 import os
+import re
 import sys
 from collections.abc import Callable, Sequence
+from typing import Any, NoReturn
 
+import jax
 from absl import logging as absl_logging
 
 from rs_consistency.errors import UserError
@@ -23,6 +27,13 @@ def run_main(main: Callable[[Sequence[str] | None], None], argv: Sequence[str] |
         sys.stdout.flush()
     except UserError as error:
         fail(str(error))
+    except (jax.errors.JaxRuntimeError, MemoryError) as error:
+        if not isinstance(error, MemoryError) and not re.search("RESOURCE_EXHAUSTED|[Oo]ut of memory", str(error)):
+            raise
+        fail(
+            "the device's memory is full; use a smaller batch (--batch_size of certify.py, --config.batch_size or"
+            " --config.eval_batch_size of train.py)"
+        )
     except BrokenPipeError:  # the reader of our output has gone, such as `| head`
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # nothing more can fail to be flushed
         raise SystemExit(EXIT_BROKEN_PIPE) from None
@@ -37,7 +48,29 @@ def run_main(main: Callable[[Sequence[str] | None], None], argv: Sequence[str] |
         fail("interrupted; the same command continues", status=EXIT_INTERRUPTED)
 
 
-def fail(message: str, *, status: int = EXIT_USER_ERROR) -> None:
+class Parser(argparse.ArgumentParser):
+    """A parser whose errors are one line, like all others."""
+
+    def __init__(self, **settings: Any) -> None:
+        super().__init__(formatter_class=argparse.RawDescriptionHelpFormatter, **settings)
+
+    def error(self, message: str) -> NoReturn:
+        """Prints one line and exits."""
+        fail(f"{message}; {self.prog} --help tells more")
+
+
+def whole(text: str) -> int:
+    """The whole number in a text such as `100000` or `1e5`; for `type=` of an argument."""
+    number = float(text)
+    if not number.is_integer():
+        raise ValueError
+    return int(text) if text.strip().lstrip("+-").isdigit() else int(number)
+
+
+whole.__name__ = "whole number"  # argparse says "invalid whole number value"
+
+
+def fail(message: str, *, status: int = EXIT_USER_ERROR) -> NoReturn:
     """Prints one line and exits."""
     print(f"error: {' '.join(message.split())}", file=sys.stderr, flush=True)
     raise SystemExit(status)

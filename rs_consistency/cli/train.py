@@ -13,6 +13,8 @@ from ml_collections import config_flags
 from rs_consistency.cli.common import run_main
 from rs_consistency.errors import UserError
 
+_EXAMPLE = "python train.py --config=configs/mnist.py --workdir=runs/mnist"
+
 
 def _main(argv: Sequence[str] | None) -> None:
     values = _parse([] if argv is None else argv)
@@ -21,7 +23,7 @@ def _main(argv: Sequence[str] | None) -> None:
         return
     for name in ("config", "workdir"):
         if not values[name].value:
-            raise UserError(f"--{name} is missing: python train.py --config=configs/mnist.py --workdir=runs/mnist")
+            raise UserError(f"--{name} is missing: {_EXAMPLE}")
     # After the flags, so that a mistake in them is told at once.
     from rs_consistency.train_loop import train
 
@@ -29,6 +31,8 @@ def _main(argv: Sequence[str] | None) -> None:
 
 
 def _parse(argv: Sequence[str]) -> flags.FlagValues:
+    if not any(arg.lstrip("-").split("=")[0] in ("config", "help", "h") for arg in argv):
+        raise UserError(f"--config is missing: {_EXAMPLE}")
     values = flags.FlagValues()
     config_flags.DEFINE_config_file(
         "config",
@@ -56,6 +60,8 @@ def _explain(error: Exception) -> UserError:
     if isinstance(error, AttributeError | KeyError):
         key = str(error.args[0]).replace("\\n", " ").replace("\\", "").replace("'", "").strip('"')
         return UserError(f"--config has no such key: {key}; configs/default.py names every key")
+    if "get_config() takes 0 positional arguments" in str(error):
+        return UserError("--config: this file has no published cells; leave out what follows the colon")
     last_line = str(error).strip().splitlines()[-1].strip()
     own = f"{UserError.__module__}.UserError: "
     if isinstance(error, flags.Error | UserError) or last_line.startswith(own):

@@ -6,7 +6,6 @@ This step alone needs TensorFlow (`pip install tensorflow-cpu`) and, unless the 
 a network.
 """
 
-import argparse
 import importlib.util
 from collections.abc import Sequence
 from pathlib import Path
@@ -14,7 +13,7 @@ from typing import NamedTuple
 
 import requests
 
-from rs_consistency.cli.common import run_main
+from rs_consistency.cli.common import Parser, run_main
 from rs_consistency.data.tfds_source import file_format, prepared_versions, resolve_data_dir
 from rs_consistency.errors import UserError
 
@@ -61,11 +60,12 @@ def prepare(name: str, *, data_dir: str = "", manual_dir: str = "") -> Path:
         raise UserError(f"dataset {name!r} cannot be prepared; use one of {', '.join(ORIGINALS)}")
     folder = resolve_data_dir(data_dir)
     for prepared in prepared_versions(name, folder):
-        if file_format(prepared) != "array_record":
-            raise UserError(
-                f"{prepared} is already prepared, as {file_format(prepared)}: it can be read where TensorFlow is"
-                " installed; for array_record give another --data_dir"
-            )
+        if file_format(prepared) == "array_record":
+            return prepared  # nothing to do, and nothing needed for it
+        raise UserError(
+            f"{prepared} is already prepared, as {file_format(prepared)}: it can be read where TensorFlow is"
+            " installed; for array_record give another --data_dir"
+        )
     if importlib.util.find_spec("tensorflow") is None:
         raise UserError(f"preparing {name!r} needs TensorFlow, which is not installed: pip install tensorflow-cpu")
     if manual_dir:
@@ -107,7 +107,7 @@ def _check_network(name: str) -> None:
 
 
 def _main(argv: Sequence[str] | None) -> None:
-    parser = argparse.ArgumentParser(prog="python -m rs_consistency.data.prepare", description=__doc__)
+    parser = Parser(prog="python -m rs_consistency.data.prepare", description=__doc__)
     parser.add_argument("name", help="mnist, fashion_mnist or cifar10")
     parser.add_argument("--data_dir", default="", help="where to (default: $TFDS_DATA_DIR or TFDS's own)")
     parser.add_argument("--manual_dir", default="", help="a folder with the original files, instead of a download")
