@@ -146,11 +146,14 @@ def test_images_of_another_shape_are_named(tmp_path):
 def test_prepare_says_what_is_missing_within_seconds(program, monkeypatch, tmp_path):
     assert "cannot be prepared; use one of mnist" in program.fails("data.prepare", "mnist_subset")
 
+    monkeypatch.setenv("TFDS_DATA_DIR", str(tmp_path))
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
-    assert "pip install tensorflow-cpu" in program.fails("data.prepare", "mnist", f"--data_dir={tmp_path}")
+    assert "pip install tensorflow-cpu" in program.fails("data.prepare", "mnist")
 
     monkeypatch.setattr("importlib.util.find_spec", lambda name: object())
-    assert "manual_dir=/nowhere is not a folder" in program.fails("data.prepare", "mnist", "--manual_dir=/nowhere")
+    assert "manual_dir=/nowhere is not a folder" in program.fails(
+        "data.prepare", "mnist", "--manual_dir=/nowhere", f"--data_dir={tmp_path}"
+    )
     assert f"manual_dir={tmp_path} lacks train-images" in program.fails(
         "data.prepare", "mnist", f"--manual_dir={tmp_path}"
     )
