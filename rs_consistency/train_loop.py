@@ -16,9 +16,8 @@ from tqdm import tqdm
 
 from rs_consistency import data, parallel, training
 from rs_consistency.checkpoints import Checkpoints
-from rs_consistency.cli.common import note
 from rs_consistency.config import validate
-from rs_consistency.errors import UserError
+from rs_consistency.errors import UserError, note
 from rs_consistency.metrics import MetricsWriter
 from rs_consistency.workdir import open_for_training
 

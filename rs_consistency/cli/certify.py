@@ -25,9 +25,9 @@ from rs_consistency.certificates import CertificateFile
 from rs_consistency.certification import conclude
 from rs_consistency.checkpoints import Checkpoints, digest
 from rs_consistency.checks import probability, whole_number
-from rs_consistency.cli.common import Parser, note, run_main, whole
+from rs_consistency.cli.common import Parser, run_main, whole
 from rs_consistency.config import PLACE_KEYS, flatten, validate
-from rs_consistency.errors import UserError
+from rs_consistency.errors import UserError, note
 from rs_consistency.workdir import CONFIG_FILE, finished_step, read_config
 
 _SECONDS_BETWEEN_LINES = 30  # of the progress, where stderr is a file

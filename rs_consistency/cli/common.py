@@ -76,11 +76,6 @@ def fail(message: str, *, status: int = EXIT_USER_ERROR) -> NoReturn:
     raise SystemExit(status)
 
 
-def note(message: str) -> None:
-    """A line for the user beside the program's output."""
-    print(f"note: {message}", file=sys.stderr, flush=True)
-
-
 def quiet_libraries() -> None:
     """Silences what libraries log beside the programs' own lines.
 

@@ -19,7 +19,7 @@ import numpy as np
 from PIL import Image
 from tqdm import tqdm
 
-from rs_consistency.errors import UserError
+from rs_consistency.errors import UserError, note
 from rs_consistency.files import replace_atomically
 
 _READ_AT_ONCE = 1000
@@ -106,7 +106,7 @@ def _write_cache(path: Path, images: np.ndarray, labels: np.ndarray) -> None:
         with replace_atomically(path) as temporary, temporary.open("wb") as file:
             np.savez(file, images=images, labels=labels)
     except OSError as error:
-        print(f"note: decoded images are not cached ({error}); set --config.dataset.cache_dir", file=sys.stderr)
+        note(f"decoded images are not cached ({error}); set --config.dataset.cache_dir, or make it writable")
 
 
 def _decode(name: str, split: str, prepared: Path) -> tuple[np.ndarray, np.ndarray]:
