@@ -118,18 +118,18 @@ def certified_accuracy(table: Certificates, radius: float) -> float:
     return float(np.mean((table.radius >= radius) & (table.correct == 1)))
 
 
-def summarize(path: Path, radii: Sequence[float] = DEFAULT_RADII) -> dict[str, Any]:
+def summarize(path: Path, table: Certificates, radii: Sequence[float] = DEFAULT_RADII) -> dict[str, Any]:
     """The measures of one file, as `analyze.py --format=json` prints them.
 
     Args:
-      path: a certificate file or a workdir.
+      path: where the table comes from, as the user named it.
+      table: from `read_certificates`.
       radii: at which to give the certified accuracy.
 
     Returns:
       `path`, `n_images`, `acr`, `accuracy` (correct, at any radius), `abstention` (share), and `certified_accuracy`, a
       map from radius (as text, such as "0.25") to share.
     """
-    table = read_certificates(path)
     return {
         "path": str(path),
         "n_images": len(table.idx),

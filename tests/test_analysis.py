@@ -9,7 +9,9 @@ import numpy as np
 import pytest
 
 from rs_consistency.analysis import read_certificates
+from rs_consistency.cli.common import EXIT_BROKEN_PIPE
 from rs_consistency.plots import short_labels
+from tests.helpers import start
 
 FIELD = (
     "idx\tlabel\tpredict\tradius\tcorrect\ttime\n"
@@ -116,3 +118,11 @@ def test_bad_arguments(program, field, tmp_path):
     assert "give a folder" in program.fails("cli.analyze", field, "--output=figure.png")
     assert "the following arguments are required: PATH" in program.fails("cli.analyze")
     assert "Not a directory" in program.fails("cli.analyze", field, "--output=/dev/null/figures")
+
+
+def test_a_reader_that_goes_away_is_no_error(field):
+    process = start("analyze.py", field)
+    process.stdout.close()
+    with process.stderr:
+        assert process.stderr.read() == ""
+    assert process.wait(timeout=60) == EXIT_BROKEN_PIPE

@@ -1,8 +1,11 @@
 """Runs of certify.py: files, kill and continue, other settings, damaged input."""
 
+import fcntl
 import json
 import resource
 import shutil
+import signal
+import time
 
 import jax
 import numpy as np
@@ -12,6 +15,7 @@ import rs_consistency
 from rs_consistency import data
 from rs_consistency.certificates import HEADER, format_radius, format_time
 from rs_consistency.checkpoints import digest
+from rs_consistency.cli.common import EXIT_INTERRUPTED
 from rs_consistency.models import create_model
 from tests.helpers import count_lines, damage_checkpoint, final_params, kill_when, rows, start
 
@@ -215,6 +219,28 @@ def test_a_file_of_something_else_is_not_overwritten(program, trained, tmp_path)
     error = program.fails(*command, f"--output={workdir / 'config.tsv'}")
     assert "config.json is there already and is no record of a certification" in error
     program.succeeds(*command, "--n0=2e1")  # and the run is as good as before
+
+
+def test_two_programs_cannot_write_one_file(program, trained, certified):
+    with certified.open("rb") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        error = program.fails("cli.certify", f"--workdir={trained}", *QUICK, "--skip=2", f"--output={certified}")
+    assert f"output={certified} is in use by another process" in error
+
+
+def test_an_interrupted_certification_says_that_it_continues(trained, tmp_path):
+    output = tmp_path / "c.tsv"
+    process = start(
+        "certify.py", f"--workdir={trained}", "--n0=20", "--n=3000", "--batch_size=128", f"--output={output}"
+    )
+    deadline = time.monotonic() + 120
+    while count_lines(output) < 3 and time.monotonic() < deadline and process.poll() is None:
+        time.sleep(0.02)
+    process.send_signal(signal.SIGINT)
+    _, err = process.communicate(timeout=60)
+    assert process.returncode == EXIT_INTERRUPTED, err
+    assert err.splitlines()[-1] == "error: interrupted; the same command continues"
+    assert output.read_bytes().endswith(b"\n")
 
 
 def test_an_unfinished_run_is_told(program, trained, tmp_path):

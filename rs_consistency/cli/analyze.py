@@ -37,15 +37,15 @@ def _main(argv: Sequence[str] | None) -> None:
     output = args.output and args.output.expanduser()
     if output and output.suffix == ".png":
         raise UserError(f"output={output}: give a folder; the picture in it is called certified_accuracy.png")
-    summaries = [summarize(path, args.radii) for path in paths]
+    tables = [read_certificates(path) for path in paths]
+    summaries = [summarize(path, table, args.radii) for path, table in zip(paths, tables, strict=True)]
     print(_FORMATS[args.format](summaries), end="")
     if output:
         from rs_consistency.plots import save_curves, short_labels  # matplotlib is slow to import
 
         output.mkdir(parents=True, exist_ok=True)
         figure = output / "certified_accuracy.png"
-        labels = short_labels(paths)
-        save_curves(dict(zip(labels, map(read_certificates, paths), strict=True)), figure)
+        save_curves(dict(zip(short_labels(paths), tables, strict=True)), figure)
         if args.format == "text":
             print(f"\ncurves: {figure}")
 

@@ -21,9 +21,8 @@ def _main(argv: Sequence[str] | None) -> None:
     if values.help:
         print(f"{__doc__}\nFlags:\n{values.get_help()}\n\nconfigs/default.py names every key of a configuration.")
         return
-    for name in ("config", "workdir"):
-        if not values[name].value:
-            raise UserError(f"--{name} is missing: {_EXAMPLE}")
+    if not values.workdir:
+        raise UserError(f"--workdir is missing: {_EXAMPLE}")
     # After the flags, so that a mistake in them is told at once.
     from rs_consistency.train_loop import train
 
