@@ -17,7 +17,12 @@ def get_config() -> ConfigDict:
     config.dataset.data_dir = ""  # prepared TFDS data; empty: $TFDS_DATA_DIR, else ~/tensorflow_datasets
     config.dataset.cache_dir = ""  # decoded arrays; empty: $XDG_CACHE_HOME or ~/.cache, /rs_consistency
 
+    config.dataset.augment = "none"  # a name of rs_consistency.data.augment.AUGMENTATIONS
+    config.dataset.num_workers = 2  # processes that decode a streamed dataset (imagenet); 0: none but this one
+
     config.model = "lenet"  # a name of rs_consistency.models.MODELS
+    config.dtype = "float32"  # of the computation inside the model: float32 or bfloat16; parameters stay float32
+    config.init_from = ""  # workdir of another run, whose newest checkpoint this one starts from; empty: from scratch
 
     config.method = "gaussian"  # a name of rs_consistency.methods.METHODS
     config.sigma = 0.5  # standard deviation of the noise, in units of a [0, 1] pixel
@@ -28,7 +33,37 @@ def get_config() -> ConfigDict:
     config.consistency.eta = 0.5  # weight of the entropy in it
     config.consistency.form = "default"  # a name of rs_consistency.losses.FORMS
 
+    # One block for each method; only the chosen method's is read.
+    config.stability = ConfigDict()
+    config.stability.lbd = 2.0  # weight of the agreement of clean and noisy prediction
+
+    config.smoothadv = ConfigDict()
+    config.smoothadv.epsilon = 255 / 256  # l2 radius of the attack
+    config.smoothadv.num_steps = 10  # T: steps of the attack
+    config.smoothadv.warmup_epochs = 10  # over which epsilon grows from 0; 0: at once
+
+    config.macer = ConfigDict()
+    config.macer.lbd = 16.0  # weight of the robustness term
+    config.macer.beta = 16.0  # inverse temperature of the softmax in it
+    config.macer.gamma = 8.0  # its hinge
+    config.macer.deferred = True  # lbd is 0 until after the first drop of the learning rate
+
+    config.smoothmix = ConfigDict()
+    config.smoothmix.num_steps = 4  # T: steps of the attack
+    config.smoothmix.step_size = 1.0  # l2 length of a step
+    config.smoothmix.clean_step = 0  # the iterate that is the clean side; 0: the image itself
+    config.smoothmix.eta = 5.0  # weight of the mixed term
+    config.smoothmix.warmup_epochs = 10  # over which that weight grows; 0: at once
+
+    config.catrs = ConfigDict()
+    config.catrs.teacher = ""  # workdir of a Gaussian model on the same data (published: sigma 0.25)
+    config.catrs.num_votes = 10000  # of the teacher on a training image
+    config.catrs.epsilon = 1.0  # l2 radius of the attack on the noise
+    config.catrs.num_steps = 4  # T: steps of it
+    config.catrs.lbd = 0.5  # weight of the term for examples of high confidence
+
     config.batch_size = 256  # noisy images in a step: batch_size / num_noise examples, num_noise copies of each
+    config.accumulate_steps = 1  # parts of a batch that are computed one after the other: less memory, the same step
     config.num_epochs = 90
     config.optimizer = ConfigDict()  # SGD, as published
     config.optimizer.lr = 0.01
@@ -40,6 +75,7 @@ def get_config() -> ConfigDict:
     config.eval_batch_size = 1000  # test images in an evaluation step
     config.eval_every_epochs = 1
     config.checkpoint_every_epochs = 1
+    config.checkpoint_every_steps = 0  # within an epoch, too; 0: only at its end
     config.checkpoint_keep = 3  # newest checkpoints that stay on disk
     config.num_devices = 0  # 0: all
     return config

@@ -1,6 +1,8 @@
 """What differs between backends: compiler options, each with its measured gain."""
 
 import functools
+from collections.abc import Callable
+from typing import Any
 
 import jax
 
@@ -19,3 +21,25 @@ def training_compiler_options(platform: str) -> dict[str, str] | None:
     except jax.errors.JaxRuntimeError:
         return None
     return _CPU_TRAINING
+
+
+def repeat(body: Callable[[Any, Any], Any], times: int, start: Any) -> Any:
+    """`body(i, ...body(1, body(0, start)))` inside a compiled function.
+
+    On the CPU the loop is unrolled, since convolution gradients inside a compiled loop ran 5.9 times slower there
+    (the ten attack steps on 64 MNIST images, LeNet, 2 cores). Elsewhere it is compiled once: quick to compile.
+
+    Args:
+      body: (index, value) -> value, of the same shapes and types.
+      times: how often.
+      start: the first value.
+
+    Returns:
+      The last value.
+    """
+    if jax.default_backend() != "cpu":
+        return jax.lax.fori_loop(0, times, body, start)
+    value = start
+    for index in range(times):
+        value = body(index, value)
+    return value

@@ -26,12 +26,19 @@ def number_above(name: str, value: Any, limit: float) -> float:
     raise UserError(f"{name}={value!r}: use a number greater than {limit}")
 
 
-def number_at_least(name: str, value: Any, limit: float) -> float:
-    """A finite number of at least the limit, as a float."""
+def number_from(name: str, value: Any, *, at_least: float, at_most: float = math.inf) -> float:
+    """A finite number in a range, both ends included, as a float."""
     value = _scalar(value)
-    if _is_number(value) and math.isfinite(value) and value >= limit:
+    if _is_number(value) and math.isfinite(value) and at_least <= value <= at_most:
         return float(value)
-    raise UserError(f"{name}={value!r}: use a number of at least {limit}")
+    upper = "" if at_most == math.inf else f" and at most {at_most:g}"
+    raise UserError(f"{name}={value!r}: use a number of at least {at_least}{upper}")
+
+
+def boolean(name: str, value: Any) -> None:
+    """True or False."""
+    if not isinstance(value, bool):
+        raise UserError(f"{name}={value!r}: use True or False")
 
 
 def probability(name: str, value: Any) -> float:
@@ -39,7 +46,7 @@ def probability(name: str, value: Any) -> float:
     value = _scalar(value)
     if not (_is_number(value) and 0 < value < 1):
         raise UserError(f"{name}={value!r}: use a number in (0, 1), such as 0.001")
-    return number_at_least(name, value, SMALLEST_PROBABILITY)
+    return number_from(name, value, at_least=SMALLEST_PROBABILITY)
 
 
 def one_of(name: str, value: Any, names: Any) -> None:

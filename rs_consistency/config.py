@@ -1,15 +1,17 @@
 """Checks a configuration before anything is computed, and says which of its keys shape the result."""
 
+import math
 from typing import Any
 
 from ml_collections import ConfigDict
 
 from rs_consistency import losses
-from rs_consistency.checks import number_above, number_at_least, one_of, whole_number
+from rs_consistency.checks import number_above, number_from, one_of, whole_number
 from rs_consistency.data import DATASETS
+from rs_consistency.data.augment import AUGMENTATIONS
 from rs_consistency.errors import UserError
 from rs_consistency.methods import METHODS
-from rs_consistency.models import MODELS
+from rs_consistency.models import DTYPES, MODELS
 from rs_consistency.noise import MAX_SEED
 
 # Where and how a run is computed, not what: they may change between a run and its continuation.
@@ -17,9 +19,11 @@ PLACE_KEYS = frozenset(
     {
         "dataset.data_dir",
         "dataset.cache_dir",
+        "dataset.num_workers",
         "eval_batch_size",
         "eval_every_epochs",
         "checkpoint_every_epochs",
+        "checkpoint_every_steps",
         "checkpoint_keep",
         "num_devices",
     }
@@ -47,27 +51,28 @@ def validate(config: ConfigDict, *, num_devices: int) -> None:
       num_devices: devices that the run will use.
     """
     one_of("dataset.name", config.dataset.name, DATASETS)
+    one_of("dataset.augment", config.dataset.augment, AUGMENTATIONS)
     one_of("model", config.model, MODELS)
+    one_of("dtype", config.dtype, DTYPES)
     one_of("method", config.method, METHODS)
     one_of("consistency.form", config.consistency.form, losses.FORMS)
 
     flat = flatten(config)
     for key in ("sigma", "optimizer.lr", "optimizer.lr_gamma"):
         number_above(key, flat[key], 0)
-    for key in (
-        "consistency.lbd", "consistency.eta", "optimizer.weight_decay", "optimizer.momentum",
-    ):  # fmt: skip
-        number_at_least(key, flat[key], 0)
+    for key in ("optimizer.weight_decay", "optimizer.momentum"):
+        number_from(key, flat[key], at_least=0)
     for key in ("consistency.lbd", "consistency.eta"):
-        if flat[key] > losses.LARGEST_WEIGHT:
-            raise UserError(f"{key}={flat[key]}: use a number of at most {losses.LARGEST_WEIGHT:g}")
+        number_from(key, flat[key], at_least=0, at_most=losses.LARGEST_WEIGHT)
     if config.optimizer.momentum >= 1:
         raise UserError(f"optimizer.momentum={config.optimizer.momentum}: use a number in [0, 1)")
     for key in (
-        "num_noise", "batch_size", "num_epochs", "optimizer.lr_step_size", "eval_batch_size", "eval_every_epochs",
-        "checkpoint_every_epochs", "checkpoint_keep",
+        "num_noise", "batch_size", "accumulate_steps", "num_epochs", "optimizer.lr_step_size", "eval_batch_size",
+        "eval_every_epochs", "checkpoint_every_epochs", "checkpoint_keep",
     ):  # fmt: skip
         whole_number(key, flat[key], at_least=1, at_most=_MOST)
+    whole_number("checkpoint_every_steps", config.checkpoint_every_steps, at_least=0)
+    whole_number("dataset.num_workers", config.dataset.num_workers, at_least=0, at_most=1000)
     whole_number("seed", config.seed, at_least=0, at_most=MAX_SEED)
 
     if config.consistency.lbd > 0 and config.num_noise < 2:
@@ -75,11 +80,14 @@ def validate(config: ConfigDict, *, num_devices: int) -> None:
             f"consistency.lbd={config.consistency.lbd} needs at least two noisy copies of an example, but"
             f" num_noise={config.num_noise}; set --config.num_noise=2, or --config.consistency.lbd=0"
         )
-    if config.batch_size % (config.num_noise * num_devices):
+    parts = {"num_noise": config.num_noise, "accumulate_steps": config.accumulate_steps}
+    if config.batch_size % (math.prod(parts.values()) * num_devices):
+        named = " times ".join(f"{key}={value}" for key, value in parts.items() if key == "num_noise" or value > 1)
         raise UserError(
-            f"batch_size={config.batch_size} is not divisible by num_noise={config.num_noise} times {num_devices}"
-            f" device(s); use a multiple of {config.num_noise * num_devices}, or another --config.num_devices"
+            f"batch_size={config.batch_size} is not divisible by {named} times {num_devices} device(s);"
+            f" use a multiple of {math.prod(parts.values()) * num_devices}, or another --config.num_devices"
         )
+    METHODS[config.method].check(config)
 
 
 def differing_keys(mine: dict[str, Any], other: dict[str, Any]) -> list[str]:

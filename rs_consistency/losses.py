@@ -8,8 +8,12 @@ import math
 
 import jax
 import jax.numpy as jnp
+from jax.scipy.special import ndtri
 
 FORMS = ("default", "xent", "kl", "mse")
+
+# What MACER adds to the probability of the label before its logarithm.
+_MACER_FLOOR = 1e-10
 
 # Log-probabilities stop here. The differences of finite float32 logits can overflow to -inf, and 0 * inf and
 # inf - inf are NaN; 1e30 leaves room for sums over copies and classes and is far below any trainable value.
@@ -17,10 +21,16 @@ _FLOOR = -1e30
 LARGEST_WEIGHT = 1e6  # keeps the weighted sums of such values finite
 
 
-def _log_softmax(logits: jax.Array) -> jax.Array:
-    """Log softmax over the last axis, in float32 at least; finite for every finite input."""
+def log_softmax(logits: jax.Array) -> jax.Array:
+    """Log softmax over the last axis, in float32 at least; at least -1e30, so finite for every finite input."""
     logits = logits.astype(jnp.promote_types(logits.dtype, jnp.float32))
     return jnp.maximum(jax.nn.log_softmax(logits, axis=-1), _FLOOR)
+
+
+def log_mean_softmax(logits: jax.Array) -> jax.Array:
+    """`log Fbar`: logits `[M, B, K]` to the logarithm `[B, K]` of the mean softmax over the M copies."""
+    _check_logits(logits)
+    return jax.nn.logsumexp(log_softmax(logits), axis=0) - math.log(logits.shape[0])
 
 
 def cross_entropy(logits: jax.Array, labels: jax.Array) -> jax.Array:
@@ -39,15 +49,14 @@ def cross_entropy(logits: jax.Array, labels: jax.Array) -> jax.Array:
     Raises:
       ValueError: when the shapes do not fit together, or (outside `jit`) a label is outside 0..K-1.
     """
-    _check_logits(logits)
-    num_classes = logits.shape[2]
-    if labels.shape != logits.shape[1:2]:
-        raise ValueError(f"labels has shape {labels.shape}; logits {logits.shape} need [B] = {logits.shape[1:2]}")
-    known = (labels >= 0) & (labels < num_classes)
-    if not isinstance(known, jax.core.Tracer) and not known.all():
-        raise ValueError(f"labels={labels[~known][0]}: use whole numbers from 0 to {num_classes - 1}")
-    picked = jnp.take_along_axis(_log_softmax(logits), labels[None, :, None], axis=-1)  # [M, B, 1]
-    return jnp.where(known, -picked[..., 0].mean(axis=0), jnp.nan)
+    return cross_entropies(logits, labels).mean(axis=0)
+
+
+def cross_entropies(logits: jax.Array, labels: jax.Array) -> jax.Array:
+    """Cross entropy `[M, B]` of every noisy copy; arguments, guarantees and errors as those of `cross_entropy`."""
+    known = _check_labels(logits, labels)
+    picked = jnp.take_along_axis(log_softmax(logits), labels[None, :, None], axis=-1)  # [M, B, 1]
+    return jnp.where(known[None], -picked[..., 0], jnp.nan)
 
 
 def consistency(logits: jax.Array, *, lbd: float, eta: float = 0.5, form: str = "default") -> jax.Array:
@@ -86,7 +95,7 @@ def consistency(logits: jax.Array, *, lbd: float, eta: float = 0.5, form: str = 
     if num_copies == 1 and lbd > 0:
         raise ValueError(f"lbd={lbd} needs at least two noisy copies, but logits {logits.shape} have M = 1")
 
-    log_probs = _log_softmax(logits)  # [M, B, K]
+    log_probs = log_softmax(logits)  # [M, B, K]
     if form == "mse":
         if num_copies == 1:
             return jnp.zeros_like(log_probs[0, :, 0])
@@ -102,6 +111,117 @@ def consistency(logits: jax.Array, *, lbd: float, eta: float = 0.5, form: str = 
     if form == "xent":
         return lbd * (kl + entropy)
     return lbd * kl + eta * entropy
+
+
+def stability(clean_logits: jax.Array, noisy_logits: jax.Array) -> jax.Array:
+    """Stability training's term: the cross entropy between the predictions on the clean and the noisy image.
+
+    Source: Li, Chen, Wang, Carin (NeurIPS 2019).
+
+    Args:
+      clean_logits: `[B, K]`, f(x).
+      noisy_logits: `[B, K]`, f(x + d).
+
+    Returns:
+      `[B]`: `-sum_c F_c(x) log F_c(x + d)`, in nats, in float32 at least; without a weight. The gradient flows through
+      both. Finite, with finite gradients, for all finite logits.
+
+    Raises:
+      ValueError: when the shapes are not two equal `[B, K]`.
+    """
+    if clean_logits.ndim != 2 or clean_logits.shape != noisy_logits.shape:
+        raise ValueError(
+            f"clean_logits {clean_logits.shape} and noisy_logits {noisy_logits.shape} must both be [B, K]: examples,"
+            " classes"
+        )
+    return -(jnp.exp(log_softmax(clean_logits)) * log_softmax(noisy_logits)).sum(axis=-1)
+
+
+def macer(
+    logits: jax.Array, labels: jax.Array, *, sigma: float, beta: float, gamma: float
+) -> tuple[jax.Array, jax.Array]:
+    """MACER's two terms: the error of the smoothed classifier, and a hinge on its certified radius.
+
+    Source: Zhai et al. (ICLR 2020). With `Fbar` the mean softmax, and `p1 >= p2` the two largest entries of the mean over
+    the copies of `softmax(beta * logits[i])`:
+
+        classification = -log(Fbar_y + 1e-10)
+        robustness     = (sigma / 2) * (gamma - (Phi^-1(p1) - Phi^-1(p2)))
+
+    The second counts only for examples whose class of p1 is the label and whose `Phi^-1(p1) - Phi^-1(p2)` is finite
+    and at most gamma; for all others value and gradient are 0.
+
+    Args:
+      logits: `[M, B, K]` floating point, K at least 2.
+      labels: `[B]` integers in 0..K-1.
+      sigma: standard deviation of the noise; the robustness term is in its units.
+      beta: inverse temperature of the second softmax, above 0 and at most 1e6.
+      gamma: the hinge, at least 0.
+
+    Returns:
+      (classification `[B]` in nats, robustness `[B]` in units of sigma, without its weight lbd). Finite, with
+      finite gradients, for all finite logits. Where a label is outside 0..K-1: the classification is NaN under `jit`.
+
+    Raises:
+      ValueError: when the shapes do not fit, a number is outside its range, or (outside `jit`) a label is.
+    """
+    known = _check_labels(logits, labels)
+    if logits.shape[2] < 2:
+        raise ValueError(f"logits {logits.shape} have one class; MACER compares the two largest")
+    if not (sigma > 0 and 0 < beta <= LARGEST_WEIGHT and gamma >= 0):
+        raise ValueError(
+            f"sigma={sigma}, beta={beta}, gamma={gamma}: use sigma > 0, beta in (0, {LARGEST_WEIGHT:g}], gamma >= 0"
+        )
+    of_label = jnp.take_along_axis(log_mean_softmax(logits), labels[:, None], axis=-1)[:, 0]
+    classification = jnp.where(known, -jnp.log(jnp.exp(of_label) + _MACER_FLOOR), jnp.nan)
+
+    # Finite before the product with beta: the differences of finite logits can overflow, and so can the product.
+    logits = logits.astype(jnp.promote_types(logits.dtype, jnp.float32))
+    relative = jnp.maximum(logits - jax.lax.stop_gradient(logits.max(axis=-1, keepdims=True)), _FLOOR)
+    probs = jax.nn.softmax(beta * relative, axis=-1).mean(axis=0)  # [B, K]
+    first = probs.argmax(axis=-1)
+    others = probs * (1 - jax.nn.one_hot(first, probs.shape[-1], dtype=probs.dtype))
+    # Phi^-1(p1) = -Phi^-1(1 - p1), and 1 - p1 is the sum of the other classes: exact where p1 rounds to 1.
+    rest, second = others.sum(axis=-1), others.max(axis=-1)
+    gap = jax.lax.stop_gradient(-ndtri(rest) - ndtri(second))
+    counted = (first == labels) & jnp.isfinite(gap) & (gap <= gamma)
+    # What is not counted takes a harmless value before Phi^-1, so that no infinite derivative meets a zero.
+    rest, second = jnp.where(counted, rest, 0.5), jnp.where(counted, second, 0.5)
+    robustness = jnp.where(counted, sigma / 2 * (gamma + ndtri(rest) + ndtri(second)), 0.0)
+    return classification, robustness
+
+
+def kl_divergence(log_target: jax.Array, logits: jax.Array) -> jax.Array:
+    """KL divergence from one target distribution to the prediction on every noisy copy.
+
+    Args:
+      log_target: `[B, K]`, logarithm of the target; -inf stands for a probability of 0.
+      logits: `[M, B, K]` floating point.
+
+    Returns:
+      `[M, B]`: `KL(target || F_i)`, in nats. The gradient flows through both. Finite, with finite gradients, for all
+      finite logits.
+
+    Raises:
+      ValueError: when the shapes do not fit together.
+    """
+    _check_logits(logits)
+    if log_target.shape != logits.shape[1:]:
+        raise ValueError(f"log_target has shape {log_target.shape}; logits {logits.shape} need {logits.shape[1:]}")
+    log_target = jnp.maximum(log_target, _FLOOR)
+    return (jnp.exp(log_target)[None] * (log_target[None] - log_softmax(logits))).sum(axis=-1)
+
+
+def _check_labels(logits: jax.Array, labels: jax.Array) -> jax.Array:
+    """Which labels `[B]` are classes; a ValueError for wrong shapes, and outside `jit` for labels that are not."""
+    _check_logits(logits)
+    num_classes = logits.shape[2]
+    if labels.shape != logits.shape[1:2]:
+        raise ValueError(f"labels has shape {labels.shape}; logits {logits.shape} need [B] = {logits.shape[1:2]}")
+    known = (labels >= 0) & (labels < num_classes)
+    if not isinstance(known, jax.core.Tracer) and not known.all():
+        raise ValueError(f"labels={labels[~known][0]}: use whole numbers from 0 to {num_classes - 1}")
+    return known
 
 
 def _check_logits(logits: jax.Array) -> None:

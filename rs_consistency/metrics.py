@@ -2,6 +2,7 @@
 
 import json
 import time
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -9,22 +10,43 @@ from tensorboardX.event_file_writer import EventsWriter
 from tensorboardX.proto.event_pb2 import Event, SessionLog
 from tensorboardX.proto.summary_pb2 import Summary
 
-from rs_consistency.errors import UserError
-from rs_consistency.files import naming, replace_atomically
+from rs_consistency.errors import UserError, note
+from rs_consistency.files import naming, read_json, replace_atomically, write_json
+
+
+class Sums:
+    """Sums of the metrics of some steps, added one after the other: an interruption does not change them."""
+
+    def __init__(self, count: int = 0, totals: dict[str, float] | None = None) -> None:
+        self.count = count
+        self.totals = totals or {}
+
+    def add(self, metrics: Mapping[str, Any]) -> None:
+        """Adds the metrics of a step."""
+        self.count += 1
+        for name, value in metrics.items():
+            self.totals[name] = self.totals.get(name, 0.0) + float(value)
+
+    def means(self) -> dict[str, float]:
+        """The mean over the steps."""
+        return {name: total / self.count for name, total in self.totals.items()}
 
 
 class MetricsWriter:
     """Appends one record for every epoch; records after the resumed epoch are dropped first."""
 
-    def __init__(self, workdir: Path, *, finished_epochs: int, finished_steps: int) -> None:
+    def __init__(self, workdir: Path, *, finished_steps: int, steps_per_epoch: int) -> None:
         """Opens the files of a run.
 
         Args:
           workdir: the run's folder.
-          finished_epochs: epochs that the restored checkpoint contains; later records will be written anew.
-          finished_steps: the same in steps.
+          finished_steps: steps that the restored checkpoint contains; later records will be written anew.
+          steps_per_epoch: a record is made after so many.
         """
+        finished_epochs = finished_steps // steps_per_epoch
         self._path = workdir / "metrics.jsonl"
+        self._part_path = workdir / "metrics_of_unfinished_epoch.json"
+        self._steps_per_epoch = steps_per_epoch
         kept = [line for line in read_lines(self._path) if line["epoch"] <= finished_epochs]
         with replace_atomically(self._path) as temporary:
             temporary.write_text("".join(json.dumps(line) + "\n" for line in kept), encoding="utf-8")
@@ -42,6 +64,20 @@ class MetricsWriter:
         scalars = [(name, value) for name, value in record.items() if name not in ("step", "epoch")]
         values = [Summary.Value(tag=name, simple_value=value) for name, value in scalars]
         self._write_event(record["step"], summary=Summary(value=values))
+
+    def keep_part(self, step: int, sums: Sums) -> None:
+        """Keeps the sums of an epoch's steps up to `step`, where a checkpoint is made within the epoch."""
+        write_json(self._part_path, {"step": step, "count": sums.count, "totals": sums.totals})
+
+    def sums_of_part(self, step: int) -> Sums:
+        """The sums that were kept at `step`. Where they were not, those of later steps alone make up the record."""
+        if step % self._steps_per_epoch == 0:
+            return Sums()
+        part = read_json(self._part_path) if self._part_path.exists() else {}
+        if part.get("step") == step:
+            return Sums(part["count"], part["totals"])
+        note(f"{self._part_path} does not hold the sums at step {step}; the epoch's record is of its later steps alone")
+        return Sums()
 
     def _write_event(self, step: int, **content: Any) -> None:
         with naming(self._folder):

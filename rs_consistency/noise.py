@@ -22,6 +22,9 @@ class Stream(IntEnum):
     TRAIN = 2
     EVAL = 3
     CERTIFY = 4
+    METHOD = 5
+    AUGMENT = 6
+    TEACHER = 7
 
 
 def stream_key(seed: int, stream: Stream) -> jax.Array:
@@ -57,6 +60,11 @@ def training_noise(
 
     over_batch = jax.vmap(draw, in_axes=(None, 0))
     return jax.vmap(over_batch, in_axes=(0, None))(jnp.arange(num_noise), positions)
+
+
+def keys_of(key: jax.Array, step: jax.Array, positions: jax.Array) -> jax.Array:
+    """Keys `[B]` of the examples at `positions` `[B]` of a step's global batch."""
+    return jax.vmap(lambda position: fold(key, step, position))(positions)
 
 
 def addressed_noise(key: jax.Array, *addresses: jax.Array, shape: tuple[int, ...]) -> jax.Array:

@@ -1,9 +1,9 @@
 """All devices at once: the only module that knows `pmap`.
 
-A function that runs here sees replicated arguments (the same on every device) and its `shard`, the global number
-of its part of the work. It takes its slice of the work by that number, and combines what it found with
-`sum_over_devices`. Its results leave the device replicated and without a leading device axis, so that neither a
-checkpoint nor the caller knows how many devices there were.
+A function that runs here sees replicated arguments (the same on every device), its parts of divided ones, and its
+`shard`, the global number of its part of the work. It takes its slice of the work by that number, and combines what
+it found with `sum_over_devices`. Its results leave the device replicated and without a leading device axis, so that
+neither a checkpoint nor the caller knows how many devices there were.
 """
 
 from collections.abc import Callable, Sequence
@@ -40,7 +40,16 @@ def replicate(tree: Any, devices: Sequence[jax.Device]) -> Any:
 
 def replicated_sharding(devices: Sequence[jax.Device]) -> NamedSharding:
     """The placement of `replicate`."""
-    return NamedSharding(Mesh(np.asarray(devices), (AXIS,)), PartitionSpec())
+    return NamedSharding(_mesh(devices), PartitionSpec())
+
+
+def _mesh(devices: Sequence[jax.Device]) -> Mesh:
+    return Mesh(np.asarray(devices), (AXIS,))
+
+
+def divide(tree: Any, devices: Sequence[jax.Device]) -> Any:
+    """Cuts host arrays `[D, ...]` along their first axis, a part for each of the D devices; for `spread`'s `parts`."""
+    return jax.device_put(tree, NamedSharding(_mesh(devices), PartitionSpec(AXIS)))
 
 
 def sum_over_devices(tree: Any) -> Any:
@@ -55,30 +64,33 @@ def spread(
     donate: tuple[int, ...] = (),
     compiler_options: dict[str, str] | None = None,
 ) -> Callable[..., Any]:
-    """Compiles `fn(shard, *args)` to run on all devices at once.
+    """Compiles `fn(shard, *args, **parts)` to run on all devices at once.
 
     Args:
-      fn: called on every device with its `shard` (int32 scalar, 0..len(devices)-1) and the replicated `args`.
+      fn: called on every device with its `shard` (int32 scalar, 0..len(devices)-1), the replicated `args`, and its
+        parts, without their first axis, of the trees of arrays `[D, ...]` that are given by name.
         What it returns must be equal on all devices: made from `args` and `sum_over_devices` alone.
       devices: the local devices to use.
       donate: positions in `args` whose buffers may be reused for the results.
       compiler_options: XLA options of this function alone.
 
     Returns:
-      `compiled(*args)`, with replicated results.
+      `compiled(*args, **parts)`, with replicated results.
     """
     mapped = jax.pmap(
-        lambda shard, args: fn(shard, *args),
+        lambda shard, args, parts: fn(shard, *args, **parts),
         axis_name=AXIS,
-        in_axes=(0, None),
+        in_axes=(0, None, 0),
         out_axes=None,
         devices=list(devices),
         axis_size=len(devices),
     )
     shards = np.arange(len(devices), dtype=np.int32)
-    compiled = jax.jit(lambda *args: mapped(shards, args), donate_argnums=donate, compiler_options=compiler_options)
+    compiled = jax.jit(
+        lambda *args, **parts: mapped(shards, args, parts), donate_argnums=donate, compiler_options=compiler_options
+    )
     if devices[0].platform == "cpu" and len(devices) > 1:
         # Simulated devices share one pool of threads. With several calls in flight, sums over devices that wait for
         # each other can fill it, and XLA aborts the process; so one call at a time.
-        return lambda *args: jax.block_until_ready(compiled(*args))
+        return lambda *args, **parts: jax.block_until_ready(compiled(*args, **parts))
     return compiled

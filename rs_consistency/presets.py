@@ -20,8 +20,9 @@ def apply_preset(
 
     Args:
       config: changed in place.
-      cell: `method=NAME,sigma=NUMBER`, either part optional.
-      published: method -> sigma -> the keys that this cell sets.
+      cell: `method=NAME,sigma=NUMBER`, either part optional. NAME is one of `published`, such as `macer` or
+        `smoothadv+consistency`.
+      published: name -> sigma -> the keys that this cell sets, `method` among them.
       method: used where the cell names none.
       sigma: likewise.
 
@@ -43,7 +44,8 @@ def apply_preset(
         raise UserError(f"sigma={chosen['sigma']!r} after the config file is not a number") from None
     if chosen["method"] not in published:
         raise UserError(
-            f"method={chosen['method']!r} has no published settings here; use one of {', '.join(published)}"
+            f"method={chosen['method']!r} has no published settings here; use one of {', '.join(published)}, or set"
+            " --config.method and its keys yourself (configs/default.py names them)"
         )
     cells = published[chosen["method"]]
     if chosen_sigma not in cells:

@@ -3,7 +3,7 @@
 import math
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Mapping
 from contextlib import closing
 from datetime import timedelta
 from pathlib import Path
@@ -14,11 +14,12 @@ import numpy as np
 from ml_collections import ConfigDict
 from tqdm import tqdm
 
-from rs_consistency import data, parallel, training
+from rs_consistency import data, methods, parallel, runs, training
 from rs_consistency.checkpoints import Checkpoints
 from rs_consistency.config import validate
 from rs_consistency.errors import UserError, note
-from rs_consistency.metrics import MetricsWriter
+from rs_consistency.inputs import ArrayInputs, Inputs, StepSizes
+from rs_consistency.metrics import MetricsWriter, Sums
 from rs_consistency.workdir import open_for_training
 
 # Steps between two looks at the metrics. Scalars of the steps between stay on the device, so it never waits.
@@ -51,64 +52,123 @@ def train(config: ConfigDict, workdir: Path) -> training.TrainState:
         open_for_training(workdir, config, data_digest=data.digest(train_split), num_examples=len(train_split.labels)),
         closing(Checkpoints(workdir, keep=config.checkpoint_keep)) as checkpoints,
     ):
-        start = _start_state(config, checkpoints, sizes, devices)
-        first_epoch = int(start.step) // sizes.steps
-        if first_epoch >= config.num_epochs:
+        state = _start_state(config, checkpoints, sizes, devices)
+        if int(state.step) >= config.num_epochs * sizes.steps:
             print(f"{workdir}: all {config.num_epochs} epochs are done", flush=True)
-            return start
-        with closing(MetricsWriter(workdir, finished_epochs=first_epoch, finished_steps=int(start.step))) as writer:
-            for record, state in _epochs(config, start, first_epoch, train_split, test_split, sizes, devices):
-                writer.write(record)
-                _print_record(config, record)
-                if record["epoch"] == config.num_epochs or record["epoch"] % config.checkpoint_every_epochs == 0:
-                    checkpoints.save(record["step"], state)
+            return state
+        prepare = methods.METHODS[config.method].prepare
+        extra = prepare(config, train_split, devices, workdir) if prepare else {}
+        inputs = ArrayInputs(config, train_split, test_split, extra=extra, sizes=sizes, devices=devices)
+        with closing(MetricsWriter(workdir, finished_steps=int(state.step), steps_per_epoch=sizes.steps)) as writer:
+            run = _Run(config, inputs, sizes, devices, checkpoints, writer)
+            for epoch in range(int(state.step) // sizes.steps, config.num_epochs):
+                state = run.epoch(state, epoch)
         checkpoints.wait()
         return state
 
 
-def _epochs(
-    config: ConfigDict,
-    state: training.TrainState,
-    first_epoch: int,
-    train_split: data.Split,
-    test_split: data.Split,
-    sizes: training.StepSizes,
-    devices: list[jax.Device],
-) -> Iterator[tuple[dict[str, Any], training.TrainState]]:
-    """Trains epoch after epoch; yields the record and the state after each."""
-    apply_fn = training.make_model(config).apply
-    optimizer = training.make_optimizer(config, sizes.steps)
-    train_step = training.make_train_step(config, apply_fn=apply_fn, optimizer=optimizer, sizes=sizes, devices=devices)
-    eval_step = training.make_eval_step(config, apply_fn=apply_fn, devices=devices)
-    make_order = training.make_order(config, len(train_split.labels))
-    schedule = training.make_schedule(config, sizes.steps)
-    train_arrays = parallel.replicate(tuple(train_split), devices)
-    test_arrays = parallel.replicate(tuple(test_split), devices)
+class _Run:
+    """The compiled steps of a run, and where its results go."""
 
-    for epoch in range(first_epoch, config.num_epochs):
-        order = parallel.replicate(make_order(epoch), devices)
+    def __init__(
+        self,
+        config: ConfigDict,
+        inputs: Inputs,
+        sizes: StepSizes,
+        devices: list[jax.Device],
+        checkpoints: Checkpoints,
+        writer: MetricsWriter,
+    ) -> None:
+        self._config, self._inputs, self._sizes = config, inputs, sizes
+        self._checkpoints, self._writer = checkpoints, writer
+        apply_fn = training.make_model(config).apply
+        self._schedule = training.make_schedule(config, sizes.steps)
+        self._eval_step = training.make_eval_step(config, apply_fn=apply_fn, inputs=inputs, devices=devices)
+        self._train_step = training.make_train_step(
+            config,
+            apply_fn=apply_fn,
+            optimizer=training.make_optimizer(config, sizes.steps),
+            sizes=sizes,
+            inputs=inputs,
+            devices=devices,
+        )
+
+    def epoch(self, state: training.TrainState, epoch: int) -> training.TrainState:
+        """Trains to the end of an epoch, evaluates, and writes record and checkpoint where they are due."""
+        config = self._config
+        end_step = (epoch + 1) * self._sizes.steps
+        first_step = int(state.step)
         start = time.perf_counter()
-        state, means = _run_epoch(config, train_step, state, train_arrays, order, sizes, epoch)
+        state, sums = self._steps(state, epoch, first_step, end_step)
         seconds = time.perf_counter() - start
         record: dict[str, Any] = {
             "epoch": epoch + 1,
-            "step": (epoch + 1) * sizes.steps,
-            **means,
-            "lr": float(schedule(epoch * sizes.steps)),
-            "noisy_images_per_second": sizes.steps * config.batch_size / seconds,
+            "step": end_step,
+            **sums.means(),
+            "lr": float(self._schedule(epoch * self._sizes.steps)),
+            "noisy_images_per_second": (end_step - first_step) * config.batch_size / seconds,
         }
-        if epoch + 1 == config.num_epochs or (epoch + 1) % config.eval_every_epochs == 0:
-            record["noisy_test_accuracy"] = _evaluate(config, eval_step, state, test_arrays)
-        yield record, state
+        last = epoch + 1 == config.num_epochs
+        if last or (epoch + 1) % config.eval_every_epochs == 0:
+            record["noisy_test_accuracy"] = self._evaluate(state)
+        self._writer.write(record)
+        _print_record(config, record)
+        if last or (epoch + 1) % config.checkpoint_every_epochs == 0:
+            self._checkpoints.save(end_step, state)
+        return state
+
+    def _steps(
+        self, state: training.TrainState, epoch: int, first_step: int, end_step: int
+    ) -> tuple[training.TrainState, Sums]:
+        """The steps of an epoch that remain, and the sums of the metrics of all its steps."""
+        config, every = self._config, self._config.checkpoint_every_steps
+        sums = self._writer.sums_of_part(first_step)
+        pending: list[dict[str, jax.Array]] = []
+        bar = tqdm(
+            total=self._sizes.steps * config.batch_size,
+            initial=(first_step - epoch * self._sizes.steps) * config.batch_size,
+            desc=f"epoch {epoch + 1}/{config.num_epochs}",
+            unit="img",
+            unit_scale=True,
+            leave=False,
+            disable=not sys.stderr.isatty(),
+        )
+        with bar, closing(self._inputs.feeds(first_step, end_step)) as feeds:
+            for step, feed in enumerate(feeds, start=first_step + 1):
+                state, metrics = self._train_step(state, *feed.args, **feed.parts)
+                pending.append(metrics)
+                save = every > 0 and step % every == 0 and step < end_step
+                if save or len(pending) == _LOOK_EVERY or step == end_step:
+                    fetched = jax.device_get(pending)
+                    _check_finite(config, fetched, step - len(fetched))
+                    for one in fetched:
+                        sums.add({name: value for name, value in one.items() if name != "param_norm"})
+                    pending = []
+                    bar.set_postfix(loss=f"{fetched[-1]['loss']:.4f}", refresh=False)
+                    bar.update(len(fetched) * config.batch_size)
+                if save:
+                    self._writer.keep_part(step, sums)
+                    self._checkpoints.save(step, state)
+        return state, sums
+
+    def _evaluate(self, state: training.TrainState) -> float:
+        """Accuracy on one noisy copy of every test image."""
+        with closing(self._inputs.test_feeds()) as feeds:
+            counts = [
+                self._eval_step(state.variables, np.int32(start), *feed.args, **feed.parts) for start, feed in feeds
+            ]
+        correct, seen = np.sum(jax.device_get(counts), axis=0)
+        return float(correct / seen)
 
 
 def _start_state(
-    config: ConfigDict, checkpoints: Checkpoints, sizes: training.StepSizes, devices: list[jax.Device]
+    config: ConfigDict, checkpoints: Checkpoints, sizes: StepSizes, devices: list[jax.Device]
 ) -> training.TrainState:
     restored = checkpoints.restore_newest(training.restore_target(config, devices), note=note)
     if restored is None:
         optimizer = training.make_optimizer(config, sizes.steps)
-        return parallel.replicate(training.create_state(config, optimizer), devices)
+        state = parallel.replicate(training.create_state(config, optimizer), devices)
+        return runs.start_from(state, Path(config.init_from).expanduser(), devices) if config.init_from else state
     step, state = restored
     checkpoints.set_aside_after(step)
     if step < config.num_epochs * sizes.steps:
@@ -116,43 +176,7 @@ def _start_state(
     return state
 
 
-def _run_epoch(
-    config: ConfigDict,
-    train_step: training.TrainStep,
-    state: training.TrainState,
-    train_arrays: tuple[jax.Array, jax.Array],
-    order: jax.Array,
-    sizes: training.StepSizes,
-    epoch: int,
-) -> tuple[training.TrainState, dict[str, float]]:
-    """The epoch's steps, and the means of their metrics."""
-    first_step = epoch * sizes.steps
-    history: list[dict[str, np.ndarray]] = []
-    pending: list[dict[str, jax.Array]] = []
-    bar = tqdm(
-        total=sizes.steps * config.batch_size,
-        desc=f"epoch {epoch + 1}/{config.num_epochs}",
-        unit="img",
-        unit_scale=True,
-        leave=False,
-        disable=not sys.stderr.isatty(),
-    )
-    with bar:
-        for step in range(first_step, first_step + sizes.steps):
-            state, metrics = train_step(state, *train_arrays, order)
-            pending.append(metrics)
-            if len(pending) == _LOOK_EVERY or step + 1 == first_step + sizes.steps:
-                fetched = jax.device_get(pending)
-                _check_finite(config, fetched, step + 1 - len(fetched))
-                history += fetched
-                pending = []
-                bar.set_postfix(loss=f"{fetched[-1]['loss']:.4f}", refresh=False)
-                bar.update(len(fetched) * config.batch_size)
-    names = [name for name in history[0] if name != "param_norm"]
-    return state, {name: float(np.mean([np.float64(step[name]) for step in history])) for name in names}
-
-
-def _check_finite(config: ConfigDict, fetched: list[dict[str, np.ndarray]], first_step: int) -> None:
+def _check_finite(config: ConfigDict, fetched: list[Mapping[str, np.ndarray]], first_step: int) -> None:
     """Stops the run at the first step whose loss or parameters are not finite."""
     for offset, metrics in enumerate(fetched):
         bad = [f"{name}={float(value)}" for name, value in metrics.items() if not math.isfinite(value)]
@@ -164,21 +188,6 @@ def _check_finite(config: ConfigDict, fetched: list[dict[str, np.ndarray]], firs
                 f"training diverged at step {first_step + offset} ({', '.join(bad)}); likely {' or '.join(causes)}: use"
                 " a smaller one in another --workdir. The checkpoints of earlier epochs are kept"
             )
-
-
-def _evaluate(
-    config: ConfigDict,
-    eval_step: Any,
-    state: training.TrainState,
-    test_arrays: tuple[jax.Array, jax.Array],
-) -> float:
-    """Accuracy on one noisy copy of every test image."""
-    counts = [
-        eval_step(state.params, *test_arrays, np.int32(start))
-        for start in range(0, test_arrays[1].shape[0], config.eval_batch_size)
-    ]
-    correct, seen = np.sum(jax.device_get(counts), axis=0)
-    return float(correct / seen)
 
 
 def _print_record(config: ConfigDict, record: dict[str, Any]) -> None:

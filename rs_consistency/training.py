@@ -1,6 +1,6 @@
 """The training step, the evaluation step, and the state that they change. No loop and no files here."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -10,11 +10,15 @@ from flax import struct
 from ml_collections import ConfigDict
 
 from rs_consistency import data, methods, models, noise
-from rs_consistency.backend import training_compiler_options
+from rs_consistency.backend import repeat, training_compiler_options
+from rs_consistency.data.augment import AUGMENTATIONS
 from rs_consistency.errors import UserError
-from rs_consistency.parallel import replicated_sharding, spread, sum_over_devices
+from rs_consistency.inputs import Inputs, StepSizes
+from rs_consistency.parallel import AXIS, replicated_sharding, spread, sum_over_devices
 
-# (state, images [N, H, W, C] uint8, labels [N], order [N]) -> (state, metrics)
+COPIES = "copies"  # the vmap axis of the M noisy copies
+
+# (state, feed) -> (state, metrics)
 TrainStep = Callable[..., tuple["TrainState", dict[str, jax.Array]]]
 
 
@@ -22,26 +26,22 @@ class TrainState(struct.PyTreeNode):
     """All that a run needs to go on: what a checkpoint holds.
 
     Attributes:
-      step: number of optimizer steps taken, int32.
+      step: number of optimizer steps taken, int32. It is the state of the input, too: which examples come next, and
+        with what noise, is a function of config, seed, data and step.
       params: the model's parameters.
+      model_state: what else the model keeps, such as running batch statistics; empty for some models.
       opt_state: the optimizer's.
     """
 
     step: jax.Array
     params: Any
+    model_state: Any
     opt_state: optax.OptState
 
-
-class StepSizes(NamedTuple):
-    """How an epoch divides into steps.
-
-    Attributes:
-      examples: examples in a step, over all devices: batch_size / M.
-      steps: steps in an epoch, the last one filled up from the start of the same order.
-    """
-
-    examples: int
-    steps: int
+    @property
+    def variables(self) -> dict[str, Any]:
+        """What the model's `apply` takes."""
+        return {"params": self.params, **self.model_state}
 
 
 def step_sizes(config: ConfigDict, num_examples: int) -> StepSizes:
@@ -51,9 +51,12 @@ def step_sizes(config: ConfigDict, num_examples: int) -> StepSizes:
 
 
 def make_model(config: ConfigDict) -> Any:
-    """The flax module of a configuration, for its dataset."""
+    """The flax module of a configuration, for its dataset: for `make_train_step`, and anywhere in inference."""
     info = data.dataset_info(config.dataset.name)
-    return models.create_model(config.model, num_classes=info.num_classes, mean=info.mean, std=info.std)
+    return models.create_model(
+        config.model, num_classes=info.num_classes, mean=info.mean, std=info.std, dtype=jnp.dtype(config.dtype),
+        axis_name=(AXIS, COPIES),
+    )  # fmt: skip
 
 
 def make_schedule(config: ConfigDict, steps_per_epoch: int) -> optax.Schedule:
@@ -80,13 +83,17 @@ def create_state(config: ConfigDict, optimizer: optax.GradientTransformation) ->
     shape = data.dataset_info(config.dataset.name).image_shape
     key = noise.stream_key(config.seed, noise.Stream.INIT)
     try:
-        params = make_model(config).init(key, jnp.zeros((1, *shape)))["params"]
+        # Compiled, since a deep network that is initialized operation by operation takes minutes.
+        model_state = dict(jax.jit(make_model(config).init)(key, jnp.zeros((1, *shape))))
     except (TypeError, ValueError, ZeroDivisionError) as error:  # shapes that vanish or do not match
         raise UserError(
             f"model={config.model!r} cannot take the {tuple(shape)} images of dataset {config.dataset.name!r}"
             f" ({str(error).splitlines()[0]}); use another model"
         ) from error
-    return TrainState(step=jnp.zeros((), jnp.int32), params=params, opt_state=optimizer.init(params))
+    params = model_state.pop("params")
+    return TrainState(
+        step=jnp.zeros((), jnp.int32), params=params, model_state=model_state, opt_state=optimizer.init(params)
+    )
 
 
 def restore_target(config: ConfigDict, devices: Sequence[jax.Device]) -> TrainState:
@@ -97,79 +104,120 @@ def restore_target(config: ConfigDict, devices: Sequence[jax.Device]) -> TrainSt
     return jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding), state)
 
 
-def make_order(config: ConfigDict, num_examples: int) -> Callable[[int], jax.Array]:
-    """Returns `order(epoch)`: the permutation `[N]` int32 of the examples, a function of seed and epoch."""
-    key = noise.stream_key(config.seed, noise.Stream.ORDER)
-    return jax.jit(lambda epoch: jax.random.permutation(noise.fold(key, epoch), num_examples))
+class _Classifier:
+    """The model while one gradient is traced: `methods.base.Classifier`.
+
+    It is made and used inside a single trace; `model_state` is then the state after all training-mode calls, in their
+    order, as a model with running statistics would have it.
+    """
+
+    def __init__(self, apply_fn: Callable[..., Any], params: Any, model_state: Any) -> None:
+        self._apply_fn = apply_fn
+        self._params = params
+        self.model_state = model_state
+
+    def noisy(self, images: jax.Array, noise: jax.Array) -> jax.Array:
+        def one_copy(draw: jax.Array) -> tuple[jax.Array, Any]:  # [B, H, W, C] -> [B, K]
+            variables = {"params": self._params, **self.model_state}
+            return self._apply_fn(variables, images + draw, train=True, mutable=list(self.model_state))
+
+        # The running statistics are averages over the copies already, so they come out without an axis M.
+        logits, model_state = jax.vmap(one_copy, axis_name=COPIES, out_axes=(0, None))(noise)
+        self.model_state = dict(model_state)
+        return logits
+
+    def clean(self, images: jax.Array) -> jax.Array:
+        return self.noisy(images, jnp.zeros((1, 1, 1, 1, 1)))[0]
+
+    def frozen(self, images: jax.Array) -> jax.Array:
+        variables = jax.lax.stop_gradient({"params": self._params, **self.model_state})
+        return self._apply_fn(variables, images, train=False)
+
+
+class _Totals(NamedTuple):
+    """What the parts of a batch add up to."""
+
+    grads: Any
+    metrics: dict[str, jax.Array]
+    model_state: Any
 
 
 def make_train_step(
     config: ConfigDict,
     *,
-    apply_fn: Callable[..., jax.Array],
+    apply_fn: Callable[..., Any],
     optimizer: optax.GradientTransformation,
     sizes: StepSizes,
+    inputs: Inputs,
     devices: Sequence[jax.Device],
 ) -> TrainStep:
     """Compiles one optimizer step on M noisy copies of a batch, drawn on the devices.
 
     Args:
       config: the run's configuration.
-      apply_fn: the model's `apply`.
+      apply_fn: the `apply` of `make_model`.
       optimizer: from `make_optimizer`.
       sizes: from `step_sizes`.
+      inputs: hands out the examples of a step.
       devices: which share the batch; the result does not depend on their number but for rounding.
 
     Returns:
-      `train_step(state, images, labels, order) -> (state, metrics)`; `state` is consumed. `metrics` are scalars:
-      `loss` and every loss term, averaged over the batch, and `param_norm`, the l2 norm of the new parameters,
-      which is not finite exactly when the step ruined them.
+      `train_step(state, *feed.args, **feed.parts) -> (state, metrics)`; `state` is consumed. `metrics` are scalars:
+      `loss` and every loss term, averaged over the batch, and `param_norm`, the l2 norm of the new parameters and batch
+      statistics, which is not finite exactly when the step ruined them.
     """
-    objective = methods.make_objective(
-        config.method,
-        consistency_lbd=config.consistency.lbd,
-        consistency_eta=config.consistency.eta,
-        consistency_form=config.consistency.form,
+    objective = methods.make_objective(config)
+    augment = AUGMENTATIONS[config.dataset.augment]
+    train_key, method_key, augment_key = (
+        noise.stream_key(config.seed, stream)
+        for stream in (noise.Stream.TRAIN, noise.Stream.METHOD, noise.Stream.AUGMENT)
     )
-    key = noise.stream_key(config.seed, noise.Stream.TRAIN)
-    per_device = sizes.examples // len(devices)
 
-    def loss_fn(
-        params: Any, images: jax.Array, labels: jax.Array, draws: jax.Array
-    ) -> tuple[jax.Array, dict[str, jax.Array]]:
-        def noisy_logits(images: jax.Array, draws: jax.Array) -> jax.Array:
-            def one_copy(draw: jax.Array) -> jax.Array:  # [B, H, W, C] -> [B, K]
-                return apply_fn({"params": params}, images + config.sigma * draw, train=True)
-
-            return jax.vmap(one_copy)(draws)
-
-        result = objective(noisy_logits, images, labels, draws)
-        # The sum over this device's part of the batch: the sums over devices then add up to the batch's mean.
+    def loss_fn(params: Any, model_state: Any, batch: methods.Batch) -> tuple[jax.Array, tuple[Any, Any]]:
+        classifier = _Classifier(apply_fn, params, model_state)
+        result = objective(classifier, batch)
+        # The sum over this part of the batch: the sums over parts and devices then add up to the batch's mean.
         sums = {"loss": result.loss, **result.terms}
         sums = {name: values.sum() / sizes.examples for name, values in sums.items()}
-        return sums["loss"], sums
+        return sums["loss"], (sums, classifier.model_state)
 
-    def train_step(
-        shard: jax.Array,
-        state: TrainState,
-        images: jax.Array,
-        labels: jax.Array,
-        order: jax.Array,
-    ) -> tuple[TrainState, dict[str, jax.Array]]:
-        positions = shard * per_device + jnp.arange(per_device)  # [B] in the global batch
-        place = (state.step % sizes.steps) * sizes.examples + positions
-        chosen = order[place % order.shape[0]]
-        batch = data.to_unit(images[chosen])
+    def one_part(state: TrainState, part: jax.Array, all_positions: jax.Array, examples: data.Examples) -> _Totals:
+        positions = all_positions[part]  # [B] in the global batch
+        images, labels, extra = jax.tree.map(lambda rows: rows[part], examples)
+        images = augment(noise.keys_of(augment_key, state.step, positions), data.to_unit(images))
         draws = noise.training_noise(
-            key, step=state.step, positions=positions, num_noise=config.num_noise, shape=images.shape[1:]
+            train_key, step=state.step, positions=positions, num_noise=config.num_noise, shape=images.shape[1:]
         )
-        grads, sums = jax.grad(loss_fn, has_aux=True)(state.params, batch, labels[chosen], draws)
-        grads, sums = sum_over_devices((grads, sums))
+        batch = methods.Batch(
+            images=images,
+            labels=labels,
+            noise=config.sigma * draws,
+            keys=noise.keys_of(method_key, state.step, positions),
+            epoch=state.step // sizes.steps,
+            extra=extra,
+        )
+        grads, (sums, model_state) = jax.grad(loss_fn, has_aux=True)(state.params, state.model_state, batch)
+        return _Totals(grads, sums, model_state)
 
+    def train_step(shard: jax.Array, state: TrainState, *args: Any, **parts: Any) -> tuple[TrainState, dict[str, Any]]:
+        positions = part_positions(config, sizes, shard, len(devices))  # [P, B]
+        examples = inputs.examples(state.step, positions.reshape(-1), *args, **parts)
+        examples = jax.tree.map(lambda rows: rows.reshape(*positions.shape, *rows.shape[1:]), examples)
+
+        first = one_part(state, 0, positions, examples)
+
+        def add_part(part: jax.Array, totals: _Totals) -> _Totals:
+            new = one_part(state.replace(model_state=totals.model_state), part + 1, positions, examples)
+            grads, metrics = jax.tree.map(jnp.add, (totals.grads, totals.metrics), (new.grads, new.metrics))
+            return _Totals(grads, metrics, new.model_state)
+
+        totals = repeat(add_part, config.accumulate_steps - 1, first)
+        grads, metrics = sum_over_devices((totals.grads, totals.metrics))
         updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
         params = optax.apply_updates(state.params, updates)
-        metrics = {**sums, "param_norm": optax.tree.norm(params)}
-        return TrainState(step=state.step + 1, params=params, opt_state=opt_state), metrics
+        metrics = {**metrics, "param_norm": optax.tree.norm((params, totals.model_state))}
+        new_state = TrainState(step=state.step + 1, params=params, model_state=totals.model_state, opt_state=opt_state)
+        return new_state, metrics
 
     return spread(
         train_step,
@@ -179,29 +227,40 @@ def make_train_step(
     )
 
 
+def part_positions(config: ConfigDict, sizes: StepSizes, shard: Any, num_devices: int) -> Any:
+    """Places `[P, B]` in the global batch of the examples of one device, in P = accumulate_steps parts.
+
+    Part p of all devices together is the p-th run of neighbours in the batch, however many devices there are.
+    """
+    num_parts = config.accumulate_steps
+    places = jnp.arange(sizes.examples, dtype=jnp.int32).reshape(num_parts, num_devices, -1)
+    return places[:, shard]
+
+
 def make_eval_step(
-    config: ConfigDict, *, apply_fn: Callable[..., jax.Array], devices: Sequence[jax.Device]
+    config: ConfigDict, *, apply_fn: Callable[..., jax.Array], inputs: Inputs, devices: Sequence[jax.Device]
 ) -> Callable[..., tuple[jax.Array, jax.Array]]:
     """Compiles the count of correct predictions on one noisy copy of every image.
 
     Returns:
-      `eval_step(params, images [N, H, W, C] uint8, labels [N], start) -> (correct, seen)`, over the
-      `eval_batch_size` images from `start` on; places beyond the end are masked. The noise of an image depends
-      on the seed and its index alone, so accuracies of different epochs are comparable.
+      `eval_step(variables, start, *feed.args, **feed.parts) -> (correct, seen)`, over the `eval_batch_size` images
+      from number `start` on; places beyond the end are masked. The noise of an image depends on the seed and its
+      index alone, so accuracies of different epochs are comparable.
     """
     key = noise.stream_key(config.seed, noise.Stream.EVAL)
     per_device = -(-config.eval_batch_size // len(devices))
 
     def eval_step(
-        shard: jax.Array, params: Any, images: jax.Array, labels: jax.Array, start: jax.Array
+        shard: jax.Array, variables: Mapping[str, Any], start: jax.Array, *args: Any, **parts: Any
     ) -> tuple[jax.Array, jax.Array]:
         place = shard * per_device + jnp.arange(per_device)
         index = start + place
-        real = (place < config.eval_batch_size) & (index < images.shape[0])
-        index = jnp.minimum(index, images.shape[0] - 1)
+        real = (place < config.eval_batch_size) & (index < inputs.num_test_examples)
+        index = jnp.minimum(index, inputs.num_test_examples - 1)
+        images, labels = inputs.test_examples(index, *args, **parts)
         draws = noise.addressed_noise(key, index, shape=images.shape[1:])
-        logits = apply_fn({"params": params}, data.to_unit(images[index]) + config.sigma * draws, train=False)
-        correct = real & (logits.argmax(axis=-1) == labels[index])
+        logits = apply_fn(variables, data.to_unit(images) + config.sigma * draws, train=False)
+        correct = real & (logits.argmax(axis=-1) == labels)
         return sum_over_devices((correct.sum(), real.sum()))
 
     return spread(eval_step, devices=devices)

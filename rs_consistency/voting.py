@@ -54,8 +54,11 @@ def vote_settings(
     batch_size: Any,
     image_shape: Sequence[int],
     platform: str,
+    least_n0: int = 1,
 ) -> VoteSettings:
     """Checked settings; a `batch_size` of None is chosen by platform and image shape `(H, W, C)`.
+
+    Only where no class has to be selected may `least_n0` be 0.
 
     Raises:
       UserError: for the first setting that cannot work.
@@ -66,7 +69,7 @@ def vote_settings(
     return VoteSettings(
         sigma=number_above("sigma", sigma, 0),
         num_classes=whole_number("num_classes", num_classes, at_least=1),
-        n0=whole_number("n0", n0, at_least=1, at_most=_MOST_VOTES),
+        n0=whole_number("n0", n0, at_least=least_n0, at_most=_MOST_VOTES),
         n=whole_number("n", n, at_least=1, at_most=_MOST_VOTES),
         seed=whole_number("seed", seed, at_least=0, at_most=noise.MAX_SEED),
         batch_size=whole_number("batch_size", batch_size, at_least=1, at_most=_LARGEST_BATCH),
@@ -93,6 +96,7 @@ def count_votes(
     *,
     settings: VoteSettings,
     devices: Sequence[jax.Device],
+    stream: noise.Stream = noise.Stream.CERTIFY,
 ) -> Iterator[Votes]:
     """Yields the votes of the images, group after group, in order.
 
@@ -106,10 +110,11 @@ def count_votes(
     Args:
       apply_fn: (variables, `[N, H, W, C]`) -> logits `[N, K]`.
       variables: passed through; replicated on the devices.
-      images: `[B, H, W, C]` float32.
+      images: `[B, H, W, C]`, float32 in [0, 1], or uint8.
       indices: `[B]`, the images' numbers in their dataset, 0..MAX_INDEX, which address the noise.
       settings: from `vote_settings`.
       devices: local devices that share a batch.
+      stream: what the noise is for.
 
     Yields:
       The counts of the next group of images.
@@ -123,7 +128,7 @@ def count_votes(
     check_model(apply_fn, variables, images.shape[1:], num_classes=num_classes, batch_size=per_device)
     per_image = n0 + n
     group = min(max(len(images), 1), -(-_BATCHES_IN_GROUP * batch_size // per_image))
-    key = noise.stream_key(seed, noise.Stream.CERTIFY)
+    key = noise.stream_key(seed, stream)
 
     def one_batch(
         shard: jax.Array,
@@ -152,7 +157,7 @@ def count_votes(
         chosen = np.minimum(np.arange(first, first + group), len(images) - 1)  # the last group is padded
         arrays = parallel.replicate(
             (
-                np.asarray(images[chosen], np.float32),
+                _to_float(images[chosen]),
                 indices[chosen].astype(np.int32),
                 np.int32(num_real),
             ),
@@ -169,6 +174,11 @@ def count_votes(
                 " parameters and normalization"
             )
         yield Votes(found[0, :, :num_classes], found[1, :, :num_classes])
+
+
+def _to_float(images: np.ndarray) -> np.ndarray:
+    """float32 in [0, 1]."""
+    return np.asarray(images, np.float32) / np.float32(255 if images.dtype == np.uint8 else 1)
 
 
 def check_model(

@@ -151,3 +151,128 @@ def test_half_precision_logits_are_computed_in_single(dtype):
     for loss in (lambda x: losses.consistency(x, lbd=1.0), lambda x: losses.cross_entropy(x, jnp.array([0]))):
         assert loss(logits).dtype == jnp.float32
         assert np.isfinite(loss(logits)).all() and np.isfinite(jax.grad(lambda x, f=loss: f(x).sum())(logits)).all()
+
+
+def reference_macer(logits, labels, sigma, beta, gamma):
+    classification = -np.log(special.softmax(logits, axis=-1).mean(axis=0)[np.arange(len(labels)), labels] + 1e-10)
+    mean = special.softmax(beta * logits, axis=-1).mean(axis=0)
+    robustness = np.zeros(len(labels))
+    for b, y in enumerate(labels):
+        second, first = np.sort(mean[b])[-2:]
+        gap = special.ndtri(first) - special.ndtri(second)
+        if mean[b].argmax() == y and np.isfinite(gap) and gap <= gamma:
+            robustness[b] = sigma / 2 * max(0, gamma - gap)
+    return classification, robustness
+
+
+@pytest.mark.parametrize("num_copies", [1, 3, 16])
+@pytest.mark.parametrize(("beta", "gamma"), [(16.0, 8.0), (1.0, 8.0), (2.0, 0.5)])
+def test_macer_equals_the_reference(num_copies, beta, gamma):
+    logits = random_logits(10, (num_copies, 60, 4), scale=1.0)
+    labels = np.arange(60) % 4
+    expected = reference_macer(logits, labels, 0.5, beta, gamma)
+    got = losses.macer(jnp.asarray(logits, jnp.float32), jnp.asarray(labels), sigma=0.5, beta=beta, gamma=gamma)
+    for mine, theirs in zip(got, expected, strict=True):
+        assert mine.shape == (60,)
+        np.testing.assert_allclose(mine, theirs, rtol=1e-4, atol=1e-5)  # float32; Phi^-1 magnifies rounding near 0
+    counted = np.count_nonzero(expected[1])
+    assert 0 < counted < 40  # both kinds occur
+
+
+def test_macer_counts_only_right_and_uncertain_examples():
+    def robustness(logits, label, gamma=8.0):
+        array = jnp.asarray(logits, jnp.float32)[None, None]
+        return float(losses.macer(array, jnp.array([label]), sigma=1.0, beta=1.0, gamma=gamma)[1][0])
+
+    assert robustness([1.0, 0.0, -1.0], 0) > 0
+    assert robustness([1.0, 0.0, -1.0], 1) == 0  # another class is on top
+    assert robustness([1e9, 0.0, -1.0], 0) == 0  # the gap is infinite
+    # Two classes: p = softmax([z, 0]); the gap is 2 * Phi^-1(p), so 2 at z = log(Phi(1) / Phi(-1)).
+    logit = float(np.log(stats.norm.cdf(1) / stats.norm.cdf(-1)))
+    assert robustness([logit, 0.0], 0, gamma=8.0) == pytest.approx(0.5 * 6, rel=1e-5)
+    assert robustness([logit, 0.0], 0, gamma=2.001) == pytest.approx(0.5 * 0.001, rel=1e-2)
+    assert robustness([logit, 0.0], 0, gamma=1.999) == 0
+
+
+def test_stability_equals_the_reference():
+    clean, noisy = random_logits(11, (6, 4)), random_logits(12, (6, 4))
+    expected = -(special.softmax(clean, axis=-1) * special.log_softmax(noisy, axis=-1)).sum(axis=-1)
+    got = losses.stability(jnp.asarray(clean, jnp.float32), jnp.asarray(noisy, jnp.float32))
+    assert got.shape == (6,)
+    np.testing.assert_allclose(got, expected, rtol=1e-5)
+    same = losses.stability(jnp.asarray(clean, jnp.float32), jnp.asarray(clean, jnp.float32))
+    np.testing.assert_allclose(same, stats.entropy(special.softmax(clean, axis=-1), axis=-1), rtol=1e-5)
+
+
+def test_kl_divergence_equals_the_reference():
+    logits, target = random_logits(13, (3, 6, 4)), special.softmax(random_logits(14, (6, 4)), axis=-1)
+    target[0] = [1, 0, 0, 0]  # a class that never occurs
+    expected = [[stats.entropy(target[b], p[b]) for b in range(6)] for p in special.softmax(logits, axis=-1)]
+    with np.errstate(divide="ignore"):
+        got = losses.kl_divergence(jnp.asarray(np.log(target), jnp.float32), jnp.asarray(logits, jnp.float32))
+    np.testing.assert_allclose(got, expected, rtol=2e-5, atol=1e-6)
+
+
+def test_gradients_of_the_other_losses_equal_finite_differences():
+    with jax.enable_x64(True):
+        logits = jnp.asarray(random_logits(15, (3, 8, 4), scale=0.5))
+        labels = jnp.asarray(np.arange(8) % 4)
+        for which in (0, 1):
+            check_grads(
+                lambda x, which=which: losses.macer(x, labels, sigma=0.5, beta=2.0, gamma=8.0)[which].sum(),
+                (logits,), order=1, modes=["rev"],
+            )  # fmt: skip
+        check_grads(lambda a, b: losses.stability(a, b).sum(), (logits[0], logits[1]), order=1, modes=["rev"])
+        check_grads(
+            lambda a, b: losses.kl_divergence(jax.nn.log_softmax(a), b).sum(), (logits[0], logits), order=1,
+            modes=["rev"],
+        )  # fmt: skip
+
+
+def test_the_gradient_of_stability_flows_through_both():
+    clean, noisy = (jnp.asarray(random_logits(seed, (2, 4)), jnp.float32) for seed in (16, 17))
+    for gradient in jax.grad(lambda a, b: losses.stability(a, b).sum(), argnums=(0, 1))(clean, noisy):
+        assert np.abs(gradient).max() > 1e-2
+
+
+@pytest.mark.parametrize("size", [1e-30, 1.0, 1e2, 1e5, 1e20, EXTREME])
+def test_extreme_logits_of_the_other_losses(size):
+    signs = np.random.default_rng(18).choice([-1.0, 0.0, 1.0], size=(4, 40, 5))
+    signs[:, 0] = 0
+    signs[:, 1] = [-1, -1, -1, -1, 1]
+    signs[0, 2], signs[1:, 2] = [1, -1, -1, -1, -1], [-1, -1, -1, -1, 1]
+    logits, labels = jnp.asarray(size * signs, jnp.float32), jnp.arange(40) % 5
+    cases = {
+        "macer": lambda x: jnp.stack(losses.macer(x, labels, sigma=0.5, beta=16.0, gamma=8.0)),
+        "steep macer": lambda x: jnp.stack(losses.macer(x, labels, sigma=0.5, beta=1e6, gamma=8.0)),
+        "stability": lambda x: losses.stability(x[0], x[1]),
+        "kl": lambda x: losses.kl_divergence(losses.log_mean_softmax(x[:2]), x[2:]),
+        "kl of labels": lambda x: losses.kl_divergence(jnp.log(jax.nn.one_hot(labels, 5)), x),
+    }
+    for name, loss in cases.items():
+        value, pullback = jax.vjp(loss, logits)
+        (gradient,) = pullback(jnp.ones_like(value))
+        assert np.isfinite(value).all() and np.isfinite(gradient).all(), name
+
+
+def test_macer_stays_exact_where_the_top_probability_rounds_to_one():
+    # 1 - p1 = 4.5e-5 with float32's 6e-8 beside 1: Phi^-1 of the rounded p1 would be off by 3e-4.
+    logits = np.array([[[10.0, 0.0]]])
+    _, expected = reference_macer(logits, [0], 1.0, 1.0, 10.0)
+    _, got = losses.macer(jnp.asarray(logits, jnp.float32), jnp.array([0]), sigma=1.0, beta=1.0, gamma=10.0)
+    np.testing.assert_allclose(got, expected, rtol=2e-6)
+
+
+def test_bad_arguments_of_the_other_losses():
+    logits, labels = jnp.zeros((2, 3, 4)), jnp.zeros(3, int)
+    with pytest.raises(ValueError, match=r"clean_logits \(3, 4\) and noisy_logits \(2, 3, 4\) must both be \[B, K\]"):
+        losses.stability(logits[0], logits)
+    with pytest.raises(ValueError, match="have one class; MACER compares the two largest"):
+        losses.macer(logits[..., :1], labels, sigma=0.5, beta=16.0, gamma=8.0)
+    for bad in ({"sigma": 0.0}, {"beta": 0.0}, {"beta": 1e9}, {"gamma": -1.0}):
+        with pytest.raises(ValueError, match="use sigma > 0, beta in"):
+            losses.macer(logits, labels, **{"sigma": 0.5, "beta": 16.0, "gamma": 8.0, **bad})
+    with pytest.raises(ValueError, match="labels=4: use whole numbers from 0 to 3"):
+        losses.macer(logits, labels + 4, sigma=0.5, beta=16.0, gamma=8.0)
+    with pytest.raises(ValueError, match=r"log_target has shape \(2, 4\)"):
+        losses.kl_divergence(logits[0, :2], logits)

@@ -20,15 +20,14 @@ import numpy as np
 from ml_collections import ConfigDict
 from tqdm import tqdm
 
-from rs_consistency import data, parallel, training, voting
+from rs_consistency import data, parallel, runs, training, voting
 from rs_consistency.certificates import CertificateFile
 from rs_consistency.certification import conclude
-from rs_consistency.checkpoints import Checkpoints, digest
+from rs_consistency.checkpoints import digest
 from rs_consistency.checks import probability, whole_number
 from rs_consistency.cli.common import Parser, run_main, whole
-from rs_consistency.config import PLACE_KEYS, flatten, validate
-from rs_consistency.errors import UserError, note
-from rs_consistency.workdir import CONFIG_FILE, finished_step, read_config
+from rs_consistency.errors import note
+from rs_consistency.workdir import finished_step
 
 _SECONDS_BETWEEN_LINES = 30  # of the progress, where stderr is a file
 
@@ -61,7 +60,7 @@ def _parser() -> Parser:
 def _main(argv: Sequence[str] | None) -> None:
     args = _parser().parse_args(argv)
     workdir = args.workdir.expanduser()
-    config = _read_valid_config(workdir)
+    config = runs.read_valid_config(workdir)
     info = data.dataset_info(config.dataset.name)
     devices = parallel.choose_devices(args.num_devices)
     alpha = probability("alpha", args.alpha)
@@ -78,12 +77,16 @@ def _main(argv: Sequence[str] | None) -> None:
         data_dir=args.data_dir or config.dataset.data_dir,
         cache_dir=args.cache_dir or config.dataset.cache_dir,
     )
-    checkpoint_step, params = _restore_params(config, workdir, devices)
+    run = runs.restore(workdir, devices)
+    last_step = finished_step(workdir, config)
+    if last_step is not None and run.step < last_step:
+        note(f"the training is not finished: step {run.step} of {last_step}; another checkpoint needs another --output")
     indices = np.arange(0, len(split.labels), skip)[:most]
     identity = {
         "sigma": settings.sigma, "n0": settings.n0, "n": settings.n, "alpha": alpha, "seed": settings.seed,
         "skip": skip, "dataset": config.dataset.name, "split": args.split, "data_digest": data.digest(split),
-        "model": config.model, "checkpoint_step": checkpoint_step, "parameter_digest": digest(params),
+        "model": config.model, "dtype": config.dtype, "checkpoint_step": run.step,
+        "parameter_digest": digest(run.variables),
     }  # fmt: skip
     output = (args.output or workdir / "certificates.tsv").expanduser()
     file = CertificateFile(output, identity=identity, about=_about(config, devices), indices=indices.tolist())
@@ -91,7 +94,7 @@ def _main(argv: Sequence[str] | None) -> None:
         model = training.make_model(config)
         votes = voting.count_votes(
             lambda variables, images: model.apply(variables, images, train=False),
-            {"params": params},
+            run.variables,
             data.to_unit(split.images[indices[file.progress.images :]]),
             indices[file.progress.images :],
             settings=settings,
@@ -135,34 +138,6 @@ def _certify(
             before = now
             bar.set_postfix(ACR=f"{file.progress.acr:.4f}", refresh=False)
             bar.update(len(group))
-
-
-def _read_valid_config(workdir: Path) -> ConfigDict:
-    config = read_config(workdir)
-    try:
-        validate(config, num_devices=1)
-        flat = flatten(config)
-        _ = [flat[key] for key in PLACE_KEYS]
-    except UserError as error:
-        raise UserError(f"{workdir / CONFIG_FILE}: {error}") from None
-    except (AttributeError, KeyError) as error:
-        raise UserError(f"{workdir / CONFIG_FILE} lacks a key ({error}); was it made by another version?") from None
-    return config
-
-
-def _restore_params(config: ConfigDict, workdir: Path, devices: list[jax.Device]) -> tuple[int, Any]:
-    checkpoints = Checkpoints(workdir)
-    try:
-        restored = checkpoints.restore_newest(training.restore_target(config, devices), note=note)
-    finally:
-        checkpoints.close()
-    if restored is None:
-        raise UserError(f"workdir={workdir} has no checkpoint yet; train first, with train.py and the same --workdir")
-    step, state = restored
-    last_step = finished_step(workdir, config)
-    if last_step is not None and step < last_step:
-        note(f"the training is not finished: step {step} of {last_step}; another checkpoint needs another --output")
-    return step, state.params
 
 
 def _about(config: ConfigDict, devices: list[jax.Device]) -> dict[str, Any]:

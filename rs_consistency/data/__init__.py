@@ -1,12 +1,13 @@
-"""Datasets by name, as arrays.
+"""Datasets by name: as arrays, or streamed where they are too large.
 
     train = load("mnist_subset", "train")     # train.images [N, H, W, C] uint8, train.labels [N] int32
+    test = open_split("imagenet", "test")     # len(test), test.read([0, 100, 200]), test.digest()
 
 Images are stored as uint8; `to_unit` gives the float32 images in [0, 1] that models, noise and radii refer to.
 """
 
 import hashlib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import NamedTuple
 
 import jax
@@ -25,9 +26,10 @@ class DatasetInfo(NamedTuple):
     Attributes:
       image_shape: (H, W, C).
       num_classes: K.
-      read: (name, split, data_dir, cache_dir) -> (images uint8 `[N, H, W, C]`, labels `[N]`).
+      read: (name, split, data_dir, cache_dir) -> (images uint8 `[N, H, W, C]`, labels `[N]`), name being TFDS's.
       mean: per-channel mean for the normalization inside the model; empty for none.
       std: per-channel standard deviation for it.
+      tfds_name: what tensorflow-datasets calls it; empty where the name is the same.
     """
 
     image_shape: tuple[int, int, int]
@@ -35,6 +37,7 @@ class DatasetInfo(NamedTuple):
     read: Callable[..., tuple[np.ndarray, np.ndarray]]
     mean: Sequence[float] = ()
     std: Sequence[float] = ()
+    tfds_name: str = ""
 
 
 DATASETS: dict[str, DatasetInfo] = {
@@ -44,7 +47,14 @@ DATASETS: dict[str, DatasetInfo] = {
     "cifar10": DatasetInfo(
         (32, 32, 3), 10, tfds_source.read, mean=(0.4914, 0.4822, 0.4465), std=(0.2023, 0.1994, 0.2010)
     ),
-}
+    "cifar100": DatasetInfo(
+        (32, 32, 3), 100, tfds_source.read, mean=(0.5071, 0.4865, 0.4409), std=(0.2673, 0.2564, 0.2762)
+    ),
+    "svhn": DatasetInfo(
+        (32, 32, 3), 10, tfds_source.read, mean=(0.4377, 0.4438, 0.4728), std=(0.1980, 0.2010, 0.1970),
+        tfds_name="svhn_cropped",
+    ),
+}  # fmt: skip
 
 
 class Split(NamedTuple):
@@ -57,6 +67,20 @@ class Split(NamedTuple):
 
     images: np.ndarray
     labels: np.ndarray
+
+
+class Examples(NamedTuple):
+    """Training examples on a device.
+
+    Attributes:
+      images: `[B, H, W, C]` uint8.
+      labels: `[B]` int32.
+      extra: name -> `[B, ...]`, what a method knows of each of them.
+    """
+
+    images: jax.Array
+    labels: jax.Array
+    extra: Mapping[str, jax.Array]
 
 
 def dataset_info(name: str) -> DatasetInfo:
@@ -85,7 +109,7 @@ def load(name: str, split: str, *, data_dir: str = "", cache_dir: str = "") -> S
     info = dataset_info(name)
     if split not in SPLITS:
         raise UserError(f"split={split!r} is unknown; use one of {', '.join(SPLITS)}")
-    images, labels = info.read(name, split, data_dir, cache_dir)
+    images, labels = info.read(info.tfds_name or name, split, data_dir, cache_dir)
     labels = labels.astype(np.int32)
     check_split(f"{name} ({split})", images, labels, info)
     return Split(images, labels)

@@ -9,14 +9,20 @@ from collections.abc import Callable, Mapping
 from typing import NamedTuple
 
 import jax
+from ml_collections import ConfigDict
 
 from rs_consistency import losses
-from rs_consistency.errors import UserError
-from rs_consistency.methods import gaussian
-from rs_consistency.methods.base import MethodOutput, NoisyLogits
+from rs_consistency.checks import one_of
+from rs_consistency.methods import catrs, gaussian, macer, smoothadv, smoothmix, stability
+from rs_consistency.methods.base import Batch, Classifier, Method
 
-METHODS: dict[str, Callable[..., MethodOutput]] = {
-    "gaussian": gaussian.terms,
+METHODS: dict[str, Method] = {
+    "gaussian": gaussian.METHOD,
+    "stability": stability.METHOD,
+    "smoothadv": smoothadv.METHOD,
+    "macer": macer.METHOD,
+    "smoothmix": smoothmix.METHOD,
+    "catrs": catrs.METHOD,
 }
 
 
@@ -32,34 +38,24 @@ class Objective(NamedTuple):
     terms: Mapping[str, jax.Array]
 
 
-def make_objective(
-    method: str, *, consistency_lbd: float, consistency_eta: float, consistency_form: str
-) -> Callable[[NoisyLogits, jax.Array, jax.Array, jax.Array], Objective]:
-    """Builds the per-example objective of a method, with the consistency term where its weight is positive.
-
-    Args:
-      method: a key of `METHODS`.
-      consistency_lbd: weight of the consistency term; 0 leaves it out, entropy included.
-      consistency_eta: weight of the entropy in it.
-      consistency_form: one of `losses.FORMS`.
+def make_objective(config: ConfigDict) -> Callable[[Classifier, Batch], Objective]:
+    """Builds the per-example objective of `config.method`, with the consistency term where its weight is positive.
 
     Returns:
-      `objective(noisy_logits, images [B, H, W, C], labels [B], noise [M, B, H, W, C])`.
+      `objective(classifier, batch)`, to be called inside a compiled step.
 
     Raises:
       UserError: for an unknown method.
     """
-    if method not in METHODS:
-        raise UserError(f"method={method!r} is unknown; use one of {', '.join(sorted(METHODS))}")
-    method_terms = METHODS[method]
+    one_of("method", config.method, METHODS)
+    method_terms = METHODS[config.method].build(config)
+    lbd, eta, form = config.consistency.lbd, config.consistency.eta, config.consistency.form
 
-    def objective(noisy_logits: NoisyLogits, images: jax.Array, labels: jax.Array, noise: jax.Array) -> Objective:
-        output = method_terms(noisy_logits, images, labels, noise)
+    def objective(model: Classifier, batch: Batch) -> Objective:
+        output = method_terms(model, batch)
         terms = dict(output.terms)
-        if consistency_lbd > 0:
-            terms["consistency"] = losses.consistency(
-                output.logits, lbd=consistency_lbd, eta=consistency_eta, form=consistency_form
-            )
+        if lbd > 0:
+            terms["consistency"] = losses.consistency(output.logits, lbd=lbd, eta=eta, form=form)
         return Objective(loss=sum(terms.values()), terms=terms)
 
     return objective

@@ -1,12 +1,20 @@
 """Gaussian augmentation: cross entropy on noisy copies. Cohen, Rosenfeld, Kolter (ICML 2019)."""
 
-import jax
+from ml_collections import ConfigDict
 
 from rs_consistency import losses
-from rs_consistency.methods.base import MethodOutput, NoisyLogits
+from rs_consistency.methods.base import Batch, Classifier, Method, MethodOutput, Terms
 
 
-def terms(noisy_logits: NoisyLogits, images: jax.Array, labels: jax.Array, noise: jax.Array) -> MethodOutput:
+def build(config: ConfigDict) -> Terms:
     """Mean over the M copies of CE(f(x + d_i), y)."""
-    logits = noisy_logits(images, noise)
-    return MethodOutput({"cross_entropy": losses.cross_entropy(logits, labels)}, logits)
+    del config
+
+    def terms(model: Classifier, batch: Batch) -> MethodOutput:
+        logits = model.noisy(batch.images, batch.noise)
+        return MethodOutput({"cross_entropy": losses.cross_entropy(logits, batch.labels)}, logits)
+
+    return terms
+
+
+METHOD = Method(build)

@@ -7,12 +7,16 @@ import flax.linen as nn
 from rs_consistency.errors import UserError
 from rs_consistency.models.lenet import LeNet
 
+DTYPES = ("float32", "bfloat16")
+
 MODELS: dict[str, type[nn.Module]] = {
     "lenet": LeNet,
 }
 
 
-def create_model(name: str, *, num_classes: int, mean: Sequence[float] = (), std: Sequence[float] = ()) -> nn.Module:
+def create_model(
+    name: str, *, num_classes: int, mean: Sequence[float] = (), std: Sequence[float] = (), dtype=None, axis_name=()
+) -> nn.Module:
     """A flax linen module: `init(key, images)`, `apply(variables, images, train=False)` -> logits `[N, K]`.
 
     Args:

@@ -1,0 +1,194 @@
+"""Attacks in l2 that training methods use: on the smoothed classifier, and on its noise.
+
+All of them treat the classifier as fixed and hand back arrays without a gradient. `apply_fn` maps images `[N, H, W, C]` to
+logits `[N, K]` in inference mode; `noise` is already scaled, `d_i ~ N(0, sigma^2 I)`.
+"""
+
+import math
+from collections.abc import Callable
+
+import jax
+import jax.numpy as jnp
+
+from rs_consistency import losses
+from rs_consistency.backend import repeat
+
+ApplyFn = Callable[[jax.Array], jax.Array]
+
+_LOG_OF_SMALLEST_MEAN = math.log(1e-20)  # where the published attack clips the mean of the softmax vectors
+_SMALLEST_NORM = 1e-8  # added to a gradient's norm before the division
+
+
+def smooth_adv(
+    apply_fn: ApplyFn,
+    images: jax.Array,
+    labels: jax.Array,
+    noise: jax.Array,
+    *,
+    epsilon: float | jax.Array,
+    num_steps: int,
+) -> jax.Array:
+    """Attacks the smoothed classifier: l2 PGD against the mean softmax over the noisy copies.
+
+    Source: Salman et al. (NeurIPS 2019), SmoothAdv-PGD. It ascends `-log(mean_i F_y(x + a + d_i))`, the mean clipped
+    at 1e-20: from a = 0, num_steps steps of length `2 * epsilon / num_steps` along the normalized gradient, each
+    followed by the projection onto the l2 ball of radius epsilon around x and then onto the box [0, 1].
+
+    Args:
+      apply_fn: `[B, H, W, C]` -> logits `[B, K]`, in inference mode.
+      images: `[B, H, W, C]` in [0, 1].
+      labels: `[B]` integers in 0..K-1.
+      noise: `[M, B, H, W, C]`, scaled by sigma; the same in every step.
+      epsilon: radius in l2, at least 0; may be traced.
+      num_steps: T, at least 1.
+
+    Returns:
+      `[B, H, W, C]`: the attacked images, in the box exactly and in the ball up to rounding. No gradient flows through.
+
+    Raises:
+      ValueError: for a number of steps below 1.
+    """
+    _check_steps(num_steps)
+    images, labels, noise = jax.lax.stop_gradient((images, labels, noise))
+    step_size = 2 * epsilon / num_steps
+
+    def step(_: jax.Array, attacked: jax.Array) -> jax.Array:
+        attacked = attacked + step_size * _direction(apply_fn, attacked, labels, noise)
+        return jnp.clip(images + project(attacked - images, epsilon), 0, 1)
+
+    return jax.lax.stop_gradient(repeat(step, num_steps, images))
+
+
+def unbounded(
+    apply_fn: ApplyFn,
+    images: jax.Array,
+    labels: jax.Array,
+    noise: jax.Array,
+    *,
+    step_size: float,
+    num_steps: int,
+    keep_step: int,
+) -> tuple[jax.Array, jax.Array]:
+    """SmoothMix's attack: as `smooth_adv`, but in steps of a fixed length and without a ball.
+
+    Source: Jeong et al. (NeurIPS 2021).
+
+    Args:
+      apply_fn: as in `smooth_adv`; so are images, labels and noise.
+      images: `[B, H, W, C]` in [0, 1].
+      labels: `[B]`.
+      noise: `[M, B, H, W, C]`.
+      step_size: l2 length of a step.
+      num_steps: T, at least 1.
+      keep_step: an iterate to hand back as well, 0 (the images) to T.
+
+    Returns:
+      (iterate number keep_step, last iterate), both `[B, H, W, C]` in [0, 1]. No gradient flows through.
+
+    Raises:
+      ValueError: for a number of steps below 1, or an iterate that is not made.
+    """
+    _check_steps(num_steps)
+    if not 0 <= keep_step <= num_steps:
+        raise ValueError(f"keep_step={keep_step}: use a number from 0 to num_steps={num_steps}")
+    images, labels, noise = jax.lax.stop_gradient((images, labels, noise))
+
+    def step(_: jax.Array, attacked: jax.Array) -> jax.Array:
+        return jnp.clip(attacked + step_size * _direction(apply_fn, attacked, labels, noise), 0, 1)
+
+    kept = repeat(step, keep_step, images)
+    return jax.lax.stop_gradient((kept, repeat(step, num_steps - keep_step, kept)))
+
+
+def worst_noise(
+    apply_fn: ApplyFn,
+    images: jax.Array,
+    log_target: jax.Array,
+    noise: jax.Array,
+    *,
+    epsilon: float,
+    num_steps: int,
+) -> jax.Array:
+    """CAT-RS's attack on the noise: makes every copy's prediction differ from a target.
+
+    Source: Jeong, Kim, Shin (AAAI 2023). For each copy by itself it ascends `KL(target || F(x + d))` in num_steps steps of
+    length `2 * epsilon / num_steps` along the normalized gradient, each followed by the projection onto the l2 ball of
+    radius epsilon around d_i. What comes out is shifted and scaled to the mean and the root mean square of d_i, so that it
+    remains plausible as noise.
+
+    Args:
+      apply_fn: as in `smooth_adv`.
+      images: `[B, H, W, C]`.
+      log_target: `[B, K]`, logarithm of the target distribution.
+      noise: `[M, B, H, W, C]`, scaled by sigma.
+      epsilon: radius in l2.
+      num_steps: T, at least 1.
+
+    Returns:
+      `[M, B, H, W, C]`: the attacked noise. No gradient flows through.
+
+    Raises:
+      ValueError: for a number of steps below 1.
+    """
+    _check_steps(num_steps)
+    images, log_target, noise = jax.lax.stop_gradient((images, log_target, noise))
+    step_size = 2 * epsilon / num_steps
+
+    def divergence(noise: jax.Array) -> jax.Array:
+        return losses.kl_divergence(log_target, copies(apply_fn, images, noise)).sum()
+
+    def step(_: jax.Array, attacked: jax.Array) -> jax.Array:
+        attacked = attacked + step_size * unit(jax.grad(divergence)(attacked))
+        return noise + project(attacked - noise, epsilon)
+
+    attacked = repeat(step, num_steps, noise)
+    mean, centred = _centre(noise)
+    _, attacked = _centre(attacked)
+    scale = l2_norm(centred) / jnp.maximum(l2_norm(attacked), jnp.finfo(noise.dtype).tiny)
+    return jax.lax.stop_gradient(mean + scale * attacked)
+
+
+def copies(apply_fn: ApplyFn, images: jax.Array, noise: jax.Array) -> jax.Array:
+    """Logits `[M, B, K]` of images `[B, H, W, C]` under noise `[M, B, H, W, C]`."""
+    return jax.vmap(lambda draw: apply_fn(images + draw))(noise)
+
+
+def l2_norm(x: jax.Array) -> jax.Array:
+    """l2 norms over the axes H, W, C, which stay as axes of length 1. The squares of finite numbers do not overflow."""
+    largest = jnp.abs(x).max(axis=(-3, -2, -1), keepdims=True)
+    safe = jnp.where(largest > 0, largest, 1)
+    return largest * jnp.sqrt(jnp.square(x / safe).sum(axis=(-3, -2, -1), keepdims=True))
+
+
+def unit(gradient: jax.Array) -> jax.Array:
+    """`g / (||g|| + 1e-8)` over H, W, C: a zero gradient stays zero."""
+    return gradient / (l2_norm(gradient) + _SMALLEST_NORM)
+
+
+def project(offset: jax.Array, radius: float | jax.Array) -> jax.Array:
+    """The nearest point of the l2 ball over H, W, C."""
+    norm = l2_norm(offset)
+    outside = norm > radius
+    return offset * jnp.where(outside, radius / jnp.where(outside, norm, 1), 1)
+
+
+def _direction(apply_fn: ApplyFn, images: jax.Array, labels: jax.Array, noise: jax.Array) -> jax.Array:
+    """Unit direction `[B, H, W, C]` in which the mean softmax of the label falls fastest."""
+
+    def loss(images: jax.Array) -> jax.Array:  # examples do not interact, so the gradient of the sum is each one's
+        log_mean = losses.log_mean_softmax(copies(apply_fn, images, noise))  # [B, K]
+        of_label = jnp.take_along_axis(log_mean, labels[:, None], axis=-1)
+        return -jnp.maximum(of_label, _LOG_OF_SMALLEST_MEAN).sum()
+
+    return unit(jax.grad(loss)(images))
+
+
+def _centre(x: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """Means over H, W, C, and the deviations from them."""
+    mean = x.mean(axis=(-3, -2, -1), keepdims=True)
+    return mean, x - mean
+
+
+def _check_steps(num_steps: int) -> None:
+    if num_steps < 1:
+        raise ValueError(f"num_steps={num_steps}: use at least 1")

@@ -1,0 +1,77 @@
+"""CAT-RS: confidence-aware training. Jeong, Kim, Shin (AAAI 2023)."""
+
+from collections.abc import Mapping
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from ml_collections import ConfigDict
+
+from rs_consistency import attacks, losses
+from rs_consistency.checks import number_from, whole_number
+from rs_consistency.data import Split
+from rs_consistency.errors import UserError
+from rs_consistency.methods.base import Batch, Classifier, Method, MethodOutput, Terms, pick
+
+
+def build(config: ConfigDict) -> Terms:
+    """The sum of a term for examples of low and one for examples of high confidence.
+
+    With w the share of the M copies whose top class is the label, and K ~ Binomial(M, w), at least 1:
+
+    - low: 1/M times the sum of the K smallest of the M cross entropies;
+    - high, only where K = M: lbd * max_i KL(P(x) || F(x + d*_i)), d* from `attacks.worst_noise` and P(x) the smoothed
+      prediction of the teacher, a Gaussian model.
+    """
+    settings = config.catrs
+    lbd, epsilon, num_steps = settings.lbd, settings.epsilon, settings.num_steps
+
+    def terms(model: Classifier, batch: Batch) -> MethodOutput:
+        num_copies = batch.noise.shape[0]
+        logits = model.noisy(batch.images, batch.noise)
+        right = logits.argmax(axis=-1) == batch.labels[None]  # [M, B]
+        draws = pick(batch.keys, lambda key: jax.random.uniform(key, (num_copies,)))  # [B, M]
+        kept = jnp.maximum((draws < right.mean(axis=0)[:, None]).sum(axis=-1), 1)  # K, [B]
+
+        smallest_first = jnp.sort(losses.cross_entropies(logits, batch.labels), axis=0)
+        is_kept = jnp.arange(num_copies)[:, None] < kept[None]
+        low = jnp.where(is_kept, smallest_first, 0.0).sum(axis=0) / num_copies
+
+        log_target = jnp.log(batch.extra["smoothed"])  # -inf where the teacher never voted
+        noise = attacks.worst_noise(
+            model.frozen, batch.images, log_target, batch.noise, epsilon=epsilon, num_steps=num_steps
+        )
+        divergences = losses.kl_divergence(log_target, model.noisy(batch.images, noise))  # [M, B]
+        high = jnp.where(kept == num_copies, divergences.max(axis=0), 0.0)
+        return MethodOutput({"low_confidence": low, "high_confidence": lbd * high}, logits)
+
+    return terms
+
+
+def check(config: ConfigDict) -> None:
+    """Checks `config.catrs`."""
+    settings = config.catrs
+    number_from("catrs.lbd", settings.lbd, at_least=0, at_most=losses.LARGEST_WEIGHT)
+    number_from("catrs.epsilon", settings.epsilon, at_least=0)
+    whole_number("catrs.num_steps", settings.num_steps, at_least=1, at_most=1000)
+    whole_number("catrs.num_votes", settings.num_votes, at_least=1, at_most=10**8)
+    if not settings.teacher:
+        raise UserError(
+            "catrs.teacher='': method catrs needs the workdir of a Gaussian model on the same data (published: sigma"
+            " 0.25); train one, and give it with --config.catrs.teacher=..."
+        )
+
+
+def prepare(config: ConfigDict, split: Split, devices: list[jax.Device], workdir: Path) -> Mapping[str, np.ndarray]:
+    """The teacher's smoothed predictions `[N, K]`."""
+    from rs_consistency import teacher  # not above: to restore the teacher's run takes training.py, which imports this
+
+    settings = config.catrs
+    shares = teacher.smoothed_predictions(
+        config, split, settings.teacher, num_votes=settings.num_votes, devices=devices, workdir=workdir
+    )
+    return {"smoothed": shares}
+
+
+METHOD = Method(build, check, prepare)

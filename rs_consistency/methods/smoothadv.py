@@ -1,0 +1,39 @@
+"""SmoothAdv: Gaussian augmentation around adversarial images. Salman et al. (NeurIPS 2019)."""
+
+from ml_collections import ConfigDict
+
+from rs_consistency import attacks, losses
+from rs_consistency.checks import number_from, whole_number
+from rs_consistency.methods.base import Batch, Classifier, Method, MethodOutput, Terms, warmup
+
+
+def build(config: ConfigDict) -> Terms:
+    """Mean over the M copies of CE(f(x + a + d_i), y), a from `attacks.smooth_adv` with the same noise.
+
+    The attack's radius grows over the first epochs: `min(epsilon, (epoch + 1) * epsilon / warmup_epochs)`.
+    """
+    epsilon, num_steps, warmup_epochs = (config.smoothadv[key] for key in ("epsilon", "num_steps", "warmup_epochs"))
+
+    def terms(model: Classifier, batch: Batch) -> MethodOutput:
+        images = attacks.smooth_adv(
+            model.frozen,
+            batch.images,
+            batch.labels,
+            batch.noise,
+            epsilon=epsilon * warmup(batch.epoch, warmup_epochs),
+            num_steps=num_steps,
+        )
+        logits = model.noisy(images, batch.noise)
+        return MethodOutput({"cross_entropy": losses.cross_entropy(logits, batch.labels)}, logits)
+
+    return terms
+
+
+def check(config: ConfigDict) -> None:
+    """Checks `config.smoothadv`."""
+    number_from("smoothadv.epsilon", config.smoothadv.epsilon, at_least=0)
+    whole_number("smoothadv.num_steps", config.smoothadv.num_steps, at_least=1, at_most=1000)
+    whole_number("smoothadv.warmup_epochs", config.smoothadv.warmup_epochs, at_least=0)
+
+
+METHOD = Method(build, check)

@@ -1,0 +1,34 @@
+"""Stability training: cross entropy on the clean image, and agreement with the noisy one. Li et al. (NeurIPS 2019)."""
+
+import jax
+from ml_collections import ConfigDict
+
+from rs_consistency import losses
+from rs_consistency.checks import number_from
+from rs_consistency.methods.base import Batch, Classifier, Method, MethodOutput, Terms
+
+
+def build(config: ConfigDict) -> Terms:
+    """CE(f(x), y) + lbd * CE(target = F(x), prediction = f(x + d)), the second averaged over the M copies (1 in the paper).
+
+    As published, the clean and the noisy images go through the model one after the other: batch norm sees two batches.
+    """
+    lbd = config.stability.lbd
+
+    def terms(model: Classifier, batch: Batch) -> MethodOutput:
+        clean = model.clean(batch.images)
+        noisy = model.noisy(batch.images, batch.noise)
+        agreement = jax.vmap(losses.stability, in_axes=(None, 0))(clean, noisy).mean(axis=0)
+        return MethodOutput(
+            {"cross_entropy": losses.cross_entropy(clean[None], batch.labels), "stability": lbd * agreement}, noisy
+        )
+
+    return terms
+
+
+def check(config: ConfigDict) -> None:
+    """Checks `config.stability`."""
+    number_from("stability.lbd", config.stability.lbd, at_least=0, at_most=losses.LARGEST_WEIGHT)
+
+
+METHOD = Method(build, check)

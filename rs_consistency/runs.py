@@ -1,0 +1,83 @@
+"""Finished or unfinished runs, read back from their workdirs: to certify, to start from, to learn from."""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+from ml_collections import ConfigDict
+
+from rs_consistency import training
+from rs_consistency.checkpoints import Checkpoints
+from rs_consistency.config import PLACE_KEYS, flatten, validate
+from rs_consistency.errors import UserError, note
+from rs_consistency.workdir import CONFIG_FILE, read_config
+
+
+class Run(NamedTuple):
+    """What a workdir holds.
+
+    Attributes:
+      config: of the run.
+      step: of the newest checkpoint that can be read.
+      variables: the model's, from that checkpoint: `params`, and `batch_stats` where it has them.
+    """
+
+    config: ConfigDict
+    step: int
+    variables: dict[str, Any]
+
+
+def read_valid_config(workdir: Path) -> ConfigDict:
+    """The config of a run, with every key of this version and no setting that cannot work; else a `UserError`."""
+    config = read_config(workdir)
+    try:
+        validate(config, num_devices=1)
+        flat = flatten(config)
+        _ = [flat[key] for key in PLACE_KEYS]
+    except UserError as error:
+        raise UserError(f"{workdir / CONFIG_FILE}: {error}") from None
+    except (AttributeError, KeyError) as error:
+        raise UserError(f"{workdir / CONFIG_FILE} lacks a key ({error}); was it made by another version?") from None
+    return config
+
+
+def restore(workdir: Path, devices: Sequence[jax.Device]) -> Run:
+    """Reads the newest readable checkpoint of a run, replicated on the devices.
+
+    Raises:
+      UserError: when the folder holds no run, or a run without a readable checkpoint.
+    """
+    config = read_valid_config(workdir)
+    checkpoints = Checkpoints(workdir)
+    try:
+        restored = checkpoints.restore_newest(training.restore_target(config, devices), note=note)
+    finally:
+        checkpoints.close()
+    if restored is None:
+        raise UserError(f"workdir={workdir} has no checkpoint yet; train first, with train.py and the same --workdir")
+    step, state = restored
+    return Run(config, step, state.variables)
+
+
+def start_from(state: training.TrainState, workdir: Path, devices: Sequence[jax.Device]) -> training.TrainState:
+    """Puts the variables of another run into a fresh state: fine-tuning.
+
+    Raises:
+      UserError: when they do not fit the model; the first that differs is named.
+    """
+    source = restore(workdir, devices)
+    mine, theirs = (
+        {jax.tree_util.keystr(path): leaf for path, leaf in jax.tree.leaves_with_path(variables)}
+        for variables in (state.variables, source.variables)
+    )
+    for name in sorted(mine.keys() | theirs.keys()):
+        shapes = [str(tree[name].shape) if name in tree else "missing" for tree in (mine, theirs)]
+        if shapes[0] != shapes[1]:
+            raise UserError(
+                f"init_from={workdir} does not fit: {name} is {shapes[0]} here and {shapes[1]} there"
+                f" (model={source.config.model}, dataset {source.config.dataset.name}); start from a run of the same"
+                " model and number of classes"
+            )
+    variables = dict(source.variables)
+    return state.replace(params=variables.pop("params"), model_state=variables)

@@ -1,0 +1,182 @@
+"""The attacks against float64 references with analytic gradients, their limits, and that they take no gradient."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from scipy import special
+
+from rs_consistency import attacks, losses
+from rs_consistency.models import create_model
+
+SHAPE = (5, 4, 2)
+NUM_CLASSES = 3
+rng = np.random.default_rng(0)
+WEIGHTS = rng.normal(size=(*SHAPE, NUM_CLASSES))
+IMAGES = rng.uniform(size=(6, *SHAPE))
+LABELS = np.arange(6) % NUM_CLASSES
+NOISE = 0.5 * rng.normal(size=(4, 6, *SHAPE))
+
+
+def linear(images):
+    return jnp.tensordot(images, jnp.asarray(WEIGHTS, images.dtype), axes=3)
+
+
+def norms(x):
+    return np.sqrt(np.square(np.asarray(x, np.float64)).sum(axis=(-3, -2, -1), keepdims=True))
+
+
+def reference_direction(images, noise):
+    """The normalized gradient of -log(max(mean softmax of the label, 1e-20)), from the formula of a linear model."""
+    probs = special.softmax(np.tensordot(images[None] + noise, WEIGHTS, axes=3), axis=-1)  # [M, B, K]
+    gradient = np.zeros_like(images)
+    for b, y in enumerate(LABELS):
+        mean = probs[:, b, y].mean()
+        if mean > 1e-20:
+            towards = WEIGHTS[..., y] - np.tensordot(WEIGHTS, probs[:, b], axes=[[3], [1]]).transpose(3, 0, 1, 2)
+            gradient[b] = -np.mean(probs[:, b, y, None, None, None] * towards, axis=0) / mean
+    return gradient / (norms(gradient) + 1e-8)
+
+
+def reference_smooth_adv(images, noise, epsilon, num_steps):
+    attacked = images.copy()
+    for _ in range(num_steps):
+        attacked = attacked + 2 * epsilon / num_steps * reference_direction(attacked, noise)
+        offset = attacked - images
+        offset *= np.minimum(1, epsilon / np.maximum(norms(offset), 1e-300))
+        attacked = np.clip(images + offset, 0, 1)
+    return attacked
+
+
+def float32(*arrays):
+    return tuple(jnp.asarray(array, jnp.float32) for array in arrays)
+
+
+@pytest.mark.parametrize("num_copies", [1, 4])
+@pytest.mark.parametrize(("epsilon", "num_steps"), [(0.3, 1), (0.5, 4), (3.0, 10)])
+def test_smooth_adv_equals_the_reference(num_copies, epsilon, num_steps):
+    expected = reference_smooth_adv(IMAGES, NOISE[:num_copies], epsilon, num_steps)
+    # In float32 the direction of a nearly certain example is rounded: 1 - F_y of 1e-3 keeps four digits.
+    for x64, atol in ((False, 2e-3), (True, 1e-9)):
+        with jax.enable_x64(x64):
+            images, labels, noise = jnp.asarray(IMAGES), jnp.asarray(LABELS), jnp.asarray(NOISE[:num_copies])
+            got = attacks.smooth_adv(linear, images, labels, noise, epsilon=epsilon, num_steps=num_steps)
+            np.testing.assert_allclose(got, expected, atol=atol)
+
+
+@pytest.mark.parametrize("size", [1e3, 1e20])
+def test_saturated_logits_leave_a_finite_attack(size):
+    # Where the mean softmax is below 1e-20 it is clipped: no gradient, so the image stays.
+    def steep(images):
+        return size * linear(images)
+
+    images, noise = float32(IMAGES, NOISE)
+    got = attacks.smooth_adv(steep, images, jnp.asarray(LABELS), noise, epsilon=1.0, num_steps=3)
+    assert np.isfinite(got).all()
+    log_mean = losses.log_mean_softmax(attacks.copies(steep, images, noise))
+    clipped = np.asarray(log_mean)[np.arange(6), LABELS] < np.log(1e-20)
+    assert clipped.any()
+    np.testing.assert_array_equal(np.asarray(got)[clipped], np.asarray(images)[clipped])
+
+
+@pytest.fixture(scope="module")
+def lenet():
+    model = create_model("lenet", num_classes=10)
+    images = jax.random.uniform(jax.random.key(0), (3, 28, 28, 1))
+    images = images.at[0].set(0.0).at[1].set(1.0)  # at the walls of the box
+    variables = model.init(jax.random.key(1), images)
+    noise = 0.5 * jax.random.normal(jax.random.key(2), (2, 3, 28, 28, 1))
+    return lambda images: model.apply(variables, images, train=False), images, jnp.array([1, 2, 3]), noise
+
+
+@pytest.mark.parametrize("epsilon", [0.25, 1.0, 8.0])
+def test_smooth_adv_stays_in_ball_and_box_and_raises_the_loss(lenet, epsilon):
+    apply_fn, images, labels, noise = lenet
+
+    def loss(images):
+        log_mean = losses.log_mean_softmax(attacks.copies(apply_fn, images, noise))
+        return -jnp.take_along_axis(log_mean, labels[:, None], axis=-1)[:, 0]
+
+    attacked = attacks.smooth_adv(apply_fn, images, labels, noise, epsilon=epsilon, num_steps=4)
+    assert attacked.min() >= 0 and attacked.max() <= 1
+    assert norms(attacked - images).max() <= epsilon * (1 + 1e-5)  # float32 rounding of the sum of 784 squares
+    assert norms(attacked - images).min() > 0.3 * epsilon
+    assert (loss(attacked) > loss(images) + 1e-3 * min(epsilon, 1)).all()
+
+
+def test_smooth_adv_at_epsilon_zero_is_the_image(lenet):
+    apply_fn, images, labels, noise = lenet
+    np.testing.assert_array_equal(
+        attacks.smooth_adv(apply_fn, images, labels, noise, epsilon=0.0, num_steps=2), images
+    )
+
+
+def test_attacks_take_no_gradient(lenet):
+    apply_fn, images, labels, noise = lenet
+    target = jnp.full((3, 10), -jnp.log(10.0))
+
+    def total(images, noise):
+        return sum(
+            leaf.sum()
+            for leaf in jax.tree.leaves(
+                (
+                    attacks.smooth_adv(apply_fn, images, labels, noise, epsilon=1.0, num_steps=1),
+                    attacks.unbounded(apply_fn, images, labels, noise, step_size=1.0, num_steps=1, keep_step=1),
+                    attacks.worst_noise(apply_fn, images, target, noise, epsilon=1.0, num_steps=1),
+                )
+            )
+        )
+
+    for gradient in jax.grad(total, argnums=(0, 1))(images, noise):
+        assert not gradient.any()
+
+
+def test_unbounded_equals_the_reference():
+    with jax.enable_x64(True):
+        images, labels, noise = jnp.asarray(IMAGES), jnp.asarray(LABELS), jnp.asarray(NOISE)
+        kept, last = attacks.unbounded(linear, images, labels, noise, step_size=0.4, num_steps=3, keep_step=1)
+        first, _ = attacks.unbounded(linear, images, labels, noise, step_size=0.4, num_steps=3, keep_step=0)
+    iterates = [IMAGES]
+    for _ in range(3):
+        iterates.append(np.clip(iterates[-1] + 0.4 * reference_direction(iterates[-1], NOISE), 0, 1))
+    np.testing.assert_allclose(kept, iterates[1], atol=1e-9)
+    np.testing.assert_allclose(last, iterates[3], atol=1e-9)
+    np.testing.assert_array_equal(first, IMAGES)
+
+
+def reference_worst_noise(target, epsilon, num_steps):
+    attacked = NOISE.copy()
+    for _ in range(num_steps):
+        probs = special.softmax(np.tensordot(IMAGES[None] + attacked, WEIGHTS, axes=3), axis=-1)
+        # KL(P || F) has the gradient F - P in the logits of a softmax.
+        gradient = np.einsum("mbk,hwck->mbhwc", probs - target[None], WEIGHTS)
+        attacked = attacked + 2 * epsilon / num_steps * gradient / (norms(gradient) + 1e-8)
+        offset = attacked - NOISE
+        attacked = NOISE + offset * np.minimum(1, epsilon / np.maximum(norms(offset), 1e-300))
+    axes = (-3, -2, -1)
+    standard = (attacked - attacked.mean(axes, keepdims=True)) / attacked.std(axes, keepdims=True)
+    return NOISE.mean(axes, keepdims=True) + NOISE.std(axes, keepdims=True) * standard
+
+
+@pytest.mark.parametrize(("epsilon", "num_steps"), [(0.5, 1), (1.0, 4)])
+def test_worst_noise_equals_the_reference(epsilon, num_steps):
+    target = special.softmax(rng.normal(size=(6, NUM_CLASSES)), axis=-1)
+    target[0] = [0.0, 1.0, 0.0]  # a unanimous teacher
+    with np.errstate(divide="ignore"), jax.enable_x64(True):
+        images, noise, log_target = jnp.asarray(IMAGES), jnp.asarray(NOISE), jnp.asarray(np.log(target))
+        got = attacks.worst_noise(linear, images, log_target, noise, epsilon=epsilon, num_steps=num_steps)
+        before, after = (losses.kl_divergence(log_target, attacks.copies(linear, images, d)) for d in (noise, got))
+    got = np.asarray(got)
+    np.testing.assert_allclose(got, reference_worst_noise(target, epsilon, num_steps), atol=1e-9)
+    axes = (-3, -2, -1)
+    np.testing.assert_allclose(got.mean(axes), NOISE.mean(axes), atol=1e-9)
+    np.testing.assert_allclose(np.square(got).mean(axes), np.square(NOISE).mean(axes), rtol=1e-9)
+    assert (after > before).mean() > 0.9
+
+
+def test_bad_numbers_of_steps(lenet):
+    apply_fn, images, labels, noise = lenet
+    with pytest.raises(ValueError, match="num_steps=0: use at least 1"):
+        attacks.smooth_adv(apply_fn, images, labels, noise, epsilon=1.0, num_steps=0)
+    with pytest.raises(ValueError, match="keep_step=3: use a number from 0 to num_steps=2"):
+        attacks.unbounded(apply_fn, images, labels, noise, step_size=1.0, num_steps=2, keep_step=3)
