@@ -77,7 +77,7 @@ def test_cells_that_were_not_published(cell, message):
         (["--config.sgima=1"], "no such key: sgima"),
         (["--config.optimizer.speed=1"], "no such key: speed"),
         (["--config.method=magic"], "method='magic' is unknown; use one of gaussian"),
-        (["--config.model=vgg"], "model='vgg' is unknown; use one of lenet"),
+        (["--config.model=vgg"], "model='vgg' is unknown; use one of densenet40, lenet"),
         (["--config.dataset.name=minst"], "dataset.name='minst' is unknown; use one of cifar10"),
         (["--config.dataset.data_dir=/nowhere"], "dataset.name='mnist' is not prepared in /nowhere; prepare it with"),
         (["--speed=1"], "Unknown command line flag 'speed'"),

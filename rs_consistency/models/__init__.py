@@ -1,33 +1,58 @@
 """Models by name."""
 
-from collections.abc import Sequence
+import functools
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import flax.linen as nn
+import jax.numpy as jnp
 
 from rs_consistency.errors import UserError
+from rs_consistency.models.cifar_resnet import CifarResNet
+from rs_consistency.models.densenet import DenseNet40
 from rs_consistency.models.lenet import LeNet
+from rs_consistency.models.resnet import ResNet50
+from rs_consistency.models.wide_resnet import WideResNet
 
-DTYPES = ("float32", "bfloat16")
+DTYPES = ("float32", "bfloat16")  # in which a model may compute
 
-MODELS: dict[str, type[nn.Module]] = {
+MODELS: dict[str, Callable[..., nn.Module]] = {
     "lenet": LeNet,
+    "resnet20": functools.partial(CifarResNet, depth=20),
+    "resnet110": functools.partial(CifarResNet, depth=110),
+    "densenet40": DenseNet40,
+    "wideresnet28_10": functools.partial(WideResNet, depth=28, widen=10),
+    "resnet50": ResNet50,
 }
 
 
 def create_model(
-    name: str, *, num_classes: int, mean: Sequence[float] = (), std: Sequence[float] = (), dtype=None, axis_name=()
+    name: str,
+    *,
+    num_classes: int,
+    mean: Sequence[float] = (),
+    std: Sequence[float] = (),
+    dtype: Any = jnp.float32,
+    axis_name: Sequence[str] = (),
 ) -> nn.Module:
-    """A flax linen module: `init(key, images)`, `apply(variables, images, train=False)` -> logits `[N, K]`.
+    """A flax linen module: `init(key, images)`, `apply(variables, images, train=False)` -> float32 logits `[N, K]`.
+
+    With `train=True` a model with batch normalization needs `mutable=["batch_stats"]` and uses the statistics of its
+    batch, averaged over the axes `axis_name`. Images of a shape that a model cannot take are a ValueError.
 
     Args:
       name: a key of `MODELS`.
       num_classes: K.
       mean: per-channel mean of the normalization that is part of the model; empty for none.
       std: per-channel standard deviation of it.
+      dtype: float32 or bfloat16, for the activations; parameters, batch statistics and logits are float32.
+      axis_name: names of the vmap and pmap axes that share batch statistics in training; empty for none.
 
     Raises:
       UserError: for an unknown name.
     """
     if name not in MODELS:
         raise UserError(f"model={name!r} is unknown; use one of {', '.join(sorted(MODELS))}")
-    return MODELS[name](num_classes=num_classes, mean=tuple(mean), std=tuple(std))
+    return MODELS[name](
+        num_classes=num_classes, mean=tuple(mean), std=tuple(std), dtype=dtype, axis_name=tuple(axis_name)
+    )

@@ -1,0 +1,44 @@
+"""DenseNet for 32 x 32 images."""
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+
+from rs_consistency.models.layers import ImageClassifier, Norm, average_pool_2x2, conv
+
+
+class DenseNet40(ImageClassifier):
+    """3x3 convolution with 24 channels; three dense blocks of 6 bottleneck layers of growth 12; batch norm and ReLU.
+
+    Source: Huang et al. (CVPR 2017), DenseNet-B. Between the blocks is a 2x2 average pool alone: nothing is
+    compressed, so there is no 1x1 convolution. On 32x32x3 images with K = 10 it has 211,978 parameters.
+    """
+
+    @nn.compact
+    def __call__(self, images: jax.Array, *, train: bool = False) -> jax.Array:
+        """Images `[N, H, W, C]`, float in [0, 1] plus noise, at least 4 x 4, to logits `[N, K]`."""
+        norm = self.batch_norm(train)
+        x = conv(self.prepare(images, min_size=4), 24, 3, name="conv1")
+        for block in (1, 2, 3):
+            if block > 1:
+                x = average_pool_2x2(x)
+            for layer in range(6):
+                x = DenseLayer(12, norm, name=f"dense{block}_{layer}")(x)
+        x = nn.relu(norm(name="bn")(x))
+        return self.pool_and_classify(x)
+
+
+class DenseLayer(nn.Module):
+    """Appends `growth` channels: batch norm, ReLU, 1x1 convolution; batch norm, ReLU, 3x3 convolution."""
+
+    growth: int
+    norm: Norm
+
+    @nn.compact
+    def __call__(self, x: jax.Array) -> jax.Array:
+        """`[N, H, W, C]` to `[N, H, W, C + growth]`."""
+        y = nn.relu(self.norm(name="bn1")(x))
+        y = conv(y, 4 * self.growth, 1, name="conv1")
+        y = nn.relu(self.norm(name="bn2")(y))
+        y = conv(y, self.growth, 3, name="conv2")
+        return jnp.concatenate([x, y], axis=-1)
