@@ -18,6 +18,7 @@ setup(
         "absl-py>=2.1,<3",
         "array-record>=0.8,<0.9",
         "flax>=0.12,<0.13",
+        "grain>=0.2.18,<0.3",
         # TFDS needs it to read array_record on Python 3.11 and does not ask for it.
         "importlib-resources>=6.4,<8",
         "jax>=0.10,<0.13",

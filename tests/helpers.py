@@ -84,31 +84,58 @@ def count_lines(path):
 
 def write_tfds(folder, name, version, splits):
     """Writes a dataset as TFDS prepares it in array_record format, without TensorFlow."""
+    shape = next(iter(splits.values()))[0].shape[1:]
+    encoded = {
+        split: ([encode(image[..., 0] if shape[-1] == 1 else image, "PNG") for image in images], labels)
+        for split, (images, labels) in splits.items()
+    }
+    return write_encoded_tfds(folder, name, version, encoded, {"shape": shape, "classes": 10})
+
+
+def write_imagenet(folder, splits, num_shards=2):
+    """Writes `{split: (JPEG files, labels)}` as TFDS prepares imagenet2012."""
+    about = {"shape": (-1, -1, 3), "classes": 1000, "encodingFormat": "jpeg"}
+    return write_encoded_tfds(folder, "imagenet2012", "5.1.0", splits, about, num_shards)
+
+
+def write_encoded_tfds(folder, name, version, splits, about, num_shards=1):
+    """Writes `{split: (encoded images, labels)}`; a split has the given number of files."""
     home = folder / name / version
     home.mkdir(parents=True)
-    shape = next(iter(splits.values()))[0].shape[1:]
     infos = []
     for split, (images, labels) in splits.items():
-        path = home / f"{name}-{split}.array_record-00000-of-00001"
-        writer = array_record_module.ArrayRecordWriter(str(path), "group_size:1")
-        for image, label in zip(images, labels, strict=True):
-            buffer = io.BytesIO()
-            Image.fromarray(image[..., 0] if shape[-1] == 1 else image).save(buffer, format="PNG")
-            writer.write(_example(buffer.getvalue(), int(label)).SerializeToString())
-        writer.close()
+        parts = np.array_split(np.arange(len(labels)), num_shards)
+        for number, part in enumerate(parts):
+            path = home / f"{name}-{split}.array_record-{number:05}-of-{num_shards:05}"
+            writer = array_record_module.ArrayRecordWriter(str(path), "group_size:1")
+            for i in part:
+                writer.write(_example(images[i], int(labels[i])).SerializeToString())
+            writer.close()
         template = "{DATASET}-{SPLIT}.{FILEFORMAT}-{SHARD_X_OF_Y}"
-        infos.append({"name": split, "shardLengths": [str(len(labels))], "filepathTemplate": template, "numBytes": "1"})
-    image = {"shape": {"dimensions": list(map(str, shape))}, "dtype": "uint8"}
+        lengths = [str(len(part)) for part in parts]
+        infos.append({"name": split, "shardLengths": lengths, "filepathTemplate": template, "numBytes": "1"})
+    image = {"shape": {"dimensions": list(map(str, about["shape"]))}, "dtype": "uint8"}
+    if "encodingFormat" in about:
+        image["encodingFormat"] = about["encodingFormat"]
     core = "tensorflow_datasets.core.features"
+    classes = {"numClasses": str(about["classes"])}
     features = {
         "image": {"image": image, "pythonClassName": f"{core}.image_feature.Image"},
-        "label": {"classLabel": {"numClasses": "10"}, "pythonClassName": f"{core}.class_label_feature.ClassLabel"},
+        "label": {"classLabel": classes, "pythonClassName": f"{core}.class_label_feature.ClassLabel"},
     }
     features = {"featuresDict": {"features": features}, "pythonClassName": f"{core}.features_dict.FeaturesDict"}
     (home / "features.json").write_text(json.dumps(features))
     info = {"name": name, "version": version, "fileFormat": "array_record", "splits": infos}
     (home / "dataset_info.json").write_text(json.dumps(info))
     return home
+
+
+def encode(image, format, **options):
+    """An image file's content; of an array or a PIL image."""
+    buffer = io.BytesIO()
+    image = image if isinstance(image, Image.Image) else Image.fromarray(image)
+    image.save(buffer, format=format, **options)
+    return buffer.getvalue()
 
 
 def _example(encoded, label):

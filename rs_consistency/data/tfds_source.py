@@ -62,7 +62,7 @@ def find_prepared(name: str, data_dir: Path) -> Path:
     if not versions:
         raise UserError(
             f"dataset.name={name!r} is not prepared in {data_dir}; prepare it with"
-            f" `{_command(name)} --data_dir={data_dir}`, or set"
+            f" `{prepare_command(name)} --data_dir={data_dir}`, or set"
             " TFDS_DATA_DIR or data_dir (--config.dataset.data_dir of train.py, --data_dir of certify.py) to the folder"
             " that has it (mnist_subset needs no preparation)"
         )
@@ -114,7 +114,7 @@ def _decode(name: str, split: str, prepared: Path) -> tuple[np.ndarray, np.ndarr
     if stored_as != "array_record" and importlib.util.find_spec("tensorflow") is None:
         raise UserError(
             f"{prepared} is stored as {stored_as}, which only TensorFlow reads, and TensorFlow is not installed;"
-            f" `pip install tensorflow-cpu`, or prepare it in another folder: {_command(name)} --data_dir=..."
+            f" `pip install tensorflow-cpu`, or prepare it in another folder: {prepare_command(name)} --data_dir=..."
         )
     import tensorflow_datasets as tfds  # slow to import, and only needed here
 
@@ -133,7 +133,8 @@ def _decode(name: str, split: str, prepared: Path) -> tuple[np.ndarray, np.ndarr
     except Exception as error:  # the readers below raise many kinds for a damaged file
         first_line = (str(error) or type(error).__name__).splitlines()[0]
         raise UserError(
-            f"{prepared} ({split}) is unreadable: {first_line}; move it away and prepare it again: {_command(name)}"
+            f"{prepared} ({split}) is unreadable: {first_line}; move it away and prepare it again:"
+            f" {prepare_command(name)}"
         ) from error
     return images, labels
 
@@ -150,5 +151,6 @@ def _decode_image(encoded: bytes) -> np.ndarray:
     return image[..., None] if image.ndim == 2 else image  # [H, W, C]
 
 
-def _command(name: str) -> str:
+def prepare_command(name: str) -> str:
+    """The command that prepares a dataset."""
     return f"python -m rs_consistency.data.prepare {name}"

@@ -1,0 +1,469 @@
+"""Large image datasets, read from a prepared TFDS folder while they are used: ImageNet does not fit into memory.
+
+    split = open_split("imagenet2012", "train", "", num_classes=1000)
+    with training_batches(split, seed=0, batch_size=256, steps_per_epoch=5005, first_step=0, num_steps=450450,
+                          num_workers=16) as batches:
+        for images, labels in batches:           # uint8 [B, S, S, 3], int32 [B]
+
+Grain does the prefetching, PIL the decoding; TensorFlow is not needed. A training batch is a function of the seed,
+the step and the data: not of the number of workers, nor of the step that the iterator was started at.
+"""
+
+import gc
+import hashlib
+import io
+import multiprocessing
+import os
+import resource
+import shutil
+import signal
+import threading
+import warnings
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from functools import lru_cache
+from multiprocessing import resource_tracker
+from pathlib import Path
+from types import TracebackType
+from typing import Any, NamedTuple
+
+import grain
+import jax
+import numpy as np
+import tensorflow_datasets as tfds
+from absl import flags
+from array_record.python.array_record_data_source import ArrayRecordDataSource
+from PIL import Image
+from tensorflow_datasets.proto import tf_example_pb2  # tf.train.Example, without TensorFlow
+
+from rs_consistency.data.tfds_source import file_format, find_prepared, prepare_command, resolve_data_dir
+from rs_consistency.errors import UserError, note
+
+Batch = tuple[np.ndarray, np.ndarray]
+
+# The usual crop for ImageNet: shares of the image's area, limits of width / height, tries before the central crop.
+_AREA = (0.08, 1.0)
+_RATIO = (3 / 4, 4 / 3)
+_TRIES = 10
+# Uniform numbers per example: an area and a ratio for every try, two for the position, one for the flip.
+_DRAWS = 2 * _TRIES + 3
+
+_THREADS = min(8, os.cpu_count() or 1)
+# In shared memory at most: one being made, one in the worker's queue, one taken out of it, one being copied.
+_BATCHES_PER_WORKER = 4
+_OTHER_OPEN_FILES = 512
+
+# Some of ImageNet's photographs have odd EXIF data, which is of no interest here and not worth a line per epoch.
+warnings.filterwarnings("ignore", "Corrupt EXIF data", UserWarning)
+
+
+class StreamedSplit:
+    """One split of a prepared dataset, whose examples are read when they are asked for. It can be pickled.
+
+    Attributes:
+      name: `name (split)`, for messages.
+      folder: the prepared version's folder.
+      image_shape: (S, S, 3) of the decoded images.
+      num_classes: K; labels are in 0..K-1.
+    """
+
+    def __init__(
+        self,
+        name: str,
+        split: str,
+        folder: Path,
+        image_shape: tuple[int, int, int],
+        num_classes: int,
+        shards: list[Any],
+    ) -> None:
+        self.name = f"{name} ({split})"
+        self.folder = folder
+        self.image_shape = image_shape
+        self.num_classes = num_classes
+        self._split = split
+        self._shards = [Path(shard.filename) for shard in shards]
+        self._records = ArrayRecordDataSource(shards)
+
+    def __len__(self) -> int:
+        return len(self._records)
+
+    def digest(self) -> str:
+        """SHA-256, as a hexadecimal string, of what identifies the data without reading them.
+
+        The split's name, the names and sizes of its files, and TFDS's description of the dataset; neither the
+        folder's place nor any time.
+        """
+        sha = hashlib.sha256(self._split.encode())
+        for path in sorted(self._shards):
+            sha.update(f"\n{path.name} {path.stat().st_size}".encode())
+        for name in ("dataset_info.json", "features.json"):
+            sha.update(f"\n{name} {hashlib.sha256((self.folder / name).read_bytes()).hexdigest()}".encode())
+        return sha.hexdigest()
+
+    def read(self, indices: Sequence[int]) -> Batch:
+        """Examples by number, decoded for evaluation.
+
+        Args:
+          indices: `[B]` in 0..N-1.
+
+        Returns:
+          Images uint8 `[B, S, S, 3]`, the center of the image whose shorter side has been resized to 256/224 S, and
+          labels int32 `[B]`.
+
+        Raises:
+          UserError: an example is damaged, or its label out of range.
+        """
+        images, labels = np.empty((len(indices), *self.image_shape), np.uint8), np.empty(len(indices), np.int32)
+
+        def read_one(place: int) -> None:
+            images[place], labels[place] = self.decode(int(indices[place]), _central)
+
+        with ThreadPoolExecutor(_THREADS) as pool:
+            list(pool.map(read_one, range(len(indices))))
+        return images, labels
+
+    def decode(self, index: int, fit: Callable[[Image.Image, int], Image.Image]) -> tuple[np.ndarray, np.int32]:
+        """One example: the image as `fit(image, S)` makes it `[S, S, 3]`, and the label.
+
+        Raises:
+          UserError: the example is damaged, or its label out of range.
+        """
+        if not 0 <= index < len(self):
+            raise IndexError(f"{self.name}: example {index} is outside 0..{len(self) - 1}")
+        try:
+            features = tf_example_pb2.Example.FromString(self._records[index]).features.feature
+            label = features["label"].int64_list.value[0]
+            with Image.open(io.BytesIO(features["image"].bytes_list.value[0])) as image:
+                # A few of ImageNet's images are grey or CMYK.
+                pixels = np.asarray(fit(image if image.mode == "RGB" else image.convert("RGB"), self.image_shape[0]))
+        except Exception as error:  # array_record, protobuf and PIL raise many kinds
+            first_line = (str(error) or type(error).__name__).splitlines()[0]
+            raise UserError(
+                f"{self.name}: example {index} is unreadable: {first_line}; move {self.folder} away and prepare"
+                " it again"
+            ) from None
+        if not 0 <= label < self.num_classes:
+            raise UserError(
+                f"{self.name}: label {label} of example {index} is outside 0..{self.num_classes - 1}."
+                " Prepare the dataset again"
+            )
+        return pixels, np.int32(label)
+
+
+def open_split(
+    tfds_name: str,
+    tfds_split: str,
+    data_dir: str,
+    *,
+    image_shape: tuple[int, int, int] = (224, 224, 3),
+    num_classes: int,
+) -> StreamedSplit:
+    """Opens a split of a dataset that TFDS has prepared as array_record.
+
+    Args:
+      tfds_name: TFDS's name of the dataset.
+      tfds_split: TFDS's name of the split, such as `train` or `validation`.
+      data_dir: the TFDS folder; empty for `$TFDS_DATA_DIR`, else `~/tensorflow_datasets`.
+      image_shape: (S, S, 3), what images are decoded to.
+      num_classes: K.
+
+    Raises:
+      UserError: the dataset is not prepared, in another format, lacks the split, or is damaged.
+    """
+    if image_shape[0] != image_shape[1] or image_shape[2] != 3:
+        raise UserError(f"image_shape={image_shape} cannot be streamed; use (S, S, 3)")
+    folder = find_prepared(tfds_name, resolve_data_dir(data_dir))
+    stored_as = file_format(folder)
+    if stored_as != "array_record":
+        raise UserError(
+            f"{folder} is stored as {stored_as}, and only array_record can be streamed; prepare it in another folder:"
+            f" {prepare_command(tfds_name)} --data_dir=..."
+        )
+    try:
+        splits = tfds.builder_from_directory(folder).info.splits
+        shards = splits[tfds_split].file_instructions if tfds_split in splits else []
+    except Exception as error:  # TFDS raises many kinds for a damaged description
+        first_line = (str(error) or type(error).__name__).splitlines()[0]
+        raise UserError(
+            f"{folder} is unreadable: {first_line}; move it away and prepare it again: {prepare_command(tfds_name)}"
+        ) from error
+    if not shards:
+        raise UserError(f"{folder} has no split {tfds_split!r}; use one of {', '.join(sorted(splits))}")
+    missing = [shard.filename for shard in shards if not Path(shard.filename).is_file()]
+    if missing:
+        raise UserError(
+            f"{folder} is unreadable: {Path(missing[0]).name} is missing; move it away and prepare it again:"
+            f" {prepare_command(tfds_name)}"
+        )
+    _allow_open_files(len(shards) + _OTHER_OPEN_FILES)
+    return StreamedSplit(tfds_name, tfds_split, folder, image_shape, num_classes, shards)
+
+
+def _allow_open_files(needed: int) -> None:
+    """Raises the soft limit where it is lower: all shards stay open, 1,024 of ImageNet, and 1,024 is a usual limit."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    if resource.RLIM_INFINITY != soft < needed:
+        resource.setrlimit(
+            resource.RLIMIT_NOFILE, (needed if hard == resource.RLIM_INFINITY else min(needed, hard), hard)
+        )
+
+
+class Batches(Iterator[Batch]):
+    """Batches that threads or worker processes make ahead, from the moment of construction on.
+
+    Use it in a `with` block, or `close` it, so that the workers end; after its last batch they have.
+    """
+
+    def __init__(self, batches: grain.MapDataset, num_workers: int, batch_bytes: int) -> None:
+        if num_workers:
+            # Each worker makes one batch after the other, in its only thread.
+            read = grain.ReadOptions(num_threads=0, prefetch_buffer_size=0)
+            dataset = _through_pipes_if_needed(batches.to_iter_dataset(read), num_workers, batch_bytes)
+            workers = grain.MultiprocessingOptions(num_workers=num_workers, per_worker_buffer_size=1)
+            _let_grain_ask_for_profiling()
+            dataset = dataset.mp_prefetch(workers, worker_init_fn=_start_worker)
+        else:
+            read = grain.ReadOptions(num_threads=_THREADS, prefetch_buffer_size=_THREADS)
+            dataset = batches.to_iter_dataset(read)
+        self._iterator = iter(dataset)
+        # Batches leave a worker's shared memory at once: what the caller holds on to is no matter of its size then, nor
+        # of when the program ends.
+        self._own = np.array if num_workers else np.asarray
+        # Ctrl-C goes to all processes of the terminal. Workers leave it to this one, which closes them: they inherit
+        # the blocked signal, from their very start, from the thread that starts them. Python's resource tracker
+        # unblocks it in the thread that happens to start it, so that must not be this one.
+        resource_tracker.ensure_running()
+        self._thread = ThreadPoolExecutor(1, "batches", signal.pthread_sigmask, (signal.SIG_BLOCK, [signal.SIGINT]))
+        self._pending = self._thread.submit(self._take)
+        self._closed = False
+
+    def _take(self) -> Batch | None:
+        batch = next(self._iterator, None)
+        return batch and (self._own(batch[0]), self._own(batch[1]))
+
+    def __next__(self) -> Batch:
+        if self._closed:
+            raise StopIteration
+        try:
+            batch = self._pending.result()
+        except UserError as error:
+            self.close()
+            raise UserError(str(error)) from None  # without the lines that Grain adds
+        except Exception:
+            self.close()
+            raise
+        if batch is None:
+            self.close()
+            raise StopIteration
+        self._pending = self._thread.submit(self._take)
+        return batch
+
+    def close(self) -> None:
+        """Ends threads and worker processes; waits for the batches that they are at."""
+        if self._closed:
+            return
+        self._closed = True
+        closing = self._thread.submit(self._iterator.close)
+        self._thread.shutdown()
+        closing.result()
+        # Grain's last exceptions refer to the last batches. Unless they are collected now, their shared memory is left
+        # to Python's resource tracker, which complains of it when the program ends.
+        self._iterator = self._pending = closing = None
+        gc.collect()
+
+    def __enter__(self) -> "Batches":
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        self.close()
+
+
+def training_batches(
+    split: StreamedSplit,
+    *,
+    seed: int,
+    batch_size: int,
+    steps_per_epoch: int,
+    first_step: int,
+    num_steps: int,
+    num_workers: int,
+) -> Batches:
+    """Augmented batches of the global steps first_step, ..., num_steps - 1.
+
+    Step s belongs to epoch s // steps_per_epoch. An epoch is a permutation of all examples, a function of the seed and
+    the epoch; after its end it starts over, so that the last batch of an epoch is full. An image is cropped at random
+    (8 to 100% of the area, log-uniform ratio within 3/4 and 4/3), resized to `[S, S]` and flipped with probability
+    1/2, as a function of the seed, the epoch and the place in the epoch.
+
+    Args:
+      split: what to read.
+      seed: any integer.
+      batch_size: B.
+      steps_per_epoch: T.
+      first_step: the first global step, such as the number of steps done before.
+      num_steps: the global step to stop before.
+      num_workers: processes; 0 for threads of this one.
+
+    Returns:
+      An iterator of (images uint8 `[B, S, S, 3]`, labels int32 `[B]`). A damaged example is a `UserError`.
+    """
+    places = _Places(len(split), seed, batch_size * steps_per_epoch, batch_size * num_steps)
+    batches = grain.MapDataset.source(places).map(_Augmented(split, seed)).batch(batch_size)[first_step:]
+    return Batches(batches, min(num_workers, len(batches)), batch_size * int(np.prod(split.image_shape)))
+
+
+def evaluation_batches(split: StreamedSplit, *, batch_size: int, num_workers: int) -> Batches:
+    """All examples in order, decoded as by `StreamedSplit.read`; the last batch may be shorter.
+
+    Args:
+      split: what to read.
+      batch_size: B.
+      num_workers: processes; 0 for threads of this one.
+
+    Returns:
+      An iterator of (images uint8 `[B, S, S, 3]`, labels int32 `[B]`). A damaged example is a `UserError`.
+    """
+    batches = grain.MapDataset.source(range(len(split))).map(_Centered(split)).batch(batch_size)
+    return Batches(batches, min(num_workers, len(batches)), batch_size * int(np.prod(split.image_shape)))
+
+
+class _Place(NamedTuple):
+    """Which example is where."""
+
+    index: int  # of the example in the split
+    epoch: int
+    place: int  # in the epoch
+
+
+@dataclass(frozen=True)
+class _Places:
+    """What is at every global place: a sequence for Grain that is cheap to send to a worker."""
+
+    num_examples: int
+    seed: int
+    places_per_epoch: int
+    num_places: int
+
+    def __len__(self) -> int:
+        return self.num_places
+
+    def __getitem__(self, position: int) -> _Place:
+        epoch, place = divmod(position, self.places_per_epoch)
+        order = _permutation(self.seed, epoch, self.num_examples)
+        return _Place(int(order[place % self.num_examples]), epoch, place)
+
+
+@dataclass(frozen=True)
+class _Augmented:
+    """Reads a place's example for training."""
+
+    split: StreamedSplit
+    seed: int
+
+    def __call__(self, place: _Place) -> tuple[np.ndarray, np.int32]:
+        draws = _uniform(self.seed, place.epoch, place.place)
+        return self.split.decode(place.index, lambda image, size: _random_crop(image, size, draws))
+
+
+@dataclass(frozen=True)
+class _Centered:
+    """Reads an example for evaluation."""
+
+    split: StreamedSplit
+
+    def __call__(self, index: int) -> tuple[np.ndarray, np.int32]:
+        return self.split.decode(index, _central)
+
+
+def _philox(seed: int, epoch: int, stream: int, place: int) -> np.random.Philox:
+    # Its raw output is what NumPy promises to keep; the methods of its generators may change with a version.
+    key, counter = np.array([seed % 2**64, epoch], np.uint64), np.array([0, 0, place, stream], np.uint64)
+    return np.random.Philox(key=key, counter=counter)
+
+
+@lru_cache(maxsize=2)  # batches made ahead may belong to the next epoch
+def _permutation(seed: int, epoch: int, num_examples: int) -> np.ndarray:
+    return np.argsort(_philox(seed, epoch, 0, 0).random_raw(num_examples), kind="stable").astype(np.int32)
+
+
+def _uniform(seed: int, epoch: int, place: int) -> np.ndarray:
+    """`[_DRAWS]` float64 in [0, 1)."""
+    return (_philox(seed, epoch, 1, place).random_raw(_DRAWS) >> np.uint64(11)) * 2.0**-53
+
+
+def _random_crop(image: Image.Image, size: int, draws: np.ndarray) -> Image.Image:
+    left, top, width, height = _crop_box(*image.size, draws)
+    # Cropped first: a resize of a box would let the filter see beyond it.
+    image = image.crop((left, top, left + width, top + height)).resize((size, size), Image.Resampling.BILINEAR)
+    return image.transpose(Image.Transpose.FLIP_LEFT_RIGHT) if draws[-1] < 0.5 else image
+
+
+def _crop_box(width: int, height: int, draws: np.ndarray) -> tuple[int, int, int, int]:
+    """The crop's left, top, width and height, in pixels.
+
+    The first of ten draws of area and ratio that fits; else the largest central crop with a ratio within the limits.
+    """
+    areas = width * height * (_AREA[0] + (_AREA[1] - _AREA[0]) * draws[:_TRIES])
+    ratios = _RATIO[0] * (_RATIO[1] / _RATIO[0]) ** draws[_TRIES : 2 * _TRIES]
+    widths, heights = np.rint(np.sqrt(areas * ratios)), np.rint(np.sqrt(areas / ratios))
+    fits = (widths > 0) & (widths <= width) & (heights > 0) & (heights <= height)
+    if fits.any():
+        first = np.argmax(fits)
+        w, h = int(widths[first]), int(heights[first])
+        across, down = draws[2 * _TRIES : 2 * _TRIES + 2]
+        return int(across * (width - w + 1)), int(down * (height - h + 1)), w, h
+    w, h = min(width, round(height * _RATIO[1])), min(height, round(width / _RATIO[0]))
+    return (width - w) // 2, (height - h) // 2, w, h
+
+
+def _central(image: Image.Image, size: int) -> Image.Image:
+    short = round(size * 256 / 224)
+    width, height = image.size
+    width, height = max(short, short * width // height), max(short, short * height // width)
+    left, top = round((width - size) / 2), round((height - size) / 2)
+    image = image.resize((width, height), Image.Resampling.BILINEAR)
+    return image.crop((left, top, left + size, top + size))
+
+
+def _through_pipes_if_needed(dataset: grain.IterDataset, num_workers: int, batch_bytes: int) -> grain.IterDataset:
+    """Keeps batches out of a shared memory that is too small for them: its overflow would kill a worker."""
+    needed = num_workers * _BATCHES_PER_WORKER * batch_bytes
+    try:
+        free = shutil.disk_usage("/dev/shm").free
+    except OSError:
+        return dataset  # not Linux
+    if free >= needed:
+        return dataset
+    note(
+        f"/dev/shm has {free >> 20} MiB free and {num_workers} workers may use {needed >> 20}; batches go through"
+        " pipes, which is slower (docker run --shm-size=... makes room)"
+    )
+    options = grain.experimental.DatasetOptions(min_shm_size=2**62)
+    return grain.experimental.WithOptionsIterDataset(dataset, options)
+
+
+def _let_grain_ask_for_profiling() -> None:
+    """Grain asks for this absl flag, whose default says no, and absl refuses before it has parsed a command line.
+
+    The programs here have no absl flags. `present` makes absl answer for this one flag and no other; Grain does the
+    same for its flags in its workers.
+    """
+    if not flags.FLAGS.is_parsed() and (name := "grain_enable_multiprocess_worker_profiling") in flags.FLAGS:
+        flags.FLAGS[name].present = 1
+
+
+def _start_worker(index: int, count: int) -> None:
+    """Runs first in a worker process."""
+    del index, count
+    # Grain imports JAX, and nothing here uses it; should anything, it must not take memory on an accelerator.
+    jax.config.update("jax_platforms", "cpu")
+    threading.Thread(target=_end_with_parent, daemon=True).start()
+
+
+def _end_with_parent() -> None:
+    """A worker whose parent was killed would wait forever for room in its queue."""
+    multiprocessing.parent_process().join()
+    os._exit(1)
