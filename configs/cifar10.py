@@ -26,9 +26,9 @@ ACR over the 10,000 test images, n = 100,000, ResNet-110, as the papers' authors
 | smoothmix | .553 | .736 | - |
 | catrs | .562 | .757 | .815 |
 
-At sigma 0.5 with ResNet-20: gaussian .5242, stability .4992, smoothadv .6924, macer .6607, consistency .6864. `catrs` needs
-`--config.catrs.teacher=WORKDIR`, a Gaussian model at sigma 0.25; its settings are known for sigma 0.25 alone. MACER's lbd at
-sigma 0.5 is the published 4 (later work uses 6).
+At sigma 0.5 with ResNet-20: gaussian .5242, stability .4992, smoothadv .6924, macer .6607, consistency .6864.
+`catrs` needs `--config.catrs.teacher=WORKDIR`, a Gaussian model at sigma 0.25; its settings are known for sigma 0.25
+alone. MACER's lbd at sigma 0.5 is the published 4 (later work uses 6).
 """
 
 from typing import Any

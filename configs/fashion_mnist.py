@@ -1,7 +1,7 @@
 """Fashion-MNIST, LeNet: the settings of `configs/mnist.py` on other images of the same shape.
 
-    python train.py --config=configs/fashion_mnist.py --workdir=runs/fashion                     # consistency, sigma 0.5
-    python train.py --config=configs/fashion_mnist.py:method=macer,sigma=0.25 --workdir=...      # another cell
+    python train.py --config=configs/fashion_mnist.py --workdir=runs/fashion                 # consistency, sigma 0.5
+    python train.py --config=configs/fashion_mnist.py:method=macer,sigma=0.25 --workdir=...  # another cell
     python certify.py --workdir=runs/fashion
 
 The hyperparameters of a cell are those published for MNIST; the papers report no numbers for this dataset.

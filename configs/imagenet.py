@@ -6,8 +6,8 @@ Paper: Consistency Regularization for Certified Robustness of Smoothed Classifie
     python train.py --config=configs/imagenet.py:method=gaussian,sigma=1.0 --workdir=...  # another published cell
     python certify.py --workdir=runs/imagenet --skip=100
 
-The text after the colon picks a published cell. The images are streamed: `--config.dataset.num_workers` processes decode
-them. An epoch takes long, so there is a checkpoint every 1,000 steps. Where memory is short,
+The text after the colon picks a published cell. The images are streamed: `--config.dataset.num_workers` processes
+decode them. An epoch takes long, so there is a checkpoint every 1,000 steps. Where memory is short,
 `--config.accumulate_steps=4` computes a step in four parts, and `--config.dtype=bfloat16` in half precision.
 
 Needs the prepared dataset, `imagenet2012` of tensorflow-datasets, as array_record; ImageNet is not free to download, so

@@ -24,8 +24,8 @@ ACR over the 10,000 test images, n = 100,000, as the papers' authors reported it
 | smoothadv+consistency | 0.9323 | 1.6905 | 1.8087 |
 | smoothmix | 0.933 | 1.694 | 1.823 |
 
-CAT-RS reports 0.933 / 1.700 / 1.831; its settings for MNIST are not known here, so `--config.method=catrs` starts from those
-for CIFAR-10 at sigma 0.25 (configs/default.py).
+CAT-RS reports 0.933 / 1.700 / 1.831; its settings for MNIST are not known here, so `--config.method=catrs` starts from
+those for CIFAR-10 at sigma 0.25 (configs/default.py).
 """
 
 from typing import Any

@@ -1,7 +1,7 @@
 """Attacks in l2 that training methods use: on the smoothed classifier, and on its noise.
 
-All of them treat the classifier as fixed and hand back arrays without a gradient. `apply_fn` maps images `[N, H, W, C]` to
-logits `[N, K]` in inference mode; `noise` is already scaled, `d_i ~ N(0, sigma^2 I)`.
+All of them treat the classifier as fixed and hand back arrays without a gradient. `apply_fn` maps images
+`[N, H, W, C]` to logits `[N, K]` in inference mode; `noise` is already scaled, `d_i ~ N(0, sigma^2 I)`.
 """
 
 import math
@@ -111,10 +111,10 @@ def worst_noise(
 ) -> jax.Array:
     """CAT-RS's attack on the noise: makes every copy's prediction differ from a target.
 
-    Source: Jeong, Kim, Shin (AAAI 2023). For each copy by itself it ascends `KL(target || F(x + d))` in num_steps steps of
-    length `2 * epsilon / num_steps` along the normalized gradient, each followed by the projection onto the l2 ball of
-    radius epsilon around d_i. What comes out is shifted and scaled to the mean and the root mean square of d_i, so that it
-    remains plausible as noise.
+    Source: Jeong, Kim, Shin (AAAI 2023). For each copy by itself it ascends `KL(target || F(x + d))` in num_steps
+    steps of length `2 * epsilon / num_steps` along the normalized gradient, each followed by the projection onto the
+    l2 ball of radius epsilon around d_i. What comes out is shifted and scaled to the mean and the root mean square of
+    d_i, so that it remains plausible as noise.
 
     Args:
       apply_fn: as in `smooth_adv`.

@@ -1,6 +1,6 @@
 """How examples get to the devices: a dataset that lies there as a whole, or one that is streamed."""
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Generator, Mapping, Sequence
 from typing import Any, NamedTuple, Protocol
 
 import jax
@@ -8,8 +8,6 @@ import numpy as np
 from ml_collections import ConfigDict
 
 from rs_consistency import data, noise, parallel
-
-_AHEAD = 2  # batches that wait on the devices, so that copying them overlaps with the step
 
 
 class StepSizes(NamedTuple):
@@ -40,7 +38,7 @@ class Inputs(Protocol):
 
     num_test_examples: int
 
-    def feeds(self, first_step: int, end_step: int) -> Iterator[Feed]:
+    def feeds(self, first_step: int, end_step: int) -> Generator[Feed, None, None]:
         """One `Feed` for each of the steps, which lie in one epoch."""
         ...
 
@@ -48,12 +46,16 @@ class Inputs(Protocol):
         """On a device: the examples at its positions `[B]` of the step's global batch, from the feed."""
         ...
 
-    def test_feeds(self) -> Iterator[tuple[int, Feed]]:
+    def test_feeds(self) -> Generator[tuple[int, Feed], None, None]:
         """First index and feed of every evaluation step."""
         ...
 
     def test_examples(self, index: jax.Array, *args: Any, **parts: Any) -> tuple[jax.Array, jax.Array]:
         """On a device: images and labels of its test examples `[B]`, from the feed."""
+        ...
+
+    def close(self) -> None:
+        """Ends what works in the background."""
         ...
 
 
@@ -78,23 +80,55 @@ class ArrayInputs:
         self._order = make_order(config, len(train.labels))
         self.num_test_examples = len(test.labels)
 
-    def feeds(self, first_step: int, end_step: int) -> Iterator[Feed]:
+    def feeds(self, first_step: int, end_step: int) -> Generator[Feed, None, None]:
+        """See `Inputs`."""
         feed = Feed((self._train, parallel.replicate(self._order(first_step // self._sizes.steps), self._devices)))
         for _ in range(first_step, end_step):
             yield feed
 
     def examples(self, step: jax.Array, positions: jax.Array, train: data.Examples, order: jax.Array) -> data.Examples:
+        """See `Inputs`."""
         place = (step % self._sizes.steps) * self._sizes.examples + positions
         chosen = order[place % order.shape[0]]
         return jax.tree.map(lambda rows: rows[chosen], train)
 
-    def test_feeds(self) -> Iterator[tuple[int, Feed]]:
+    def test_feeds(self) -> Generator[tuple[int, Feed], None, None]:
+        """See `Inputs`."""
         for start in range(0, self.num_test_examples, self._eval_batch_size):
             yield start, Feed((self._test,))
 
     def test_examples(self, index: jax.Array, test: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array]:
+        """See `Inputs`."""
         images, labels = test
         return images[index], labels[index]
+
+    def close(self) -> None:
+        """Nothing works in the background."""
+
+
+def open_inputs(
+    config: ConfigDict,
+    train: data.OpenSplit,
+    test: data.OpenSplit,
+    *,
+    extra: Mapping[str, np.ndarray],
+    sizes: StepSizes,
+    devices: Sequence[jax.Device],
+) -> Inputs:
+    """The inputs of a run, by the kind of its dataset."""
+    if isinstance(train, data.ArraySplit):
+        return ArrayInputs(config, train.arrays, test.arrays, extra=extra, sizes=sizes, devices=devices)
+    from rs_consistency.stream_inputs import StreamInputs  # slow to import, and only needed here
+
+    return StreamInputs(config, train, test, sizes=sizes, devices=devices)
+
+
+def part_positions(num_parts: int, sizes: StepSizes, num_devices: int) -> np.ndarray:
+    """Places `[P, D, B]` of the examples of a step: B for each of the D devices in each of the P parts of the step.
+
+    A part is a run of neighbours in the global batch, however many devices there are.
+    """
+    return np.arange(sizes.examples, dtype=np.int32).reshape(num_parts, num_devices, -1)
 
 
 def make_order(config: ConfigDict, num_examples: int) -> Callable[[int], jax.Array]:

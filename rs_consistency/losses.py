@@ -142,8 +142,8 @@ def macer(
 ) -> tuple[jax.Array, jax.Array]:
     """MACER's two terms: the error of the smoothed classifier, and a hinge on its certified radius.
 
-    Source: Zhai et al. (ICLR 2020). With `Fbar` the mean softmax, and `p1 >= p2` the two largest entries of the mean over
-    the copies of `softmax(beta * logits[i])`:
+    Source: Zhai et al. (ICLR 2020). With `Fbar` the mean softmax, and `p1 >= p2` the two largest entries of the mean
+    over the copies of `softmax(beta * logits[i])`:
 
         classification = -log(Fbar_y + 1e-10)
         robustness     = (sigma / 2) * (gamma - (Phi^-1(p1) - Phi^-1(p2)))

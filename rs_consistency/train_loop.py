@@ -18,7 +18,7 @@ from rs_consistency import data, methods, parallel, runs, training
 from rs_consistency.checkpoints import Checkpoints
 from rs_consistency.config import validate
 from rs_consistency.errors import UserError, note
-from rs_consistency.inputs import ArrayInputs, Inputs, StepSizes
+from rs_consistency.inputs import Inputs, StepSizes, open_inputs
 from rs_consistency.metrics import MetricsWriter, Sums
 from rs_consistency.workdir import open_for_training
 
@@ -45,21 +45,22 @@ def train(config: ConfigDict, workdir: Path) -> training.TrainState:
     devices = parallel.choose_devices(config.num_devices)
     validate(config, num_devices=len(devices))
     source = {"data_dir": config.dataset.data_dir, "cache_dir": config.dataset.cache_dir}
-    train_split = data.load(config.dataset.name, "train", **source)
-    test_split = data.load(config.dataset.name, "test", **source)
-    sizes = training.step_sizes(config, len(train_split.labels))
+    train_split = data.open_split(config.dataset.name, "train", **source)
+    test_split = data.open_split(config.dataset.name, "test", **source)
+    sizes = training.step_sizes(config, len(train_split))
     with (
-        open_for_training(workdir, config, data_digest=data.digest(train_split), num_examples=len(train_split.labels)),
+        open_for_training(workdir, config, data_digest=train_split.digest(), num_examples=len(train_split)),
         closing(Checkpoints(workdir, keep=config.checkpoint_keep)) as checkpoints,
     ):
         state = _start_state(config, checkpoints, sizes, devices)
         if int(state.step) >= config.num_epochs * sizes.steps:
             print(f"{workdir}: all {config.num_epochs} epochs are done", flush=True)
             return state
-        prepare = methods.METHODS[config.method].prepare
-        extra = prepare(config, train_split, devices, workdir) if prepare else {}
-        inputs = ArrayInputs(config, train_split, test_split, extra=extra, sizes=sizes, devices=devices)
-        with closing(MetricsWriter(workdir, finished_steps=int(state.step), steps_per_epoch=sizes.steps)) as writer:
+        extra = _prepare(config, train_split, devices, workdir)
+        with (
+            closing(MetricsWriter(workdir, finished_steps=int(state.step), steps_per_epoch=sizes.steps)) as writer,
+            closing(open_inputs(config, train_split, test_split, extra=extra, sizes=sizes, devices=devices)) as inputs,
+        ):
             run = _Run(config, inputs, sizes, devices, checkpoints, writer)
             for epoch in range(int(state.step) // sizes.steps, config.num_epochs):
                 state = run.epoch(state, epoch)
@@ -159,6 +160,21 @@ class _Run:
             ]
         correct, seen = np.sum(jax.device_get(counts), axis=0)
         return float(correct / seen)
+
+
+def _prepare(
+    config: ConfigDict, split: data.OpenSplit, devices: list[jax.Device], workdir: Path
+) -> Mapping[str, np.ndarray]:
+    """What the method wants to know of every training example beforehand."""
+    prepare = methods.METHODS[config.method].prepare
+    if prepare is None:
+        return {}
+    if not isinstance(split, data.ArraySplit):
+        raise UserError(
+            f"method={config.method} computes something of every training image beforehand, and dataset"
+            f" {config.dataset.name} is streamed; use another method, or a dataset that fits into memory"
+        )
+    return prepare(config, split.arrays, devices, workdir)
 
 
 def _start_state(

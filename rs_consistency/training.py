@@ -13,7 +13,7 @@ from rs_consistency import data, methods, models, noise
 from rs_consistency.backend import repeat, training_compiler_options
 from rs_consistency.data.augment import AUGMENTATIONS
 from rs_consistency.errors import UserError
-from rs_consistency.inputs import Inputs, StepSizes
+from rs_consistency.inputs import Inputs, StepSizes, part_positions
 from rs_consistency.parallel import AXIS, replicated_sharding, spread, sum_over_devices
 
 COPIES = "copies"  # the vmap axis of the M noisy copies
@@ -200,7 +200,7 @@ def make_train_step(
         return _Totals(grads, sums, model_state)
 
     def train_step(shard: jax.Array, state: TrainState, *args: Any, **parts: Any) -> tuple[TrainState, dict[str, Any]]:
-        positions = part_positions(config, sizes, shard, len(devices))  # [P, B]
+        positions = jnp.asarray(part_positions(config.accumulate_steps, sizes, len(devices)))[:, shard]  # [P, B]
         examples = inputs.examples(state.step, positions.reshape(-1), *args, **parts)
         examples = jax.tree.map(lambda rows: rows.reshape(*positions.shape, *rows.shape[1:]), examples)
 
@@ -225,16 +225,6 @@ def make_train_step(
         donate=(0,),
         compiler_options=training_compiler_options(devices[0].platform),
     )
-
-
-def part_positions(config: ConfigDict, sizes: StepSizes, shard: Any, num_devices: int) -> Any:
-    """Places `[P, B]` in the global batch of the examples of one device, in P = accumulate_steps parts.
-
-    Part p of all devices together is the p-th run of neighbours in the batch, however many devices there are.
-    """
-    num_parts = config.accumulate_steps
-    places = jnp.arange(sizes.examples, dtype=jnp.int32).reshape(num_parts, num_devices, -1)
-    return places[:, shard]
 
 
 def make_eval_step(

@@ -106,9 +106,7 @@ def test_smooth_adv_stays_in_ball_and_box_and_raises_the_loss(lenet, epsilon):
 
 def test_smooth_adv_at_epsilon_zero_is_the_image(lenet):
     apply_fn, images, labels, noise = lenet
-    np.testing.assert_array_equal(
-        attacks.smooth_adv(apply_fn, images, labels, noise, epsilon=0.0, num_steps=2), images
-    )
+    np.testing.assert_array_equal(attacks.smooth_adv(apply_fn, images, labels, noise, epsilon=0.0, num_steps=2), images)
 
 
 def test_attacks_take_no_gradient(lenet):

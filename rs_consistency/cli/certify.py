@@ -71,7 +71,7 @@ def _main(argv: Sequence[str] | None) -> None:
     skip = whole_number("skip", args.skip, at_least=1)
     most = None if args.max is None else whole_number("max", args.max, at_least=1)
 
-    split = data.load(
+    split = data.open_split(
         config.dataset.name,
         args.split,
         data_dir=args.data_dir or config.dataset.data_dir,
@@ -81,26 +81,28 @@ def _main(argv: Sequence[str] | None) -> None:
     last_step = finished_step(workdir, config)
     if last_step is not None and run.step < last_step:
         note(f"the training is not finished: step {run.step} of {last_step}; another checkpoint needs another --output")
-    indices = np.arange(0, len(split.labels), skip)[:most]
+    indices = np.arange(0, len(split), skip)[:most]
     identity = {
         "sigma": settings.sigma, "n0": settings.n0, "n": settings.n, "alpha": alpha, "seed": settings.seed,
-        "skip": skip, "dataset": config.dataset.name, "split": args.split, "data_digest": data.digest(split),
+        "skip": skip, "dataset": config.dataset.name, "split": args.split, "data_digest": split.digest(),
         "model": config.model, "dtype": config.dtype, "checkpoint_step": run.step,
         "parameter_digest": digest(run.variables),
     }  # fmt: skip
     output = (args.output or workdir / "certificates.tsv").expanduser()
     file = CertificateFile(output, identity=identity, about=_about(config, devices), indices=indices.tolist())
     try:
+        remaining = indices[file.progress.images :]
+        images, labels = split.read(remaining)
         model = training.make_model(config)
         votes = voting.count_votes(
             lambda variables, images: model.apply(variables, images, train=False),
             run.variables,
-            data.to_unit(split.images[indices[file.progress.images :]]),
-            indices[file.progress.images :],
+            images,
+            remaining,
             settings=settings,
             devices=devices,
         )
-        _certify(file, votes, indices, split.labels, alpha=alpha, sigma=settings.sigma)
+        _certify(file, votes, remaining, labels, alpha=alpha, sigma=settings.sigma)
     finally:
         file.close()
     done = file.progress
@@ -121,23 +123,24 @@ def _certify(
     sigma: float,
 ) -> None:
     """Adds the images that the file does not hold yet, group by group."""
-    done = file.progress.images
-    if done:
-        note(f"{file.path} holds {done} images already")
+    done_before = file.progress.images
+    if done_before:
+        note(f"{file.path} holds {done_before} images already")
     bar = tqdm(
-        total=max(done, len(indices)), initial=done, desc="certifying", unit="img",
+        total=done_before + len(indices), initial=done_before, desc="certifying", unit="img",
         mininterval=0.5 if sys.stderr.isatty() else _SECONDS_BETWEEN_LINES,
     )  # fmt: skip
     with bar:
         before = time.perf_counter()
         for votes in groups:
-            group = indices[file.progress.images :][: len(votes.counts)]
+            first = file.progress.images - done_before
+            group = slice(first, first + len(votes.counts))
             result = conclude(*votes, alpha=alpha, sigma=sigma)
             now = time.perf_counter()
-            file.append(group, labels[group], result, (now - before) / len(group))
+            file.append(indices[group], labels[group], result, (now - before) / len(votes.counts))
             before = now
             bar.set_postfix(ACR=f"{file.progress.acr:.4f}", refresh=False)
-            bar.update(len(group))
+            bar.update(len(votes.counts))
 
 
 def _about(config: ConfigDict, devices: list[jax.Device]) -> dict[str, Any]:

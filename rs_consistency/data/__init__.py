@@ -8,7 +8,7 @@ Images are stored as uint8; `to_unit` gives the float32 images in [0, 1] that mo
 
 import hashlib
 from collections.abc import Callable, Mapping, Sequence
-from typing import NamedTuple
+from typing import NamedTuple, Protocol
 
 import jax
 import jax.numpy as jnp
@@ -26,18 +26,17 @@ class DatasetInfo(NamedTuple):
     Attributes:
       image_shape: (H, W, C).
       num_classes: K.
-      read: (name, split, data_dir, cache_dir) -> (images uint8 `[N, H, W, C]`, labels `[N]`), name being TFDS's.
+      read: (name, split, data_dir, cache_dir) -> (images uint8 `[N, H, W, C]`, labels `[N]`); None where the dataset is
+        streamed, since it does not fit into memory.
       mean: per-channel mean for the normalization inside the model; empty for none.
       std: per-channel standard deviation for it.
-      tfds_name: what tensorflow-datasets calls it; empty where the name is the same.
     """
 
     image_shape: tuple[int, int, int]
     num_classes: int
-    read: Callable[..., tuple[np.ndarray, np.ndarray]]
+    read: Callable[..., tuple[np.ndarray, np.ndarray]] | None
     mean: Sequence[float] = ()
     std: Sequence[float] = ()
-    tfds_name: str = ""
 
 
 DATASETS: dict[str, DatasetInfo] = {
@@ -51,9 +50,9 @@ DATASETS: dict[str, DatasetInfo] = {
         (32, 32, 3), 100, tfds_source.read, mean=(0.5071, 0.4865, 0.4409), std=(0.2673, 0.2564, 0.2762)
     ),
     "svhn": DatasetInfo(
-        (32, 32, 3), 10, tfds_source.read, mean=(0.4377, 0.4438, 0.4728), std=(0.1980, 0.2010, 0.1970),
-        tfds_name="svhn_cropped",
+        (32, 32, 3), 10, tfds_source.read, mean=(0.4377, 0.4438, 0.4728), std=(0.1980, 0.2010, 0.1970)
     ),
+    "imagenet": DatasetInfo((224, 224, 3), 1000, None, mean=(0.485, 0.456, 0.406), std=(0.229, 0.224, 0.225)),
 }  # fmt: skip
 
 
@@ -109,10 +108,64 @@ def load(name: str, split: str, *, data_dir: str = "", cache_dir: str = "") -> S
     info = dataset_info(name)
     if split not in SPLITS:
         raise UserError(f"split={split!r} is unknown; use one of {', '.join(SPLITS)}")
-    images, labels = info.read(info.tfds_name or name, split, data_dir, cache_dir)
+    if info.read is None:
+        raise UserError(f"dataset {name!r} is too large for arrays; read it with open_split")
+    images, labels = info.read(name, split, data_dir, cache_dir)
     labels = labels.astype(np.int32)
     check_split(f"{name} ({split})", images, labels, info)
     return Split(images, labels)
+
+
+class OpenSplit(Protocol):
+    """A split whose examples are read by number: `ArraySplit`, or `streaming.StreamedSplit`."""
+
+    def __len__(self) -> int:
+        """The number of examples."""
+        ...
+
+    def digest(self) -> str:
+        """What identifies the data, as a hexadecimal string."""
+        ...
+
+    def read(self, indices: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """Images uint8 `[B, H, W, C]` and labels int32 `[B]` of some examples, as they are certified."""
+        ...
+
+
+class ArraySplit:
+    """A split in memory.
+
+    Attributes:
+      arrays: all of it.
+    """
+
+    def __init__(self, arrays: Split) -> None:
+        self.arrays = arrays
+
+    def __len__(self) -> int:
+        return len(self.arrays.labels)
+
+    def digest(self) -> str:
+        """SHA-256 of images and labels."""
+        return digest(self.arrays)
+
+    def read(self, indices: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """Images and labels by number."""
+        return self.arrays.images[indices], self.arrays.labels[indices]
+
+
+def open_split(name: str, split: str, *, data_dir: str = "", cache_dir: str = "") -> OpenSplit:
+    """Opens one split of any dataset: in memory, or streamed from the prepared folder where it does not fit.
+
+    Arguments and errors as those of `load`.
+    """
+    info = dataset_info(name)
+    if info.read is not None or split not in SPLITS:
+        return ArraySplit(load(name, split, data_dir=data_dir, cache_dir=cache_dir))
+    from rs_consistency.data import streaming  # slow to import, and only needed here
+
+    stored_as = {"train": "train", "test": "validation"}[split]
+    return streaming.open_split(name, stored_as, data_dir, image_shape=info.image_shape, num_classes=info.num_classes)
 
 
 def check_split(what: str, images: np.ndarray, labels: np.ndarray, info: DatasetInfo) -> None:

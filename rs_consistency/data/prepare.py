@@ -14,7 +14,7 @@ from typing import NamedTuple
 import requests
 
 from rs_consistency.cli.common import Parser, run_main
-from rs_consistency.data.tfds_source import file_format, prepared_versions, resolve_data_dir
+from rs_consistency.data.tfds_source import file_format, prepared_versions, resolve_data_dir, tfds_name
 from rs_consistency.errors import UserError
 
 _PROBE_SECONDS = 5
@@ -27,7 +27,7 @@ class Original(NamedTuple):
     """Where a dataset comes from.
 
     Attributes:
-      url: of the host that TFDS downloads from.
+      url: of the host that TFDS downloads from; empty where the files have to be asked for.
       files: names of the original files.
     """
 
@@ -39,6 +39,11 @@ ORIGINALS: dict[str, Original] = {
     "mnist": Original("https://storage.googleapis.com/cvdf-datasets/mnist/", _MNIST_FILES),
     "fashion_mnist": Original("http://fashion-mnist.s3-website.eu-central-1.amazonaws.com", _MNIST_FILES),
     "cifar10": Original("https://www.cs.toronto.edu/~kriz/cifar.html", ("cifar-10-binary.tar.gz",)),
+    "cifar100": Original("https://www.cs.toronto.edu/~kriz/cifar.html", ("cifar-100-binary.tar.gz",)),
+    "svhn": Original(
+        "http://ufldl.stanford.edu/housenumbers/", ("train_32x32.mat", "test_32x32.mat", "extra_32x32.mat")
+    ),
+    "imagenet": Original("", ("ILSVRC2012_img_train.tar", "ILSVRC2012_img_val.tar")),
 }
 
 
@@ -68,6 +73,11 @@ def prepare(name: str, *, data_dir: str = "", manual_dir: str = "") -> Path:
         )
     if importlib.util.find_spec("tensorflow") is None:
         raise UserError(f"preparing {name!r} needs TensorFlow, which is not installed: pip install tensorflow-cpu")
+    if not manual_dir and not ORIGINALS[name].url:
+        raise UserError(
+            f"{name!r} cannot be downloaded without a licence; get {' and '.join(ORIGINALS[name].files)}"
+            " (image-net.org), and give their folder with --manual_dir"
+        )
     if manual_dir:
         _check_files(name, Path(manual_dir).expanduser())
     else:
@@ -79,7 +89,7 @@ def prepare(name: str, *, data_dir: str = "", manual_dir: str = "") -> Path:
         manual_dir=str(Path(manual_dir).expanduser().resolve()) if manual_dir else None
     )
     try:
-        builder = tfds.builder(name, data_dir=str(folder), file_format="array_record")
+        builder = tfds.builder(tfds_name(name), data_dir=str(folder), file_format="array_record")
         builder.download_and_prepare(download_config=download_config)
     except Exception as error:  # downloads, checksums and writing fail in many ways
         raise UserError(f"{name!r} could not be prepared: {str(error).splitlines()[0]}; try again") from error
@@ -108,7 +118,7 @@ def _check_network(name: str) -> None:
 
 def _main(argv: Sequence[str] | None) -> None:
     parser = Parser(prog="python -m rs_consistency.data.prepare", description=__doc__)
-    parser.add_argument("name", help="mnist, fashion_mnist or cifar10")
+    parser.add_argument("name", help=", ".join(ORIGINALS))
     parser.add_argument("--data_dir", default="", help="where to (default: $TFDS_DATA_DIR or TFDS's own)")
     parser.add_argument("--manual_dir", default="", help="a folder with the original files, instead of a download")
     args = parser.parse_args(argv)

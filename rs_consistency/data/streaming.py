@@ -1,6 +1,6 @@
 """Large image datasets, read from a prepared TFDS folder while they are used: ImageNet does not fit into memory.
 
-    split = open_split("imagenet2012", "train", "", num_classes=1000)
+    split = open_split("imagenet", "train", "", num_classes=1000)
     with training_batches(split, seed=0, batch_size=256, steps_per_epoch=5005, first_step=0, num_steps=450450,
                           num_workers=16) as batches:
         for images, labels in batches:           # uint8 [B, S, S, 3], int32 [B]
@@ -152,7 +152,7 @@ class StreamedSplit:
 
 
 def open_split(
-    tfds_name: str,
+    name: str,
     tfds_split: str,
     data_dir: str,
     *,
@@ -162,7 +162,7 @@ def open_split(
     """Opens a split of a dataset that TFDS has prepared as array_record.
 
     Args:
-      tfds_name: TFDS's name of the dataset.
+      name: of the dataset, ours or TFDS's.
       tfds_split: TFDS's name of the split, such as `train` or `validation`.
       data_dir: the TFDS folder; empty for `$TFDS_DATA_DIR`, else `~/tensorflow_datasets`.
       image_shape: (S, S, 3), what images are decoded to.
@@ -173,12 +173,12 @@ def open_split(
     """
     if image_shape[0] != image_shape[1] or image_shape[2] != 3:
         raise UserError(f"image_shape={image_shape} cannot be streamed; use (S, S, 3)")
-    folder = find_prepared(tfds_name, resolve_data_dir(data_dir))
+    folder = find_prepared(name, resolve_data_dir(data_dir))
     stored_as = file_format(folder)
     if stored_as != "array_record":
         raise UserError(
             f"{folder} is stored as {stored_as}, and only array_record can be streamed; prepare it in another folder:"
-            f" {prepare_command(tfds_name)} --data_dir=..."
+            f" {prepare_command(name)} --data_dir=..."
         )
     try:
         splits = tfds.builder_from_directory(folder).info.splits
@@ -186,7 +186,7 @@ def open_split(
     except Exception as error:  # TFDS raises many kinds for a damaged description
         first_line = (str(error) or type(error).__name__).splitlines()[0]
         raise UserError(
-            f"{folder} is unreadable: {first_line}; move it away and prepare it again: {prepare_command(tfds_name)}"
+            f"{folder} is unreadable: {first_line}; move it away and prepare it again: {prepare_command(name)}"
         ) from error
     if not shards:
         raise UserError(f"{folder} has no split {tfds_split!r}; use one of {', '.join(sorted(splits))}")
@@ -194,10 +194,10 @@ def open_split(
     if missing:
         raise UserError(
             f"{folder} is unreadable: {Path(missing[0]).name} is missing; move it away and prepare it again:"
-            f" {prepare_command(tfds_name)}"
+            f" {prepare_command(name)}"
         )
     _allow_open_files(len(shards) + _OTHER_OPEN_FILES)
-    return StreamedSplit(tfds_name, tfds_split, folder, image_shape, num_classes, shards)
+    return StreamedSplit(name, tfds_split, folder, image_shape, num_classes, shards)
 
 
 def _allow_open_files(needed: int) -> None:

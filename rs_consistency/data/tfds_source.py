@@ -23,6 +23,8 @@ from rs_consistency.errors import UserError, note
 from rs_consistency.files import replace_atomically
 
 _READ_AT_ONCE = 1000
+# Where tensorflow-datasets has another name for a dataset.
+_TFDS_NAMES = {"svhn": "svhn_cropped", "imagenet": "imagenet2012"}
 
 
 def read(name: str, split: str, data_dir: str, cache_dir: str) -> tuple[np.ndarray, np.ndarray]:
@@ -52,6 +54,11 @@ def resolve_cache_dir(cache_dir: str) -> Path:
     return Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "rs_consistency"
 
 
+def tfds_name(name: str) -> str:
+    """What tensorflow-datasets calls a dataset."""
+    return _TFDS_NAMES.get(name, name)
+
+
 def find_prepared(name: str, data_dir: Path) -> Path:
     """The newest prepared version of a dataset below a TFDS folder.
 
@@ -71,7 +78,7 @@ def find_prepared(name: str, data_dir: Path) -> Path:
 
 def prepared_versions(name: str, data_dir: Path) -> list[Path]:
     """The folders of a dataset's prepared versions, oldest first."""
-    versions = [path.parent for path in (data_dir / name).glob("*/dataset_info.json")]
+    versions = [path.parent for path in (data_dir / tfds_name(name)).glob("*/dataset_info.json")]
     return sorted(versions, key=lambda path: [int(n) if n.isdigit() else -1 for n in path.name.split(".")])
 
 

@@ -9,7 +9,7 @@ from rs_consistency.methods.base import Batch, Classifier, Method, MethodOutput,
 
 
 def build(config: ConfigDict) -> Terms:
-    """CE(f(x), y) + lbd * CE(target = F(x), prediction = f(x + d)), the second averaged over the M copies (1 in the paper).
+    """CE(f(x), y) + lbd * CE(target = F(x), prediction = f(x + d)), the second a mean over the M copies (published: 1).
 
     As published, the clean and the noisy images go through the model one after the other: batch norm sees two batches.
     """
