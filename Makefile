@@ -7,7 +7,7 @@ DEMO ?= runs/demo
 DEMO_SKIP ?= 10
 DEMO_N ?= 10000
 
-.PHONY: demo test lint format clean
+.PHONY: demo test test-all lint format clean
 
 $(VENV)/installed: setup.py constraints.txt
 	$(PYTHON) -c 'import sys; v = sys.version_info[:2]; sys.exit(None if (3, 11) <= v <= (3, 13) else f"error: Python {v[0]}.{v[1]} at {sys.executable}: use 3.11 to 3.13, make PYTHON=python3.11")'
@@ -25,6 +25,10 @@ demo: $(VENV)/installed
 
 test: $(VENV)/installed
 	$(RUN) -m pytest
+
+# Also what takes longer than its worth in every run.
+test-all: $(VENV)/installed
+	$(RUN) -m pytest -m ""
 
 # The one gate: format, lint, types on public functions.
 lint: $(VENV)/installed

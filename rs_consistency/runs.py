@@ -28,9 +28,9 @@ class Run(NamedTuple):
     variables: dict[str, Any]
 
 
-def read_valid_config(workdir: Path) -> ConfigDict:
+def read_valid_config(workdir: Path, *, name: str = "workdir") -> ConfigDict:
     """The config of a run, with every key of this version and no setting that cannot work; else a `UserError`."""
-    config = read_config(workdir)
+    config = read_config(workdir, name=name)
     try:
         validate(config, num_devices=1)
         flat = flatten(config)
@@ -42,20 +42,25 @@ def read_valid_config(workdir: Path) -> ConfigDict:
     return config
 
 
-def restore(workdir: Path, devices: Sequence[jax.Device]) -> Run:
+def restore(workdir: Path, devices: Sequence[jax.Device], *, name: str = "workdir") -> Run:
     """Reads the newest readable checkpoint of a run, replicated on the devices.
+
+    Args:
+      workdir: the run's folder.
+      devices: where the variables go.
+      name: of the setting that gave the folder, for messages.
 
     Raises:
       UserError: when the folder holds no run, or a run without a readable checkpoint.
     """
-    config = read_valid_config(workdir)
+    config = read_valid_config(workdir, name=name)
     checkpoints = Checkpoints(workdir)
     try:
         restored = checkpoints.restore_newest(training.restore_target(config, devices), note=note)
     finally:
         checkpoints.close()
     if restored is None:
-        raise UserError(f"workdir={workdir} has no checkpoint yet; train first, with train.py and the same --workdir")
+        raise UserError(f"{name}={workdir} has no checkpoint yet; train it first, with train.py")
     step, state = restored
     return Run(config, step, state.variables)
 
@@ -66,7 +71,7 @@ def start_from(state: training.TrainState, workdir: Path, devices: Sequence[jax.
     Raises:
       UserError: when they do not fit the model; the first that differs is named.
     """
-    source = restore(workdir, devices)
+    source = restore(workdir, devices, name="init_from")
     mine, theirs = (
         {jax.tree_util.keystr(path): leaf for path, leaf in jax.tree.leaves_with_path(variables)}
         for variables in (state.variables, source.variables)

@@ -49,7 +49,7 @@ def smoothed_predictions(
     Raises:
       UserError: when there is no such run, or it is of another dataset.
     """
-    run = runs.restore(Path(teacher).expanduser(), devices)
+    run = runs.restore(Path(teacher).expanduser(), devices, name="the teacher's workdir")
     if run.config.dataset.name != config.dataset.name:
         raise UserError(
             f"the teacher {teacher} was trained on {run.config.dataset.name}, this run is on {config.dataset.name};"

@@ -16,11 +16,11 @@ from tqdm import tqdm
 
 from rs_consistency import data, methods, parallel, runs, training
 from rs_consistency.checkpoints import Checkpoints
-from rs_consistency.config import validate
+from rs_consistency.config import flatten, validate
 from rs_consistency.errors import UserError, note
 from rs_consistency.inputs import Inputs, StepSizes, open_inputs
 from rs_consistency.metrics import MetricsWriter, Sums
-from rs_consistency.workdir import open_for_training
+from rs_consistency.workdir import CONFIG_FILE, open_for_training
 
 # Steps between two looks at the metrics. Scalars of the steps between stay on the device, so it never waits.
 _LOOK_EVERY = 50
@@ -44,6 +44,8 @@ def train(config: ConfigDict, workdir: Path) -> training.TrainState:
     """
     devices = parallel.choose_devices(config.num_devices)
     validate(config, num_devices=len(devices))
+    if not (workdir / CONFIG_FILE).exists():
+        _check_sources(config)
     source = {"data_dir": config.dataset.data_dir, "cache_dir": config.dataset.cache_dir}
     train_split = data.open_split(config.dataset.name, "train", **source)
     test_split = data.open_split(config.dataset.name, "test", **source)
@@ -160,6 +162,14 @@ class _Run:
             ]
         correct, seen = np.sum(jax.device_get(counts), axis=0)
         return float(correct / seen)
+
+
+def _check_sources(config: ConfigDict) -> None:
+    """A new run that builds on others needs them; known before its folder is made."""
+    flat = flatten(config)
+    for key in ("init_from", *methods.METHODS[config.method].sources):
+        if flat[key]:
+            runs.read_valid_config(Path(flat[key]).expanduser(), name=key)
 
 
 def _prepare(

@@ -72,8 +72,8 @@ def _claim(workdir: Path, mine: dict[str, Any], data_digest: str, num_examples: 
     write_json(path, mine)
 
 
-def read_config(workdir: Path) -> ConfigDict:
-    """The config of a run.
+def read_config(workdir: Path, *, name: str = "workdir") -> ConfigDict:
+    """The config of a run; `name` is that of the setting that gave the folder.
 
     Raises:
       UserError: when the folder holds no run.
@@ -81,7 +81,7 @@ def read_config(workdir: Path) -> ConfigDict:
     path = workdir / CONFIG_FILE
     if not path.is_file():
         raise UserError(
-            f"workdir={workdir} {'has no ' + CONFIG_FILE if workdir.exists() else 'does not exist'};"
+            f"{name}={workdir} {'has no ' + CONFIG_FILE if workdir.exists() else 'does not exist'};"
             " give the folder of a run of train.py"
         )
     return ConfigDict(read_json(path))

@@ -64,7 +64,7 @@ def test_the_record_binds_settings_model_and_data(trained, certified):
     record = json.loads(certified.with_suffix(".json").read_text())
     expected = {
         "sigma": 0.5, "n0": 20, "n": 300, "alpha": 0.001, "seed": 0, "skip": 2, "dataset": "mnist", "split": "test",
-        "model": "lenet", "checkpoint_step": 14, "parameter_digest": digest(final_params(trained)),
+        "model": "lenet", "checkpoint_step": 14, "parameter_digest": digest({"params": final_params(trained)}),
         "data_digest": data.digest(data.load("mnist", "test")), "device": "8 x cpu (cpu)",
     }  # fmt: skip
     assert {key: record[key] for key in expected} == expected

@@ -2,7 +2,7 @@
 
 import pytest
 
-from configs import default, demo, mnist
+from configs import cifar10, default, demo, fashion_mnist, imagenet, mnist
 from rs_consistency import UserError
 from rs_consistency.config import differing_keys, flatten, validate
 from tests.helpers import ROOT, TINY
@@ -32,12 +32,73 @@ def test_every_config_has_the_keys_of_the_default():
     keys = flatten(default.get_config()).keys()
     assert flatten(mnist.get_config()).keys() == keys
     assert flatten(demo.get_config("method=gaussian")).keys() == keys
+    assert flatten(fashion_mnist.get_config("method=macer")).keys() == keys
+    for config_file in (cifar10, imagenet):
+        assert flatten(config_file.get_config()).keys() == keys
+
+
+EVERY_CELL = [
+    (config_file, name, sigma)
+    for config_file in (mnist, cifar10, imagenet)
+    for name, cells in config_file.PUBLISHED.items()
+    for sigma in cells
+]
+
+
+@pytest.mark.parametrize(("config_file", "name", "sigma"), EVERY_CELL)
+def test_every_published_cell_is_valid_and_says_all_that_it_needs(config_file, name, sigma):
+    config = config_file.get_config(f"method={name},sigma={sigma}")
+    if name == "catrs":
+        config.catrs.teacher = "runs/teacher"
+    validate(config, num_devices=1)
+    method, _, consistency = name.partition("+")
+    assert config.method == ("gaussian" if name == "consistency" else method)
+    assert (config.consistency.lbd > 0) == ("consistency" in (name, consistency))
+    assert config.sigma == sigma
+    # A cell sets every hyperparameter of its method, so that a change of a default cannot change it.
+    own = {"gaussian": set(), "macer": {"lbd", "beta", "gamma", "deferred"}, "stability": {"lbd"}}.get(config.method)
+    if own is None:
+        own = set(config[config.method].keys()) - {"teacher", "num_votes"}
+    cell = config_file.PUBLISHED[name][sigma]
+    assert {"method", "num_noise"} <= cell.keys() and set(cell.get(config.method, {})) == own
+    assert config.batch_size == (4096 if config.method == "macer" else 256)
+
+
+def test_published_hyperparameters():
+    def published(config_file, cell):
+        return flatten(config_file.get_config(cell))
+
+    found = published(mnist, "method=smoothadv+consistency,sigma=1.0")
+    expected = {
+        "method": "smoothadv", "num_noise": 4, "smoothadv.epsilon": 255 / 256, "smoothadv.num_steps": 10,
+        "smoothadv.warmup_epochs": 10, "consistency.lbd": 1.0, "consistency.eta": 0.5,
+    }  # fmt: skip
+    assert {key: found[key] for key in expected} == expected
+    assert published(mnist, "method=macer,sigma=1.0")["macer.lbd"] == 6
+    assert published(mnist, "method=macer,sigma=0.5")["macer.deferred"] is True
+    assert [published(mnist, f"method=smoothmix,sigma={s}")["smoothmix.num_steps"] for s in (0.25, 0.5, 1)] == [2, 4, 8]
+    cifar = [published(cifar10, f"method=smoothadv,sigma={sigma}") for sigma in (0.25, 0.5, 1.0)]
+    assert [(cell["num_noise"], cell["smoothadv.epsilon"]) for cell in cifar] == [(4, 1.0), (8, 1.0), (2, 2.0)]
+    macer = [published(cifar10, f"method=macer,sigma={sigma}") for sigma in (0.25, 0.5, 1.0)]
+    assert [(cell["macer.lbd"], cell["macer.deferred"]) for cell in macer] == [(12, False), (4, False), (12, True)]
+    assert [published(cifar10, f"sigma={sigma}")["consistency.lbd"] for sigma in (0.25, 0.5, 1.0)] == [20, 10, 10]
+    assert [published(cifar10, f"method=stability,sigma={s}")["stability.lbd"] for s in (0.25, 0.5, 1.0)] == [2, 2, 1]
+    found = published(cifar10, "")
+    assert (found["model"], found["num_epochs"], found["optimizer.lr"], found["optimizer.lr_step_size"]) == (
+        "resnet110", 150, 0.1, 50,
+    )  # fmt: skip
+    found = published(imagenet, "sigma=1.0")
+    assert (found["model"], found["consistency.lbd"], found["consistency.eta"]) == ("resnet50", 5.0, 0.1)
+    assert (found["num_epochs"], found["optimizer.lr"], found["optimizer.lr_step_size"]) == (90, 0.1, 30)
 
 
 @pytest.mark.parametrize(
     ("cell", "message"),
     [
-        ("method=magic", "method='magic' has no published settings here; use one of gaussian, consistency"),
+        (
+            "method=magic",
+            "method='magic' has no published settings here; use one of gaussian, stability, macer, consistency",
+        ),
         ("sigma=0.3", r"was published for sigma 0\.25, 0\.5, 1\.0, not 0\.3"),
         ("sigma=big", "sigma='big' after the config file is not a number"),
         ("gaussian", "write method=NAME,sigma=NUMBER"),
@@ -69,14 +130,50 @@ def test_cells_that_were_not_published(cell, message):
         (["--config.optimizer.momentum=1"], "optimizer.momentum=1.0: use a number in [0, 1)"),
         (["--config.optimizer.lr_gamma=0"], "optimizer.lr_gamma=0.0: use a number greater than 0"),
         (["--config.batch_size=4294967296"], "batch_size=4294967296: use a whole number of at least 1 and at most"),
-        (["--config.consistency.lbd=1e9"], "consistency.lbd=1000000000.0: use a number of at most 1e+06"),
+        (
+            ["--config.consistency.lbd=1e9"],
+            "consistency.lbd=1000000000.0: use a number of at least 0 and at most 1e+06",
+        ),
         ([f"--config={ROOT}/configs/default.py:sigma=1"], "this file has no published cells"),
         (["--config.optimizer.lr=0"], "optimizer.lr=0.0: use a number greater than 0"),
         (["--config.seed=-1"], "seed=-1: use a whole number of at least 0 and at most 4294967295"),
         (["--config.num_devices=9"], "num_devices=9: this machine has 8 cpu device(s)"),
+        (["--config.dtype=float16"], "dtype='float16' is unknown; use one of bfloat16, float32"),
+        (
+            ["--config.dataset.augment=mixup"],
+            "dataset.augment='mixup' is unknown; use one of crop, crop_and_flip, none",
+        ),
+        (["--config.accumulate_steps=0"], "accumulate_steps=0: use a whole number of at least 1"),
+        (
+            ["--config.accumulate_steps=3"],
+            "batch_size=64 is not divisible by num_noise=2 times accumulate_steps=3 times 8 device(s)",
+        ),
+        (["--config.checkpoint_every_steps=-1"], "checkpoint_every_steps=-1: use a whole number of at least 0"),
+        (["--config.dataset.num_workers=-1"], "dataset.num_workers=-1: use a whole number of at least 0"),
+        (["--config.init_from=/nowhere"], "init_from=/nowhere does not exist; give the folder of a run"),
+        (["--config.method=stability", "--config.stability.lbd=-1"], "stability.lbd=-1.0: use a number of at least 0"),
+        (
+            ["--config.method=smoothadv", "--config.smoothadv.epsilon=-1"],
+            "smoothadv.epsilon=-1.0: use a number of at least 0",
+        ),
+        (
+            ["--config.method=smoothadv", "--config.smoothadv.num_steps=0"],
+            "smoothadv.num_steps=0: use a whole number of at least 1",
+        ),
+        (["--config.method=macer", "--config.macer.beta=0"], "macer.beta=0.0: use a number greater than 0"),
+        (["--config.method=macer", "--config.macer.gamma=nan"], "macer.gamma=nan: use a number of at least 0"),
+        (
+            ["--config.method=smoothmix", "--config.smoothmix.clean_step=9"],
+            "smoothmix.clean_step=9: use a whole number of at least 0 and at most 4",
+        ),
+        (["--config.method=catrs"], "catrs.teacher='': method catrs needs the workdir of a Gaussian model"),
+        (
+            ["--config.method=catrs", "--config.catrs.teacher=/nowhere"],
+            "catrs.teacher=/nowhere does not exist",
+        ),
         (["--config.sgima=1"], "no such key: sgima"),
         (["--config.optimizer.speed=1"], "no such key: speed"),
-        (["--config.method=magic"], "method='magic' is unknown; use one of gaussian"),
+        (["--config.method=magic"], "method='magic' is unknown; use one of catrs, gaussian, macer"),
         (["--config.model=vgg"], "model='vgg' is unknown; use one of densenet40, lenet"),
         (["--config.dataset.name=minst"], "dataset.name='minst' is unknown; use one of cifar10"),
         (["--config.dataset.data_dir=/nowhere"], "dataset.name='mnist' is not prepared in /nowhere; prepare it with"),

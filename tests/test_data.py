@@ -93,7 +93,10 @@ def test_a_dataset_that_is_not_prepared_is_told_at_once_with_the_command(tmp_pat
 
 
 def test_unknown_names():
-    with pytest.raises(UserError, match=r"dataset.name='minst' is unknown; use one of cifar10, fashion_mnist, mnist"):
+    with pytest.raises(
+        UserError,
+        match=r"dataset.name='minst' is unknown; use one of cifar10, cifar100, fashion_mnist, imagenet, mnist",
+    ):
         data.load("minst", "train")
     with pytest.raises(UserError, match="split='valid' is unknown; use one of train, test"):
         data.load("mnist_subset", "valid")

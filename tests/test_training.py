@@ -1,5 +1,7 @@
 """The training step: what it computes, and that devices and interruptions do not change it."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -8,8 +10,13 @@ import pytest
 from ml_collections import ConfigDict
 
 from configs import default, mnist
-from rs_consistency import data, losses, methods, noise, parallel, training
+from rs_consistency import data, losses, methods, models, noise, parallel, training
 from rs_consistency.data import DATASETS
+from rs_consistency.data.augment import AUGMENTATIONS
+from rs_consistency.inputs import ArrayInputs, make_order
+from rs_consistency.methods import smoothadv
+from rs_consistency.methods.base import Method, MethodOutput
+from rs_consistency.models.cifar_resnet import CifarResNet
 
 NUM_EXAMPLES = 40
 SHAPE = (28, 28, 1)
@@ -27,18 +34,20 @@ def examples():
     return data.Split(split.images[:NUM_EXAMPLES], split.labels[:NUM_EXAMPLES])
 
 
-def run_steps(config, examples, num_devices, num_steps):
+def run_steps(config, examples, num_devices, num_steps, extra=None):
     devices = jax.devices()[:num_devices]
     sizes = training.step_sizes(config, NUM_EXAMPLES)
     optimizer = training.make_optimizer(config, sizes.steps)
-    model = training.make_model(config)
-    step = training.make_train_step(config, apply_fn=model.apply, optimizer=optimizer, sizes=sizes, devices=devices)
+    apply_fn = training.make_model(config).apply
+    inputs = ArrayInputs(config, examples, examples, extra=extra or {}, sizes=sizes, devices=devices)
+    step = training.make_train_step(
+        config, apply_fn=apply_fn, optimizer=optimizer, sizes=sizes, inputs=inputs, devices=devices
+    )
     state = parallel.replicate(training.create_state(config, optimizer), devices)
-    arrays = parallel.replicate(tuple(examples), devices)
-    order = training.make_order(config, NUM_EXAMPLES)
     history = []
     for i in range(num_steps):
-        state, metrics = step(state, *arrays, parallel.replicate(order(i // sizes.steps), devices))
+        (feed,) = inputs.feeds(i, i + 1)
+        state, metrics = step(state, *feed.args, **feed.parts)
         history.append(jax.device_get(metrics))
     return jax.device_get(state), history
 
@@ -52,7 +61,7 @@ def reference_steps(config, examples, num_steps):
     momentum = jax.tree.map(jnp.zeros_like, params)
     history = []
     for i in range(num_steps):
-        order = training.make_order(config, NUM_EXAMPLES)(i // steps)
+        order = make_order(config, NUM_EXAMPLES)(i // steps)
         chosen = [int(order[(i % steps * batch + j) % NUM_EXAMPLES]) for j in range(batch)]
         images, labels = examples.images[chosen] / np.float32(255), examples.labels[chosen]
         key = noise.stream_key(config.seed, noise.Stream.TRAIN)
@@ -138,14 +147,14 @@ def test_the_published_steps():
 
 
 def test_the_order_is_a_permutation_by_seed_and_epoch():
-    order = training.make_order(default.get_config(), 1000)
+    order = make_order(default.get_config(), 1000)
     first, again, second = np.asarray(order(0)), np.asarray(order(0)), np.asarray(order(1))
     assert sorted(first) == list(range(1000))
     np.testing.assert_array_equal(first, again)
     assert (first != second).mean() > 0.9
     config = default.get_config()
     config.seed = 1
-    assert (np.asarray(training.make_order(config, 1000)(0)) != first).mean() > 0.9
+    assert (np.asarray(make_order(config, 1000)(0)) != first).mean() > 0.9
 
 
 def test_the_learning_rate_drops_by_epochs():
@@ -164,10 +173,11 @@ def test_evaluation_counts_every_image_once(examples, num_devices, batch):
     model = training.make_model(config)
     params = training.create_state(config, optax.sgd(0.1)).params
     devices = jax.devices()[:num_devices]
-    step = training.make_eval_step(config, apply_fn=model.apply, devices=devices)
-    arrays = parallel.replicate(tuple(examples), devices)
-    starts = range(0, NUM_EXAMPLES, batch)
-    correct, seen = np.sum([step(params, *arrays, np.int32(start)) for start in starts], axis=0)
+    sizes = training.step_sizes(config, NUM_EXAMPLES)
+    inputs = ArrayInputs(config, examples, examples, extra={}, sizes=sizes, devices=devices)
+    step = training.make_eval_step(config, apply_fn=model.apply, inputs=inputs, devices=devices)
+    found = [step({"params": params}, np.int32(start), *feed.args) for start, feed in inputs.test_feeds()]
+    correct, seen = np.sum(found, axis=0)
 
     key = noise.stream_key(config.seed, noise.Stream.EVAL)
     draws = jnp.stack([jax.random.normal(noise.fold(key, i), SHAPE) for i in range(NUM_EXAMPLES)])
@@ -183,8 +193,8 @@ def test_training_learns(examples):
 
 
 def test_an_unknown_method_is_named():
-    with pytest.raises(ValueError, match="method='magic' is unknown; use one of gaussian"):
-        methods.make_objective("magic", consistency_lbd=0, consistency_eta=0, consistency_form="default")
+    with pytest.raises(ValueError, match="method='magic' is unknown; use one of catrs, gaussian, macer, smoothadv"):
+        methods.make_objective(small_config(method="magic"))
 
 
 def test_a_model_that_cannot_take_the_images_is_told(monkeypatch):
@@ -193,3 +203,107 @@ def test_a_model_that_cannot_take_the_images_is_told(monkeypatch):
     config.dataset.name = "specks"
     with pytest.raises(ValueError, match=r"model='lenet' cannot take the \(6, 6, 1\) images of dataset 'specks'"):
         training.create_state(config, optax.sgd(0.1))
+
+
+@pytest.fixture
+def resnet8(monkeypatch):
+    monkeypatch.setitem(models.MODELS, "resnet8", functools.partial(CifarResNet, depth=8))
+
+
+def test_batch_statistics_are_those_of_all_copies_on_all_devices(examples, resnet8):
+    config = small_config(model="resnet8", optimizer={"lr": 0.05})
+    one, one_history = run_steps(config, examples, 1, 2)
+    many, many_history = run_steps(config, examples, 8, 2)
+    assert jax.tree.leaves(one.model_state)
+    assert_close(one.model_state, many.model_state, atol=2e-5)  # sums in another order, through eight layers
+    assert_close(one.params, many.params, atol=2e-4)
+    np.testing.assert_allclose(
+        [step["loss"] for step in one_history], [step["loss"] for step in many_history], rtol=1e-4
+    )
+
+    # The first layer's mean, from the images themselves: 0.9 times 0 plus 0.1 times the batch's, all 16 x 2 images.
+    start = training.create_state(config, training.make_optimizer(config, 1))
+    key, order = noise.stream_key(config.seed, noise.Stream.TRAIN), make_order(config, NUM_EXAMPLES)(0)
+    images = examples.images[np.asarray(order[:16])] / np.float32(255)
+    draws = noise.training_noise(key, step=0, positions=jnp.arange(16), num_noise=2, shape=SHAPE)
+    noisy = (images[None] + config.sigma * draws).reshape(-1, *SHAPE)
+    kernel = start.params["conv1"]["kernel"]
+    first = jax.lax.conv_general_dilated(noisy, kernel, (1, 1), "SAME", dimension_numbers=("NHWC", "HWIO", "NHWC"))
+    state, _ = run_steps(config, examples, 8, 1)
+    np.testing.assert_allclose(state.model_state["batch_stats"]["bn1"]["mean"], 0.1 * first.mean((0, 1, 2)), atol=1e-6)
+
+
+@pytest.mark.parametrize("num_devices", [1, 4])
+def test_a_step_in_parts_is_the_same_step(examples, num_devices):
+    whole, whole_history = run_steps(small_config(**FAST), examples, 1, 3)
+    parts, parts_history = run_steps(small_config(**FAST, accumulate_steps=4), examples, num_devices, 3)
+    assert_close(whole.params, parts.params, atol=2e-6)  # sums in another order
+    for one, other in zip(whole_history, parts_history, strict=True):
+        for name in one:
+            assert one[name] == pytest.approx(other[name], rel=1e-5)
+
+
+def test_parts_with_batch_norm_do_not_depend_on_the_devices(examples, resnet8):
+    config = small_config(model="resnet8", accumulate_steps=2)
+    one, _ = run_steps(config, examples, 1, 1)
+    many, _ = run_steps(config, examples, 4, 1)
+    assert_close(one.model_state, many.model_state, atol=2e-5)
+    # Each part has statistics of its own: the running mean moves twice.
+    whole, _ = run_steps(small_config(model="resnet8"), examples, 1, 1)
+    moved = np.abs(one.model_state["batch_stats"]["bn1"]["mean"]).max()
+    assert moved > 1.5 * np.abs(whole.model_state["batch_stats"]["bn1"]["mean"]).max()
+
+
+def test_bfloat16_computes_in_half_and_keeps_the_rest_in_single_precision(examples, resnet8):
+    config = small_config(model="resnet8")
+    single, single_history = run_steps(config, examples, 2, 1)
+    half, half_history = run_steps(small_config(model="resnet8", dtype="bfloat16"), examples, 2, 1)
+    assert {leaf.dtype for leaf in jax.tree.leaves(half)} == {np.dtype("float32"), np.dtype("int32")}
+    loss = single_history[0]["loss"]
+    # Eight bits in a mantissa, seven layers: near, and not the same.
+    assert half_history[0]["loss"] == pytest.approx(loss, rel=3e-2) and half_history[0]["loss"] != loss
+    assert_close(single.model_state, half.model_state, atol=2e-2)
+
+
+def test_augmentation_reaches_the_step_by_step_and_position(examples):
+    config = small_config(num_noise=1, consistency={"lbd": 0.0})
+    config.dataset.augment = "crop"
+    _, history = run_steps(config, examples, 2, 1)
+    key, order = noise.stream_key(config.seed, noise.Stream.AUGMENT), make_order(config, NUM_EXAMPLES)(0)
+    chosen = np.asarray(order[:32])
+    keys = jnp.stack([noise.fold(key, 0, position) for position in range(32)])
+    images = AUGMENTATIONS["crop"](keys, examples.images[chosen] / np.float32(255))
+    draws = noise.training_noise(
+        noise.stream_key(config.seed, noise.Stream.TRAIN), step=0, positions=jnp.arange(32), num_noise=1, shape=SHAPE
+    )
+    state = training.create_state(config, training.make_optimizer(config, 1))
+    logits = training.make_model(config).apply(state.variables, images + config.sigma * draws[0])
+    expected = losses.cross_entropy(logits[None], jnp.asarray(examples.labels[chosen])).mean()
+    assert history[0]["loss"] == pytest.approx(float(expected), rel=1e-5)
+
+
+def test_methods_are_told_the_epoch(examples, monkeypatch):
+    # 2 steps in an epoch: the radius of the attack is 0 in the first, huge from the second on.
+    config = small_config(num_noise=1, method="smoothadv", consistency={"lbd": 0.0}, optimizer={"lr": 1e-9})
+    config.smoothadv.update({"num_steps": 1, "epsilon": 8.0})
+    monkeypatch.setattr(smoothadv, "warmup", lambda epoch, _: jnp.where(epoch == 0, 0.0, 1.0))
+    _, history = run_steps(config, examples, 2, 4)
+    first, second = ([step["loss"] for step in history[i : i + 2]] for i in (0, 2))
+    assert min(second) > max(first) + 0.1
+
+
+def test_a_method_gets_its_own_rows_of_what_it_prepared(examples, monkeypatch):
+    def build(config):
+        def terms(model, batch):
+            logits = model.noisy(batch.images, batch.noise)
+            wrong = (batch.extra["label"] != batch.labels).astype(jnp.float32)
+            return MethodOutput({"wrong": wrong + 0 * logits.sum(axis=(0, 2))}, logits)
+
+        return terms
+
+    monkeypatch.setitem(methods.METHODS, "check", Method(build))
+    config = small_config(method="check", consistency={"lbd": 0.0})
+    for shift, expected in ((0, 0), (1, 1)):
+        extra = {"label": (examples.labels + shift) % 10}
+        _, history = run_steps(config, examples, 4, 3, extra=extra)
+        assert [step["wrong"] for step in history] == [expected] * 3

@@ -74,4 +74,4 @@ def prepare(config: ConfigDict, split: Split, devices: list[jax.Device], workdir
     return {"smoothed": shares}
 
 
-METHOD = Method(build, check, prepare)
+METHOD = Method(build, check, ("catrs.teacher",), prepare)

@@ -9,9 +9,9 @@ import jax.numpy as jnp
 
 from rs_consistency.errors import UserError
 from rs_consistency.models.cifar_resnet import CifarResNet
-from rs_consistency.models.densenet import DenseNet40
+from rs_consistency.models.densenet import DenseNet
 from rs_consistency.models.lenet import LeNet
-from rs_consistency.models.resnet import ResNet50
+from rs_consistency.models.resnet import ResNet
 from rs_consistency.models.wide_resnet import WideResNet
 
 DTYPES = ("float32", "bfloat16")  # in which a model may compute
@@ -20,9 +20,9 @@ MODELS: dict[str, Callable[..., nn.Module]] = {
     "lenet": LeNet,
     "resnet20": functools.partial(CifarResNet, depth=20),
     "resnet110": functools.partial(CifarResNet, depth=110),
-    "densenet40": DenseNet40,
+    "densenet40": functools.partial(DenseNet, layers=6),
     "wideresnet28_10": functools.partial(WideResNet, depth=28, widen=10),
-    "resnet50": ResNet50,
+    "resnet50": functools.partial(ResNet, blocks=(3, 4, 6, 3)),
 }
 
 

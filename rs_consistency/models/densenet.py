@@ -7,12 +7,18 @@ import jax.numpy as jnp
 from rs_consistency.models.layers import ImageClassifier, Norm, average_pool_2x2, conv
 
 
-class DenseNet40(ImageClassifier):
-    """3x3 convolution with 24 channels; three dense blocks of 6 bottleneck layers of growth 12; batch norm and ReLU.
+class DenseNet(ImageClassifier):
+    """3x3 convolution with 24 channels; three dense blocks of bottleneck layers of growth 12; batch norm and ReLU.
 
     Source: Huang et al. (CVPR 2017), DenseNet-B. Between the blocks is a 2x2 average pool alone: nothing is
-    compressed, so there is no 1x1 convolution. On 32x32x3 images with K = 10 it has 211,978 parameters.
+    compressed, so there is no 1x1 convolution. DenseNet-40 has 6 layers in a block: on 32x32x3 images with K = 10
+    211,978 parameters.
+
+    Attributes:
+      layers: in a block.
     """
+
+    layers: int = 6
 
     @nn.compact
     def __call__(self, images: jax.Array, *, train: bool = False) -> jax.Array:
@@ -22,7 +28,7 @@ class DenseNet40(ImageClassifier):
         for block in (1, 2, 3):
             if block > 1:
                 x = average_pool_2x2(x)
-            for layer in range(6):
+            for layer in range(self.layers):
                 x = DenseLayer(12, norm, name=f"dense{block}_{layer}")(x)
         x = nn.relu(norm(name="bn")(x))
         return self.pool_and_classify(x)

@@ -1,17 +1,24 @@
 """ResNet for ImageNet."""
 
+from collections.abc import Sequence
+
 import flax.linen as nn
 import jax
 
 from rs_consistency.models.layers import ImageClassifier, Norm, conv
 
 
-class ResNet50(ImageClassifier):
-    """7x7 convolution and 3x3 max pooling, both with stride 2; 3, 4, 6, 3 bottleneck blocks of 256 to 2048 channels.
+class ResNet(ImageClassifier):
+    """7x7 convolution and 3x3 max pooling, both with stride 2; four stages of bottleneck blocks, 256 to 2048 channels.
 
-    Source: He et al. (CVPR 2016), with the stride on the 3x3 convolution of a block as in torchvision. With
-    K = 1000 it has 25,557,032 parameters.
+    Source: He et al. (CVPR 2016), with the stride on the 3x3 convolution of a block as in torchvision. ResNet-50
+    has 3, 4, 6 and 3 blocks: with K = 1000 25,557,032 parameters.
+
+    Attributes:
+      blocks: in each of the four stages.
     """
+
+    blocks: Sequence[int] = (3, 4, 6, 3)
 
     @nn.compact
     def __call__(self, images: jax.Array, *, train: bool = False) -> jax.Array:
@@ -20,7 +27,7 @@ class ResNet50(ImageClassifier):
         x = conv(self.prepare(images, min_size=32), 64, 7, stride=2, name="conv1")
         x = nn.relu(norm(name="bn1")(x))
         x = nn.max_pool(x, (3, 3), strides=(2, 2), padding=((1, 1), (1, 1)))
-        for stage, blocks in enumerate((3, 4, 6, 3), start=1):
+        for stage, blocks in enumerate(self.blocks, start=1):
             for block in range(blocks):
                 stride = 2 if stage > 1 and block == 0 else 1
                 x = Bottleneck(32 * 2**stage, stride, norm, name=f"layer{stage}_{block}")(x)

@@ -1,0 +1,162 @@
+"""Training and certification of a streamed dataset: a small generated ImageNet, in the format of the real one."""
+
+import functools
+import json
+import shutil
+import textwrap
+
+import jax
+import numpy as np
+import pytest
+
+from rs_consistency import data, models, noise
+from rs_consistency.checkpoints import digest
+from rs_consistency.data import DATASETS
+from rs_consistency.models.resnet import ResNet
+from tests.helpers import ROOT, encode, final_params, kill_when, rows, start, write_imagenet
+
+NUM_TRAIN, NUM_TEST = 22, 7
+# 32 x 32 pixels and one block in a stage instead of 224 x 224 and 3, 4, 6, 3; all else is as in the real run.
+SMALL = DATASETS["imagenet"]._replace(image_shape=(32, 32, 3))
+SMALL_RESNET = functools.partial(ResNet, blocks=(1, 1, 1, 1))
+# 8 examples in a step of 16 noisy images: 3 steps in an epoch.
+CONFIG = [
+    f"--config={ROOT}/configs/imagenet.py",
+    "--config.batch_size=16",
+    "--config.num_epochs=2",
+    "--config.eval_batch_size=3",
+    "--config.checkpoint_every_steps=2",
+    "--config.dataset.num_workers=0",
+    "--config.num_devices=2",
+]
+
+
+@pytest.fixture(scope="module", autouse=True)
+def small_imagenet(tfds_dir, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("imagenet")
+    rng, splits = np.random.default_rng(0), {}
+    for name, count in {"train": NUM_TRAIN, "validation": NUM_TEST}.items():
+        sizes = rng.integers(40, 120, (count, 2))
+        images = [encode(rng.integers(0, 256, (*size, 3), dtype=np.uint8), "JPEG") for size in sizes]
+        splits[name] = images, rng.integers(0, 1000, count)
+    write_imagenet(folder, splits)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("TFDS_DATA_DIR", str(folder))
+        patch.setitem(DATASETS, "imagenet", SMALL)
+        patch.setitem(models.MODELS, "resnet50", SMALL_RESNET)
+        yield folder
+
+
+@pytest.fixture(scope="module")
+def finished(small_imagenet, tmp_path_factory):
+    from rs_consistency.cli import train
+
+    workdir = tmp_path_factory.mktemp("finished") / "run"
+    train.main([*CONFIG, f"--workdir={workdir}"])
+    return workdir
+
+
+def records(workdir):
+    lines = [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
+    return [{name: value for name, value in line.items() if name != "noisy_images_per_second"} for line in lines]
+
+
+def test_a_streamed_run_trains_evaluates_and_saves_within_an_epoch(finished):
+    assert [record["step"] for record in records(finished)] == [3, 6]
+    last = records(finished)[-1]
+    assert np.isfinite(last["loss"])
+    assert last["noisy_test_accuracy"] * NUM_TEST == pytest.approx(round(last["noisy_test_accuracy"] * NUM_TEST))
+    assert sorted(int(path.name) for path in (finished / "checkpoints").iterdir()) == [3, 4, 6]
+
+
+@pytest.mark.parametrize("kept", [2, 4])
+def test_a_run_that_stopped_within_an_epoch_goes_on_exactly(program, finished, tmp_path, monkeypatch, kept):
+    # As after a kill behind the checkpoint of step `kept`; more devices and workers decode and train the rest.
+    stop = tmp_path / "run"
+
+    def interrupt(self, step, state):
+        original(self, step, state)
+        if step == kept:
+            self.wait()
+            raise KeyboardInterrupt
+
+    from rs_consistency.checkpoints import Checkpoints
+
+    original = Checkpoints.save
+    with monkeypatch.context() as patch:
+        patch.setattr(Checkpoints, "save", interrupt)
+        assert "interrupted" in program.fails("cli.train", *CONFIG, f"--workdir={stop}")
+    program.succeeds("cli.train", *CONFIG, f"--workdir={stop}")
+    assert f"continuing after step {kept}" in program.err
+    assert digest(final_params(stop)) == digest(final_params(finished))
+    assert records(stop) == records(finished)
+
+
+def test_a_killed_run_with_workers_goes_on_to_the_same_parameters(program, finished, small_imagenet, tmp_path):
+    # A program of its own, since the workers import it: the same small model and images as here.
+    script = tmp_path / "small_train.py"
+    script.write_text(
+        textwrap.dedent(f"""
+        import os, sys
+        os.environ["XLA_FLAGS"] = "--xla_force_host_platform_device_count=8"
+        sys.path.insert(0, {str(ROOT)!r})
+        if __name__ == "__main__":
+            from rs_consistency.cli import train
+            from tests import test_imagenet_runs as small
+            small.DATASETS["imagenet"] = small.SMALL
+            small.models.MODELS["resnet50"] = small.SMALL_RESNET
+            train.main(sys.argv[1:])
+        """)
+    )
+    command = [*CONFIG, "--config.dataset.num_workers=2", f"--workdir={tmp_path / 'run'}"]
+    process = start(script, *command, cwd=tmp_path)
+    checkpoints = tmp_path / "run" / "checkpoints"
+    kill_when(process, lambda: (checkpoints / "2").is_dir() or (checkpoints / "3").is_dir())
+    program.succeeds("cli.train", *command)
+    assert "continuing after step" in program.err or "epochs are done" in program.out
+    assert digest(final_params(tmp_path / "run")) == digest(final_params(finished))
+
+
+def test_the_number_of_devices_and_parts_changes_rounding_alone(program, finished, tmp_path):
+    program.succeeds("cli.train", *CONFIG, "--config.num_devices=8", "--config.num_epochs=1", f"--workdir={tmp_path}")
+    mine, theirs = records(tmp_path)[0], records(finished)[0]
+    for name in ("cross_entropy", "consistency", "loss"):
+        assert mine[name] == pytest.approx(theirs[name], rel=1e-3)  # three steps of a net with batch norm
+
+
+def test_a_streamed_run_is_certified(program, finished, tmp_path):
+    command = ["cli.certify", f"--workdir={finished}", "--n=40", "--n0=5", "--skip=2"]
+    program.succeeds(*command, f"--output={tmp_path / 'a.tsv'}")
+    program.succeeds(*command, "--max=2", f"--output={tmp_path / 'b.tsv'}")
+    program.succeeds(*command, f"--output={tmp_path / 'b.tsv'}")
+    assert rows(tmp_path / "a.tsv") == rows(tmp_path / "b.tsv")
+    split = data.open_split("imagenet", "test")
+    indices = np.arange(0, NUM_TEST, 2)
+    assert [int(row[0]) for row in rows(tmp_path / "a.tsv")[1:]] == indices.tolist()
+    assert [int(row[1]) for row in rows(tmp_path / "a.tsv")[1:]] == split.read(indices)[1].tolist()
+    assert json.loads((tmp_path / "a.json").read_text())["data_digest"] == split.digest()
+
+
+def test_evaluation_counts_every_streamed_image(finished):
+    # The accuracy of the record, from the images and the noise of their addresses one by one.
+    from rs_consistency import runs, training
+
+    run = runs.restore(finished, jax.devices()[:1])
+    images, labels = data.open_split("imagenet", "test").read(range(NUM_TEST))
+    key = noise.stream_key(run.config.seed, noise.Stream.EVAL)
+    draws = np.stack([jax.random.normal(noise.fold(key, i), SMALL.image_shape) for i in range(NUM_TEST)])
+    noisy = images / np.float32(255) + run.config.sigma * draws
+    logits = training.make_model(run.config).apply(run.variables, noisy, train=False)
+    assert records(finished)[-1]["noisy_test_accuracy"] == np.mean(logits.argmax(axis=-1) == labels)
+
+
+def test_what_cannot_be_streamed_is_told(program, finished, tmp_path):
+    error = program.fails(
+        "cli.train", *CONFIG, "--config.method=catrs", f"--config.catrs.teacher={finished}", f"--workdir={tmp_path}"
+    )
+    assert "method=catrs computes something of every training image beforehand, and dataset imagenet is str" in error
+    with pytest.raises(ValueError, match="dataset 'imagenet' is too large for arrays; read it with open_split"):
+        data.load("imagenet", "train")
+    shutil.copytree(finished, tmp_path / "copy")
+    error = program.fails("cli.certify", f"--workdir={tmp_path / 'copy'}", f"--data_dir={tmp_path}")
+    assert f"dataset.name='imagenet' is not prepared in {tmp_path}" in error
