@@ -1,0 +1,117 @@
+"""Runs that build on other runs: fine-tuning from a checkpoint, and the teacher of CAT-RS."""
+
+import json
+import shutil
+
+import jax
+import numpy as np
+import pytest
+
+from configs import mnist
+from rs_consistency import data, noise, runs, teacher, training, voting
+from rs_consistency.errors import UserError
+from tests.helpers import TINY, final_params
+
+
+def leaves_equal(one, other):
+    return all(np.array_equal(a, b) for a, b in zip(*map(jax.tree.leaves, (one, other)), strict=True))
+
+
+def test_fine_tuning_starts_from_the_other_runs_parameters(program, trained, tmp_path):
+    # With a vanishing learning rate the parameters stay what they were.
+    still = ["--config.optimizer.lr=1e-30", "--config.optimizer.lr_gamma=1", "--config.num_epochs=1"]
+    tuned = tmp_path / "tuned"
+    command = [*TINY, *still, f"--config.init_from={trained}", f"--workdir={tuned}"]
+    program.succeeds("cli.train", *command)
+    assert leaves_equal(final_params(tuned), final_params(trained))
+    record = json.loads((tuned / "metrics.jsonl").read_text())
+    assert record["step"] == 7  # it counts from its own start
+    program.succeeds("cli.train", *TINY, *still, f"--workdir={tmp_path / 'scratch'}")
+    assert not leaves_equal(final_params(tmp_path / "scratch"), final_params(trained))
+
+
+def test_a_started_fine_tuning_no_longer_needs_the_other_run(program, trained, tmp_path):
+    other, tuned = tmp_path / "other", tmp_path / "tuned"
+    shutil.copytree(trained, other)
+    command = [*TINY, f"--config.init_from={other}", f"--workdir={tuned}"]
+    program.succeeds("cli.train", *command)
+    whole = final_params(tuned)
+    shutil.rmtree(other)
+    shutil.rmtree(tuned / "checkpoints" / "14")
+    program.succeeds("cli.train", *command)
+    assert leaves_equal(final_params(tuned), whole)
+    program.succeeds("cli.certify", f"--workdir={tuned}", "--n=10", "--max=1")
+
+
+def test_runs_that_do_not_fit_are_named(program, trained, tmp_path):
+    error = program.fails(
+        "cli.train", *TINY, "--config.model=resnet20", f"--config.init_from={trained}", f"--workdir={tmp_path / 'a'}"
+    )
+    assert f"init_from={trained} does not fit: ['batch_stats']" in error
+    assert "(model=lenet, dataset mnist); start from a run of the same model" in error
+    (tmp_path / "empty").mkdir()
+    error = program.fails("cli.train", *TINY, f"--config.init_from={tmp_path / 'empty'}", f"--workdir={tmp_path / 'b'}")
+    assert f"init_from={tmp_path / 'empty'} has no config.json" in error
+    assert not (tmp_path / "b").exists()
+
+
+@pytest.fixture(scope="module")
+def split():
+    arrays = data.load("mnist", "train")
+    return data.Split(arrays.images[:20], arrays.labels[:20])
+
+
+def ask(trained, split, workdir, num_votes=40, **changes):
+    config = mnist.get_config()
+    config.update(changes)
+    return teacher.smoothed_predictions(
+        config, split, str(trained), num_votes=num_votes, devices=jax.devices()[:2], workdir=workdir
+    )
+
+
+def test_the_teachers_votes_are_those_of_its_smoothed_classifier(trained, split, tmp_path):
+    shares = ask(trained, split, tmp_path)
+    assert shares.shape == (20, 10) and shares.dtype == np.float32
+    run = runs.restore(trained, jax.devices()[:1])
+    model, key = training.make_model(run.config), noise.stream_key(0, noise.Stream.TEACHER)
+    for index in (0, 13):
+        draws = np.stack([jax.random.normal(noise.fold(key, index, 1, vote), (28, 28, 1)) for vote in range(40)])
+        logits = model.apply(run.variables, split.images[index] / np.float32(255) + run.config.sigma * draws)
+        expected = np.bincount(logits.argmax(axis=-1), minlength=10) / 40
+        np.testing.assert_allclose(shares[index], expected, atol=1e-7)
+
+
+def test_the_teachers_votes_are_kept_and_continued(trained, split, tmp_path, monkeypatch, capsys):
+    whole = ask(trained, split, tmp_path)
+    asked = []
+
+    def spy(*args, **settings):
+        asked.append(len(args[2]))
+        return count_votes(*args, **settings)
+
+    count_votes = voting.count_votes
+    monkeypatch.setattr(voting, "count_votes", spy)
+    path = tmp_path / teacher.FILE
+    np.testing.assert_array_equal(ask(trained, split, tmp_path), whole)
+    assert asked == []  # read back
+
+    with np.load(path) as arrays:
+        np.savez_compressed(
+            path, identity=arrays["identity"], counts=arrays["counts"][:7]
+        )  # as an interruption leaves it
+    np.testing.assert_array_equal(ask(trained, split, tmp_path), whole)
+    assert asked == [13] and "holds 7 images already" in capsys.readouterr().err
+
+    path.write_bytes(path.read_bytes()[:100])
+    np.testing.assert_array_equal(ask(trained, split, tmp_path), whole)
+    assert asked == [13, 20] and "is unreadable; it is made again" in capsys.readouterr().err
+
+    assert (ask(trained, split, tmp_path, seed=1) != whole).any()
+    assert asked == [13, 20, 20] and "is of another teacher or other data" in capsys.readouterr().err
+
+
+def test_a_teacher_of_another_dataset_is_refused(trained, split, tmp_path):
+    with pytest.raises(
+        UserError, match="was trained on mnist, this run is on mnist_subset; give a teacher of the same"
+    ):
+        ask(trained, split, tmp_path, dataset={"name": "mnist_subset"})
