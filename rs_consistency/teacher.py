@@ -93,7 +93,11 @@ def _vote(
         stream=Stream.TEACHER,
     )
     counts, saved = [found], time.monotonic()
-    bar = tqdm(total=total, initial=done, desc="teacher's votes", unit="img", disable=not sys.stderr.isatty())
+    seconds_between_lines = 0.1 if sys.stderr.isatty() else _SECONDS_BETWEEN_SAVES
+    bar = tqdm(
+        total=total, initial=done, desc="teacher's votes", unit="img", mininterval=seconds_between_lines,
+        delay=0 if sys.stderr.isatty() else seconds_between_lines,
+    )  # fmt: skip
     with bar:
         for votes in groups:
             counts.append(votes.counts)

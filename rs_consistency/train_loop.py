@@ -24,6 +24,7 @@ from rs_consistency.workdir import CONFIG_FILE, open_for_training
 
 # Steps between two looks at the metrics. Scalars of the steps between stay on the device, so it never waits.
 _LOOK_EVERY = 50
+_SECONDS_BETWEEN_LINES = 60  # of the progress, where stderr is a file
 
 
 def train(config: ConfigDict, workdir: Path) -> training.TrainState:
@@ -134,7 +135,9 @@ class _Run:
             unit="img",
             unit_scale=True,
             leave=False,
-            disable=not sys.stderr.isatty(),
+            # In a log file, a line a minute, and none where epochs are shorter.
+            mininterval=0.1 if sys.stderr.isatty() else _SECONDS_BETWEEN_LINES,
+            delay=0 if sys.stderr.isatty() else _SECONDS_BETWEEN_LINES,
         )
         with bar, closing(self._inputs.feeds(first_step, end_step)) as feeds:
             for step, feed in enumerate(feeds, start=first_step + 1):
@@ -208,8 +211,9 @@ def _check_finite(config: ConfigDict, fetched: list[Mapping[str, np.ndarray]], f
         bad = [f"{name}={float(value)}" for name, value in metrics.items() if not math.isfinite(value)]
         if bad:
             causes = [f"optimizer.lr={config.optimizer.lr} is too large"]
-            if config.consistency.lbd > 0:
-                causes.append(f"consistency.lbd={config.consistency.lbd} is too large")
+            flat = flatten(config)
+            weights = ("consistency.lbd", f"{config.method}.lbd", f"{config.method}.eta")
+            causes += [f"{key}={flat[key]} is too large" for key in weights if flat.get(key, 0) > 0]
             raise UserError(
                 f"training diverged at step {first_step + offset} ({', '.join(bad)}); likely {' or '.join(causes)}: use"
                 " a smaller one in another --workdir. The checkpoints of earlier epochs are kept"

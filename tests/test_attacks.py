@@ -109,6 +109,19 @@ def test_smooth_adv_at_epsilon_zero_is_the_image(lenet):
     np.testing.assert_array_equal(attacks.smooth_adv(apply_fn, images, labels, noise, epsilon=0.0, num_steps=2), images)
 
 
+def test_a_compiled_loop_gives_the_same_attack(lenet, monkeypatch):
+    apply_fn, images, labels, noise = lenet
+
+    def attack(images):
+        return attacks.smooth_adv(apply_fn, images, labels, noise, epsilon=1.0, num_steps=3)
+
+    unrolled = jax.jit(attack)(images)
+    monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
+    looped = jax.jit(lambda images: attack(images))
+    assert "while" in looped.lower(images).as_text()
+    np.testing.assert_allclose(looped(images), unrolled, atol=1e-5)  # float32 rounding of three steps
+
+
 def test_attacks_take_no_gradient(lenet):
     apply_fn, images, labels, noise = lenet
     target = jnp.full((3, 10), -jnp.log(10.0))

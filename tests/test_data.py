@@ -85,6 +85,20 @@ def test_the_newest_version_is_read(tmp_path):
     assert data.load("mnist", "test", data_dir=str(tmp_path), cache_dir=str(tmp_path / "c")).images.max() == 2
 
 
+def test_datasets_of_another_name_in_tfds_keep_ours_in_messages(tmp_path):
+    images, labels = np.zeros((3, 32, 32, 3), np.uint8), np.arange(3)
+    write_tfds(tmp_path, "svhn_cropped", "3.1.0", {"train": (images, labels)})
+    assert data.load("svhn", "train", data_dir=str(tmp_path)).labels.tolist() == [0, 1, 2]
+    for name in ("svhn", "imagenet", "cifar100"):
+        with pytest.raises(
+            UserError, match=rf"dataset.name='{name}' is not prepared .*data\.prepare {name} --data_dir="
+        ):
+            data.open_split(name, "test", data_dir=str(tmp_path / "nothing"))
+        assert name in prepare.ORIGINALS
+    with pytest.raises(UserError, match="split='validation' is unknown; use one of train, test"):
+        data.open_split("imagenet", "validation")
+
+
 def test_a_dataset_that_is_not_prepared_is_told_at_once_with_the_command(tmp_path):
     start = time.monotonic()
     with pytest.raises(UserError, match=r"'fashion_mnist' is not prepared in .*prepare fashion_mnist --data_dir="):
@@ -159,6 +173,12 @@ def test_prepare_says_what_is_missing_within_seconds(program, monkeypatch, tmp_p
     )
     assert f"manual_dir={tmp_path} lacks train-images" in program.fails(
         "data.prepare", "mnist", f"--manual_dir={tmp_path}"
+    )
+    assert "ILSVRC2012_img_val.tar (image-net.org), and give their folder with --manual_dir" in program.fails(
+        "data.prepare", "imagenet", f"--data_dir={tmp_path}"
+    )
+    assert "lacks ILSVRC2012_img_train.tar" in program.fails(
+        "data.prepare", "imagenet", f"--data_dir={tmp_path}", f"--manual_dir={tmp_path}"
     )
     monkeypatch.setitem(prepare.ORIGINALS, "mnist", prepare.Original("http://127.0.0.1:9/nothing", ()))
     assert "out of reach (ConnectionError)" in program.fails("data.prepare", "mnist", f"--data_dir={tmp_path}")

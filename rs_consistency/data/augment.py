@@ -1,4 +1,4 @@
-"""Augmentation of training images, on the devices: a function of keys and batch."""
+"""Augmentation of training images, on the devices: one compiled function of key and batch."""
 
 from collections.abc import Callable
 
@@ -14,20 +14,23 @@ def crop_and_flip(keys: jax.Array, images: jax.Array) -> jax.Array:
     The published augmentation of CIFAR-10.
 
     Args:
-      keys: `[B]` random keys, one for each example.
+      keys: one random key, or `[B]`, one for each example.
       images: `[B, H, W, C]`.
 
     Returns:
-      `[B, H, W, C]`; image b is a function of keys[b] and images[b] alone.
+      `[B, H, W, C]`; with `[B]` keys, image b is a function of keys[b] and images[b] alone.
     """
-    return jax.vmap(lambda key, image: _flip(jax.random.fold_in(key, 1), _crop(jax.random.fold_in(key, 0), image)))(
-        keys, images
-    )
+
+    def one(key: jax.Array, image: jax.Array) -> jax.Array:
+        crop_key, flip_key = jax.random.split(key)
+        return _flip(flip_key, _crop(crop_key, image))
+
+    return jax.vmap(one)(_for_each(keys, images), images)
 
 
 def crop(keys: jax.Array, images: jax.Array) -> jax.Array:
     """As `crop_and_flip`, but never a mirror image: for digits and letters."""
-    return jax.vmap(lambda key, image: _crop(jax.random.fold_in(key, 0), image))(keys, images)
+    return jax.vmap(_crop)(_for_each(keys, images), images)
 
 
 def none(keys: jax.Array, images: jax.Array) -> jax.Array:
@@ -41,6 +44,10 @@ AUGMENTATIONS: dict[str, Callable[[jax.Array, jax.Array], jax.Array]] = {
     "crop": jax.jit(crop),
     "crop_and_flip": jax.jit(crop_and_flip),
 }
+
+
+def _for_each(keys: jax.Array, images: jax.Array) -> jax.Array:
+    return keys if keys.ndim else jax.random.split(keys, images.shape[0])
 
 
 def _crop(key: jax.Array, image: jax.Array) -> jax.Array:
