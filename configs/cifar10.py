@@ -8,12 +8,16 @@ Paper: Consistency Regularization for Certified Robustness of Smoothed Classifie
     python certify.py --workdir=runs/cifar10
 
 The text after the colon picks a published cell. Any key can still be overridden. Where memory is short,
-`--config.accumulate_steps=4` computes a step in four parts, and `--config.dtype=bfloat16` in half precision.
-`--config.dataset.name=cifar100` trains on CIFAR-100.
+`--config.accumulate_steps=4` computes a step in four parts (batch norm then sees each part by itself, unlike the
+published runs), and `--config.dtype=bfloat16` in half precision.
+`--config.dataset.name=cifar100` trains on CIFAR-100; for SVHN add `--config.dataset.augment=crop`, since digits have no
+mirror images.
 
 Needs the prepared dataset: `python -m rs_consistency.data.prepare cifar10`.
 
-ACR over the 10,000 test images, n = 100,000, ResNet-110, as the papers' authors reported it:
+Papers: the consistency paper above; Cohen et al. (ICML 2019, gaussian), Li et al. (NeurIPS 2019, stability), Salman
+et al. (NeurIPS 2019, smoothadv), Zhai et al. (ICLR 2020, macer), Jeong et al. (NeurIPS 2021, smoothmix), Jeong et al.
+(AAAI 2023, catrs). ACR over the 10,000 test images, n = 100,000, ResNet-110, as they reported it:
 
 | method | sigma 0.25 | 0.50 | 1.00 |
 |---|---|---|---|
@@ -26,7 +30,8 @@ ACR over the 10,000 test images, n = 100,000, ResNet-110, as the papers' authors
 | smoothmix | .553 | .736 | - |
 | catrs | .562 | .757 | .815 |
 
-At sigma 0.5 with ResNet-20: gaussian .5242, stability .4992, smoothadv .6924, macer .6607, consistency .6864.
+At sigma 0.5 with ResNet-20: gaussian .5242, stability .4992, smoothadv .6924, macer .6607, consistency .6864; with
+DenseNet-40 .4937, .4967, .6709, .6413, .6609. A run has not been timed here: it wants a GPU.
 `catrs` needs `--config.catrs.teacher=WORKDIR`, a Gaussian model at sigma 0.25; its settings are known for sigma 0.25
 alone. MACER's lbd at sigma 0.5 is the published 4 (later work uses 6).
 """

@@ -17,7 +17,8 @@ def get_config() -> ConfigDict:
     config.dataset.data_dir = ""  # prepared TFDS data; empty: $TFDS_DATA_DIR, else ~/tensorflow_datasets
     config.dataset.cache_dir = ""  # decoded arrays; empty: $XDG_CACHE_HOME or ~/.cache, /rs_consistency
 
-    config.dataset.augment = "none"  # a name of rs_consistency.data.augment.AUGMENTATIONS
+    # A name of rs_consistency.data.augment.AUGMENTATIONS; streamed images are cropped and flipped as they are decoded.
+    config.dataset.augment = "none"
     config.dataset.num_workers = 2  # processes that decode a streamed dataset (imagenet); 0: none but this one
 
     config.model = "lenet"  # a name of rs_consistency.models.MODELS
@@ -63,7 +64,9 @@ def get_config() -> ConfigDict:
     config.catrs.lbd = 0.5  # weight of the term for examples of high confidence
 
     config.batch_size = 256  # noisy images in a step: batch_size / num_noise examples, num_noise copies of each
-    config.accumulate_steps = 1  # parts of a batch that are computed one after the other: less memory, the same step
+    # Parts of a batch that are computed one after the other: less memory, the same step. But batch norm, where a model
+    # has it, sees each part by itself, and its running averages move once for every part.
+    config.accumulate_steps = 1
     config.num_epochs = 90
     config.optimizer = ConfigDict()  # SGD, as published
     config.optimizer.lr = 0.01

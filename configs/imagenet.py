@@ -8,7 +8,8 @@ Paper: Consistency Regularization for Certified Robustness of Smoothed Classifie
 
 The text after the colon picks a published cell. The images are streamed: `--config.dataset.num_workers` processes
 decode them. An epoch takes long, so there is a checkpoint every 1,000 steps. Where memory is short,
-`--config.accumulate_steps=4` computes a step in four parts, and `--config.dtype=bfloat16` in half precision.
+`--config.accumulate_steps=4` computes a step in four parts (batch norm then sees each part by itself, unlike the
+published runs), and `--config.dtype=bfloat16` in half precision.
 
 Needs the prepared dataset, `imagenet2012` of tensorflow-datasets, as array_record; ImageNet is not free to download, so
 `python -m rs_consistency.data.prepare imagenet --manual_dir=DIR` wants the folder with ILSVRC2012_img_train.tar and
@@ -20,6 +21,9 @@ ACR over 500 validation images, n = 100,000, as the paper's authors reported it:
 |---|---|---|---|
 | gaussian | .477 | .733 | .875 |
 | consistency | - | .8215 | .9823 |
+
+SmoothAdv reports .532 / .825 / 1.040; its settings for ImageNet are not known here. A run has not been timed here: it
+wants several GPUs.
 """
 
 from ml_collections import ConfigDict

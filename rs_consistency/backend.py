@@ -37,7 +37,7 @@ def repeat(body: Callable[[Any, Any], Any], times: int, start: Any) -> Any:
     Returns:
       The last value.
     """
-    if jax.default_backend() != "cpu":
+    if times > 0 and jax.default_backend() != "cpu":
         return jax.lax.fori_loop(0, times, body, start)
     value = start
     for index in range(times):

@@ -97,7 +97,7 @@ class Checkpoints:
         Raises:
           UserError: when there are checkpoints and none can be read.
         """
-        steps = sorted(self._manager.all_steps(), reverse=True) if self._manager is not None else []
+        steps = sorted(self.steps(), reverse=True)
         saved_target = {"state": target, "digest": np.zeros(_DIGEST_BYTES, np.uint8)}
         for step in steps:
             try:
@@ -113,6 +113,10 @@ class Checkpoints:
                 " from a copy, or train again in another --workdir"
             )
         return None
+
+    def steps(self) -> list[int]:
+        """The steps of which there is a checkpoint, readable or not."""
+        return list(self._manager.all_steps()) if self._manager is not None else []
 
     def set_aside_after(self, step: int) -> None:
         """Moves the folders of later steps to `damaged_checkpoints`: those steps will be saved again."""

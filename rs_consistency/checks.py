@@ -6,6 +6,8 @@ from typing import Any
 
 from rs_consistency.errors import UserError
 
+MOST = 10**9  # of anything that is counted: what int32 on the devices can add up
+LARGEST = 1e6  # of weights, distances and the like: sums of their products stay finite in float32
 SMALLEST_PROBABILITY = 1e-100  # below it the quantile functions lose their accuracy
 
 
@@ -18,12 +20,12 @@ def whole_number(name: str, value: Any, *, at_least: int, at_most: int = 2**63 -
     raise UserError(f"{name}={value!r}: use a whole number of at least {at_least}{upper}")
 
 
-def number_above(name: str, value: Any, limit: float) -> float:
+def number_above(name: str, value: Any, limit: float, *, at_most: float = math.inf) -> float:
     """A finite number greater than the limit, as a float."""
     value = _scalar(value)
-    if _is_number(value) and math.isfinite(value) and value > limit:
+    if _is_number(value) and math.isfinite(value) and limit < value <= at_most:
         return float(value)
-    raise UserError(f"{name}={value!r}: use a number greater than {limit}")
+    raise UserError(f"{name}={value!r}: use a number greater than {limit}{_upper(at_most)}")
 
 
 def number_from(name: str, value: Any, *, at_least: float, at_most: float = math.inf) -> float:
@@ -31,14 +33,18 @@ def number_from(name: str, value: Any, *, at_least: float, at_most: float = math
     value = _scalar(value)
     if _is_number(value) and math.isfinite(value) and at_least <= value <= at_most:
         return float(value)
-    upper = "" if at_most == math.inf else f" and at most {at_most:g}"
-    raise UserError(f"{name}={value!r}: use a number of at least {at_least}{upper}")
+    raise UserError(f"{name}={value!r}: use a number of at least {at_least}{_upper(at_most)}")
 
 
 def boolean(name: str, value: Any) -> None:
     """True or False."""
     if not isinstance(value, bool):
         raise UserError(f"{name}={value!r}: use True or False")
+
+
+def count(name: str, value: Any, *, at_least: int = 1, at_most: int = MOST) -> int:
+    """A whole number of things, few enough for the devices' int32."""
+    return whole_number(name, value, at_least=at_least, at_most=at_most)
 
 
 def probability(name: str, value: Any) -> float:
@@ -53,6 +59,10 @@ def one_of(name: str, value: Any, names: Any) -> None:
     """One of the given names."""
     if value not in names:
         raise UserError(f"{name}={value!r} is unknown; use one of {', '.join(sorted(names))}")
+
+
+def _upper(at_most: float) -> str:
+    return "" if at_most == math.inf else f" and at most {at_most:g}"
 
 
 def _scalar(value: Any) -> Any:

@@ -6,8 +6,8 @@ from typing import Any
 from ml_collections import ConfigDict
 
 from rs_consistency import losses
-from rs_consistency.checks import number_above, number_from, one_of, whole_number
-from rs_consistency.data import DATASETS
+from rs_consistency.checks import LARGEST, count, number_above, number_from, one_of, whole_number
+from rs_consistency.data import DATASETS, dataset_info
 from rs_consistency.data.augment import AUGMENTATIONS
 from rs_consistency.errors import UserError
 from rs_consistency.methods import METHODS
@@ -28,8 +28,6 @@ PLACE_KEYS = frozenset(
         "num_devices",
     }
 )
-
-_MOST = 10**9  # of anything that is counted: what int32 on the devices can add up
 
 
 def flatten(config: ConfigDict | dict[str, Any]) -> dict[str, Any]:
@@ -58,21 +56,22 @@ def validate(config: ConfigDict, *, num_devices: int) -> None:
     one_of("consistency.form", config.consistency.form, losses.FORMS)
 
     flat = flatten(config)
-    for key in ("sigma", "optimizer.lr", "optimizer.lr_gamma"):
+    for key in ("optimizer.lr", "optimizer.lr_gamma"):
         number_above(key, flat[key], 0)
+    number_above("sigma", config.sigma, 0, at_most=LARGEST)
     for key in ("optimizer.weight_decay", "optimizer.momentum"):
         number_from(key, flat[key], at_least=0)
     for key in ("consistency.lbd", "consistency.eta"):
-        number_from(key, flat[key], at_least=0, at_most=losses.LARGEST_WEIGHT)
+        number_from(key, flat[key], at_least=0, at_most=LARGEST)
     if config.optimizer.momentum >= 1:
         raise UserError(f"optimizer.momentum={config.optimizer.momentum}: use a number in [0, 1)")
     for key in (
         "num_noise", "batch_size", "accumulate_steps", "num_epochs", "optimizer.lr_step_size", "eval_batch_size",
         "eval_every_epochs", "checkpoint_every_epochs", "checkpoint_keep",
     ):  # fmt: skip
-        whole_number(key, flat[key], at_least=1, at_most=_MOST)
-    whole_number("checkpoint_every_steps", config.checkpoint_every_steps, at_least=0)
-    whole_number("dataset.num_workers", config.dataset.num_workers, at_least=0, at_most=1000)
+        count(key, flat[key])
+    count("checkpoint_every_steps", config.checkpoint_every_steps, at_least=0)
+    count("dataset.num_workers", config.dataset.num_workers, at_least=0, at_most=1000)
     whole_number("seed", config.seed, at_least=0, at_most=MAX_SEED)
 
     if config.consistency.lbd > 0 and config.num_noise < 2:
@@ -87,7 +86,26 @@ def validate(config: ConfigDict, *, num_devices: int) -> None:
             f"batch_size={config.batch_size} is not divisible by {named} times {num_devices} device(s);"
             f" use a multiple of {math.prod(parts.values()) * num_devices}, or another --config.num_devices"
         )
-    METHODS[config.method].check(config)
+    for method in METHODS.values():  # also of those that are not in use: the whole config is what a run is known by
+        method.check(config)
+    method = METHODS[config.method]
+    for key, description in method.sources.items():
+        if not flat[key]:
+            raise UserError(
+                f"{key}={flat[key]!r}: method {config.method} needs the workdir of {description}; train one, and give"
+                f" it with --config.{key}=..."
+            )
+    is_streamed = dataset_info(config.dataset.name).read is None
+    if is_streamed and config.dataset.augment != "none":
+        raise UserError(
+            f"dataset.augment={config.dataset.augment!r}: images of {config.dataset.name} are cropped and flipped as"
+            " they are decoded; use none"
+        )
+    if is_streamed and method.prepare is not None:
+        raise UserError(
+            f"method={config.method!r} computes something of every training image beforehand, and dataset"
+            f" {config.dataset.name} is streamed; use another method, or a dataset that fits into memory"
+        )
 
 
 def differing_keys(mine: dict[str, Any], other: dict[str, Any]) -> list[str]:

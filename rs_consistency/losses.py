@@ -10,6 +10,8 @@ import jax
 import jax.numpy as jnp
 from jax.scipy.special import ndtri
 
+from rs_consistency.checks import LARGEST
+
 FORMS = ("default", "xent", "kl", "mse")
 
 # What MACER adds to the probability of the label before its logarithm.
@@ -18,7 +20,6 @@ _MACER_FLOOR = 1e-10
 # Log-probabilities stop here. The differences of finite float32 logits can overflow to -inf, and 0 * inf and
 # inf - inf are NaN; 1e30 leaves room for sums over copies and classes and is far below any trainable value.
 _FLOOR = -1e30
-LARGEST_WEIGHT = 1e6  # keeps the weighted sums of such values finite
 
 
 def log_softmax(logits: jax.Array) -> jax.Array:
@@ -44,7 +45,8 @@ def cross_entropy(logits: jax.Array, labels: jax.Array) -> jax.Array:
 
     Returns:
       `[B]`: `(1/M) sum_i -log F_i[label]`, in nats, in float32 at least. Finite, with finite gradients, for all finite
-      logits. Where a label is outside 0..K-1: NaN under `jit`, which cannot raise.
+      logits; it stops at 1e30, far beyond any trainable value. Where a label is outside 0..K-1: NaN under `jit`,
+      which cannot raise.
 
     Raises:
       ValueError: when the shapes do not fit together, or (outside `jit`) a label is outside 0..K-1.
@@ -89,8 +91,8 @@ def consistency(logits: jax.Array, *, lbd: float, eta: float = 0.5, form: str = 
     _check_logits(logits)
     if form not in FORMS:
         raise ValueError(f"form={form!r} is unknown; use one of {', '.join(FORMS)}")
-    if not (0 <= lbd <= LARGEST_WEIGHT and 0 <= eta <= LARGEST_WEIGHT):
-        raise ValueError(f"lbd={lbd} and eta={eta} must be from 0 to {LARGEST_WEIGHT:g}")
+    if not (0 <= lbd <= LARGEST and 0 <= eta <= LARGEST):
+        raise ValueError(f"lbd={lbd} and eta={eta} must be from 0 to {LARGEST:g}")
     num_copies = logits.shape[0]
     if num_copies == 1 and lbd > 0:
         raise ValueError(f"lbd={lbd} needs at least two noisy copies, but logits {logits.shape} have M = 1")
@@ -156,7 +158,7 @@ def macer(
       labels: `[B]` integers in 0..K-1.
       sigma: standard deviation of the noise; the robustness term is in its units.
       beta: inverse temperature of the second softmax, above 0 and at most 1e6.
-      gamma: the hinge, at least 0.
+      gamma: the hinge, 0 to 1e6.
 
     Returns:
       (classification `[B]` in nats, robustness `[B]` in units of sigma, without its weight lbd). Finite, with
@@ -168,9 +170,10 @@ def macer(
     known = _check_labels(logits, labels)
     if logits.shape[2] < 2:
         raise ValueError(f"logits {logits.shape} have one class; MACER compares the two largest")
-    if not (sigma > 0 and 0 < beta <= LARGEST_WEIGHT and gamma >= 0):
+    if not (0 < sigma <= LARGEST and 0 < beta <= LARGEST and 0 <= gamma <= LARGEST):
         raise ValueError(
-            f"sigma={sigma}, beta={beta}, gamma={gamma}: use sigma > 0, beta in (0, {LARGEST_WEIGHT:g}], gamma >= 0"
+            f"sigma={sigma}, beta={beta}, gamma={gamma}: use sigma and beta in (0, {LARGEST:g}], gamma in"
+            f" [0, {LARGEST:g}]"
         )
     of_label = jnp.take_along_axis(log_mean_softmax(logits), labels[:, None], axis=-1)[:, 0]
     classification = jnp.where(known, -jnp.log(jnp.exp(of_label) + _MACER_FLOOR), jnp.nan)

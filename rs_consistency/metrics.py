@@ -67,17 +67,23 @@ class MetricsWriter:
 
     def keep_part(self, step: int, sums: Sums) -> None:
         """Keeps the sums of an epoch's steps up to `step`, where a checkpoint is made within the epoch."""
-        write_json(self._part_path, {"step": step, "count": sums.count, "totals": sums.totals})
+        epoch = step // self._steps_per_epoch
+        parts = {key: part for key, part in self._parts().items() if int(key) // self._steps_per_epoch == epoch}
+        write_json(self._part_path, {**parts, str(step): {"count": sums.count, "totals": sums.totals}})
 
     def sums_of_part(self, step: int) -> Sums:
         """The sums that were kept at `step`. Where they were not, those of later steps alone make up the record."""
         if step % self._steps_per_epoch == 0:
             return Sums()
-        part = read_json(self._part_path) if self._part_path.exists() else {}
-        if part.get("step") == step:
+        part = self._parts().get(str(step))
+        if part is not None:
             return Sums(part["count"], part["totals"])
         note(f"{self._part_path} does not hold the sums at step {step}; the epoch's record is of its later steps alone")
         return Sums()
+
+    def _parts(self) -> dict[str, Any]:
+        """Step -> the sums of its epoch up to there."""
+        return read_json(self._part_path) if self._part_path.exists() else {}
 
     def _write_event(self, step: int, **content: Any) -> None:
         with naming(self._folder):

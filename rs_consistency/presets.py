@@ -45,13 +45,13 @@ def apply_preset(
     if chosen["method"] not in published:
         raise UserError(
             f"method={chosen['method']!r} has no published settings here; use one of {', '.join(published)}, or set"
-            " --config.method and its keys yourself (configs/default.py names them)"
+            " --config.method and its keys yourself, beginning from method=gaussian (configs/default.py names them)"
         )
     cells = published[chosen["method"]]
     if chosen_sigma not in cells:
         raise UserError(
             f"method={chosen['method']} was published for sigma {', '.join(map(str, cells))}, not {chosen_sigma};"
-            " start from one of those and override it, for example --config.sigma=0.75"
+            f" start from one of those and override it with --config.sigma={chosen_sigma}"
         )
     config.sigma = chosen_sigma
     config.update(cells[chosen_sigma])

@@ -11,7 +11,7 @@ from rs_consistency import training
 from rs_consistency.checkpoints import Checkpoints
 from rs_consistency.config import PLACE_KEYS, flatten, validate
 from rs_consistency.errors import UserError, note
-from rs_consistency.workdir import CONFIG_FILE, read_config
+from rs_consistency.workdir import CONFIG_FILE, finished_step, read_config
 
 
 class Run(NamedTuple):
@@ -60,29 +60,65 @@ def restore(workdir: Path, devices: Sequence[jax.Device], *, name: str = "workdi
     finally:
         checkpoints.close()
     if restored is None:
-        raise UserError(f"{name}={workdir} has no checkpoint yet; train it first, with train.py")
+        raise _no_checkpoint(workdir, name)
     step, state = restored
     return Run(config, step, state.variables)
 
 
-def start_from(state: training.TrainState, workdir: Path, devices: Sequence[jax.Device]) -> training.TrainState:
-    """Puts the variables of another run into a fresh state: fine-tuning.
+def check_fits(config: ConfigDict, workdir: Path) -> None:
+    """Whether a run can start from another: nothing is read but its config.
 
     Raises:
-      UserError: when they do not fit the model; the first that differs is named.
+      UserError: when there is no such run, it has no checkpoint, or its variables do not fit; the first is named.
     """
-    source = restore(workdir, devices, name="init_from")
+    source = _with_checkpoint(workdir, name="init_from")
     mine, theirs = (
-        {jax.tree_util.keystr(path): leaf for path, leaf in jax.tree.leaves_with_path(variables)}
-        for variables in (state.variables, source.variables)
+        {
+            jax.tree_util.keystr(path): leaf
+            for path, leaf in jax.tree.leaves_with_path(
+                training.restore_target(which, jax.local_devices()[:1]).variables
+            )
+        }
+        for which in (config, source)
     )
     for name in sorted(mine.keys() | theirs.keys()):
         shapes = [str(tree[name].shape) if name in tree else "missing" for tree in (mine, theirs)]
         if shapes[0] != shapes[1]:
             raise UserError(
                 f"init_from={workdir} does not fit: {name} is {shapes[0]} here and {shapes[1]} there"
-                f" (model={source.config.model}, dataset {source.config.dataset.name}); start from a run of the same"
+                f" (model={source.model}, dataset {source.dataset.name}); start from a run of the same"
                 " model and number of classes"
             )
-    variables = dict(source.variables)
+
+
+def check_same_dataset(config: ConfigDict, workdir: Path, *, name: str) -> None:
+    """Whether another run, given by the setting `name`, is there and of the same dataset; else a `UserError`."""
+    source = _with_checkpoint(workdir, name=name)
+    if source.dataset.name != config.dataset.name:
+        raise UserError(
+            f"{name}={workdir} was trained on {source.dataset.name}, this run is on {config.dataset.name};"
+            " give a run on the same dataset"
+        )
+
+
+def start_from(state: training.TrainState, workdir: Path, devices: Sequence[jax.Device]) -> training.TrainState:
+    """Puts the variables of another run, which `check_fits`, into a fresh state: fine-tuning."""
+    variables = dict(restore(workdir, devices, name="init_from").variables)
     return state.replace(params=variables.pop("params"), model_state=variables)
+
+
+def _with_checkpoint(workdir: Path, *, name: str) -> ConfigDict:
+    config = read_valid_config(workdir, name=name)
+    checkpoints = Checkpoints(workdir)
+    steps = checkpoints.steps()
+    checkpoints.close()
+    if not steps:
+        raise _no_checkpoint(workdir, name)
+    last_step = finished_step(workdir, config)
+    if last_step is not None and max(steps) < last_step:
+        note(f"{name}={workdir} is not finished: step {max(steps)} of {last_step}")
+    return config
+
+
+def _no_checkpoint(workdir: Path, name: str) -> UserError:
+    return UserError(f"{name}={workdir} has no checkpoint yet; train it first, with train.py")

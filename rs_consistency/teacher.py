@@ -3,8 +3,10 @@
 import sys
 import time
 import zipfile
+import zlib
 from collections.abc import Sequence
 from pathlib import Path
+from typing import NamedTuple
 
 import jax
 import numpy as np
@@ -13,7 +15,7 @@ from tqdm import tqdm
 
 from rs_consistency import data, runs, training, voting
 from rs_consistency.checkpoints import digest
-from rs_consistency.errors import UserError, note
+from rs_consistency.errors import note
 from rs_consistency.files import replace_atomically
 from rs_consistency.noise import Stream
 
@@ -32,8 +34,8 @@ def smoothed_predictions(
 ) -> np.ndarray:
     """The share of every class in the votes of a run's smoothed classifier on every training image.
 
-    What is done is kept in `workdir/smoothed_predictions.npz`, so an interrupted computation goes on and a finished
-    one is read back.
+    What is done is kept in `workdir/smoothed_predictions.npz`: an interrupted computation goes on, and a finished one
+    is read back. The run that learns keeps what it began with, whatever becomes of the teacher.
 
     Args:
       config: of the run that learns; its seed is that of the votes' noise.
@@ -41,48 +43,55 @@ def smoothed_predictions(
       teacher: workdir of the run that teaches; votes are at the sigma that it was trained with.
       num_votes: for each image.
       devices: which share the work.
-      workdir: of the run that learns.
+      workdir: of the run that learns, which belongs to one config and one training split.
 
     Returns:
       `[N, K]` float32; rows add up to 1.
 
     Raises:
-      UserError: when there is no such run, or it is of another dataset.
+      UserError: when the teacher is needed and is not there.
     """
-    run = runs.restore(Path(teacher).expanduser(), devices, name="the teacher's workdir")
-    if run.config.dataset.name != config.dataset.name:
-        raise UserError(
-            f"the teacher {teacher} was trained on {run.config.dataset.name}, this run is on {config.dataset.name};"
-            " give a teacher of the same dataset"
-        )
-    info = data.dataset_info(config.dataset.name)
-    identity = f"{digest(run.variables)} {data.digest(split)} {run.config.sigma} {num_votes} {config.seed}"
     path = workdir / FILE
-    found = _read(path, identity, info.num_classes)
-    if len(found) < len(split.labels):
-        if len(found):
-            note(f"{path} holds {len(found)} images already")
-        found = _vote(run, split, found, num_votes, config.seed, devices, path, identity)
-    return (found / np.float32(num_votes)).astype(np.float32)
+    kept = _read(path)
+    if kept is None or len(kept.counts) < len(split.labels):
+        run = runs.restore(Path(teacher).expanduser(), devices, name="the teacher's workdir")
+        kept = _vote(config, split, run, _continued(path, kept, digest(run.variables)), num_votes, devices, path)
+    return (kept.counts / np.float32(num_votes)).astype(np.float32)
+
+
+class _Kept(NamedTuple):
+    """What the file holds: votes `[D, K]` on the first D images, and the digest of the teacher's variables."""
+
+    counts: np.ndarray
+    teacher: str
+
+
+def _continued(path: Path, kept: _Kept | None, teacher_digest: str) -> _Kept:
+    """What is kept, where it is of this teacher; else nothing."""
+    if kept is not None and kept.teacher == teacher_digest:
+        note(f"{path} holds {len(kept.counts)} images already")
+        return kept
+    if kept is not None:
+        note(f"{path} is of another state of the teacher; it is made again")
+    return _Kept(np.zeros((0, 0), np.int64), teacher_digest)
 
 
 def _vote(
-    run: runs.Run,
+    config: ConfigDict,
     split: data.Split,
-    found: np.ndarray,
+    run: runs.Run,
+    kept: _Kept,
     num_votes: int,
-    seed: int,
     devices: Sequence[jax.Device],
     path: Path,
-    identity: str,
-) -> np.ndarray:
-    info = data.dataset_info(run.config.dataset.name)
+) -> _Kept:
+    info = data.dataset_info(config.dataset.name)
     settings = voting.vote_settings(
-        sigma=run.config.sigma, num_classes=info.num_classes, n0=0, n=num_votes, seed=seed, batch_size=None,
+        sigma=run.config.sigma, num_classes=info.num_classes, n0=0, n=num_votes, seed=config.seed, batch_size=None,
         image_shape=info.image_shape, platform=devices[0].platform, least_n0=0,
     )  # fmt: skip
     model = training.make_model(run.config)
-    done, total = len(found), len(split.labels)
+    done, total = len(kept.counts), len(split.labels)
     groups = voting.count_votes(
         lambda variables, images: model.apply(variables, images, train=False),
         run.variables,
@@ -92,7 +101,7 @@ def _vote(
         devices=devices,
         stream=Stream.TEACHER,
     )
-    counts, saved = [found], time.monotonic()
+    counts, saved = [kept.counts.reshape(-1, info.num_classes)], time.monotonic()
     seconds_between_lines = 0.1 if sys.stderr.isatty() else _SECONDS_BETWEEN_SAVES
     bar = tqdm(
         total=total, initial=done, desc="teacher's votes", unit="img", mininterval=seconds_between_lines,
@@ -103,29 +112,25 @@ def _vote(
             counts.append(votes.counts)
             bar.update(len(votes.counts))
             if time.monotonic() - saved > _SECONDS_BETWEEN_SAVES:
-                _write(path, identity, np.concatenate(counts))
+                _write(path, kept._replace(counts=np.concatenate(counts)))
                 saved = time.monotonic()
-    found = np.concatenate(counts)
-    _write(path, identity, found)
-    return found
+    kept = kept._replace(counts=np.concatenate(counts))
+    _write(path, kept)
+    return kept
 
 
-def _write(path: Path, identity: str, counts: np.ndarray) -> None:
+def _write(path: Path, kept: _Kept) -> None:
     with replace_atomically(path) as temporary, temporary.open("wb") as file:
-        np.savez_compressed(file, identity=identity, counts=counts)
+        np.savez_compressed(file, **kept._asdict())
 
 
-def _read(path: Path, identity: str, num_classes: int) -> np.ndarray:
-    """Counts `[D, K]` of the first D images; D is 0 where the file is absent, damaged or of another teacher."""
-    nothing = np.zeros((0, num_classes), np.int64)
+def _read(path: Path) -> _Kept | None:
+    """None where the file is absent or damaged."""
     if not path.exists():
-        return nothing
+        return None
     try:
         with path.open("rb") as file, np.load(file) as arrays:
-            if str(arrays["identity"]) == identity:
-                return arrays["counts"]
-        reason = "is of another teacher or other data"
-    except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile):
-        reason = "is unreadable"
-    note(f"{path} {reason}; it is made again")
-    return nothing
+            return _Kept(arrays["counts"], str(arrays["teacher"]))
+    except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile, zlib.error):
+        note(f"{path} is unreadable; it is made again")
+        return None

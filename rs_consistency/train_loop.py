@@ -24,6 +24,8 @@ from rs_consistency.workdir import CONFIG_FILE, open_for_training
 
 # Steps between two looks at the metrics. Scalars of the steps between stay on the device, so it never waits.
 _LOOK_EVERY = 50
+# Steps that may be under way at once: more only hold memory, and keep an interruption waiting.
+_IN_FLIGHT = 8
 _SECONDS_BETWEEN_LINES = 60  # of the progress, where stderr is a file
 
 
@@ -45,6 +47,7 @@ def train(config: ConfigDict, workdir: Path) -> training.TrainState:
     """
     devices = parallel.choose_devices(config.num_devices)
     validate(config, num_devices=len(devices))
+    _resolve_sources(config)
     if not (workdir / CONFIG_FILE).exists():
         _check_sources(config)
     source = {"data_dir": config.dataset.data_dir, "cache_dir": config.dataset.cache_dir}
@@ -59,6 +62,7 @@ def train(config: ConfigDict, workdir: Path) -> training.TrainState:
         if int(state.step) >= config.num_epochs * sizes.steps:
             print(f"{workdir}: all {config.num_epochs} epochs are done", flush=True)
             return state
+        print(_describe(config, sizes), flush=True)
         extra = _prepare(config, train_split, devices, workdir)
         with (
             closing(MetricsWriter(workdir, finished_steps=int(state.step), steps_per_epoch=sizes.steps)) as writer,
@@ -143,6 +147,7 @@ class _Run:
             for step, feed in enumerate(feeds, start=first_step + 1):
                 state, metrics = self._train_step(state, *feed.args, **feed.parts)
                 pending.append(metrics)
+                jax.block_until_ready(pending[-_IN_FLIGHT:][0])
                 save = every > 0 and step % every == 0 and step < end_step
                 if save or len(pending) == _LOOK_EVERY or step == end_step:
                     fetched = jax.device_get(pending)
@@ -167,27 +172,27 @@ class _Run:
         return float(correct / seen)
 
 
-def _check_sources(config: ConfigDict) -> None:
-    """A new run that builds on others needs them; known before its folder is made."""
-    flat = flatten(config)
+def _resolve_sources(config: ConfigDict) -> None:
+    """Other runs by absolute paths: the same run, from wherever this one is continued."""
     for key in ("init_from", *methods.METHODS[config.method].sources):
-        if flat[key]:
-            runs.read_valid_config(Path(flat[key]).expanduser(), name=key)
+        if flatten(config)[key]:
+            config.update_from_flattened_dict({key: str(Path(flatten(config)[key]).expanduser().resolve())})
+
+
+def _check_sources(config: ConfigDict) -> None:
+    """A new run that builds on others needs them, and ones that fit; known before its folder is made."""
+    if config.init_from:
+        runs.check_fits(config, Path(config.init_from))
+    for key in methods.METHODS[config.method].sources:
+        runs.check_same_dataset(config, Path(flatten(config)[key]), name=key)
 
 
 def _prepare(
     config: ConfigDict, split: data.OpenSplit, devices: list[jax.Device], workdir: Path
 ) -> Mapping[str, np.ndarray]:
-    """What the method wants to know of every training example beforehand."""
+    """What the method wants to know of every training example; `validate` has refused it for streamed datasets."""
     prepare = methods.METHODS[config.method].prepare
-    if prepare is None:
-        return {}
-    if not isinstance(split, data.ArraySplit):
-        raise UserError(
-            f"method={config.method} computes something of every training image beforehand, and dataset"
-            f" {config.dataset.name} is streamed; use another method, or a dataset that fits into memory"
-        )
-    return prepare(config, split.arrays, devices, workdir)
+    return prepare(config, split.arrays, devices, workdir) if prepare else {}
 
 
 def _start_state(
@@ -197,7 +202,7 @@ def _start_state(
     if restored is None:
         optimizer = training.make_optimizer(config, sizes.steps)
         state = parallel.replicate(training.create_state(config, optimizer), devices)
-        return runs.start_from(state, Path(config.init_from).expanduser(), devices) if config.init_from else state
+        return runs.start_from(state, Path(config.init_from), devices) if config.init_from else state
     step, state = restored
     checkpoints.set_aside_after(step)
     if step < config.num_epochs * sizes.steps:
@@ -218,6 +223,17 @@ def _check_finite(config: ConfigDict, fetched: list[Mapping[str, np.ndarray]], f
                 f"training diverged at step {first_step + offset} ({', '.join(bad)}); likely {' or '.join(causes)}: use"
                 " a smaller one in another --workdir. The checkpoints of earlier epochs are kept"
             )
+
+
+def _describe(config: ConfigDict, sizes: StepSizes) -> str:
+    """What is trained, in a line."""
+    consistency, method = config.consistency, config.method
+    if consistency.lbd > 0:
+        method += f" + consistency (lbd {consistency.lbd:g}, eta {consistency.eta:g}, {consistency.form})"
+    return (
+        f"{config.dataset.name}, {config.model}, sigma {config.sigma:g}: {method}, M {config.num_noise};"
+        f" {config.num_epochs} epochs of {sizes.steps} steps of {sizes.examples} examples"
+    )
 
 
 def _print_record(config: ConfigDict, record: dict[str, Any]) -> None:

@@ -147,17 +147,16 @@ def _example(encoded, label):
     return tf_example_pb2.Example(features=tf_feature_pb2.Features(feature=fields))
 
 
-def final_params(workdir):
-    """The parameters of a run's newest checkpoint, as NumPy arrays."""
-    from rs_consistency import training
-    from rs_consistency.checkpoints import Checkpoints
-    from rs_consistency.workdir import read_config
+def final_variables(workdir):
+    """The model's variables in a run's newest checkpoint, as NumPy arrays."""
+    from rs_consistency import runs
 
-    target = training.restore_target(read_config(workdir), jax.devices()[:1])
-    checkpoints = Checkpoints(workdir)
-    _, state = checkpoints.restore_newest(target, note=lambda _: None)
-    checkpoints.close()
-    return jax.tree.map(np.asarray, state.params)
+    return jax.tree.map(np.asarray, runs.restore(workdir, jax.devices()[:1]).variables)
+
+
+def final_params(workdir):
+    """The parameters alone."""
+    return final_variables(workdir)["params"]
 
 
 def rows(path):

@@ -263,7 +263,7 @@ def test_a_device_without_memory_is_one_line(program, trained, tmp_path, monkeyp
 def test_a_workdir_without_a_checkpoint(program, trained, tmp_path):
     assert "has no config.json" in program.fails("cli.certify", f"--workdir={tmp_path}")
     shutil.copy(trained / "config.json", tmp_path)
-    assert "has no checkpoint yet; train first" in program.fails("cli.certify", f"--workdir={tmp_path}")
+    assert "has no checkpoint yet; train it first" in program.fails("cli.certify", f"--workdir={tmp_path}")
     (tmp_path / "config.json").write_text('{"seed": 0}')
     assert "lacks a key" in program.fails("cli.certify", f"--workdir={tmp_path}")
 

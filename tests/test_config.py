@@ -167,6 +167,21 @@ def test_cells_that_were_not_published(cell, message):
             "smoothmix.clean_step=9: use a whole number of at least 0 and at most 4",
         ),
         (["--config.method=catrs"], "catrs.teacher='': method catrs needs the workdir of a Gaussian model"),
+        (["--config.macer.lbd=nan"], "macer.lbd=nan: use a number of at least 0 and at most 1e+06"),  # not in use
+        (
+            ["--config.smoothadv.epsilon=1e300"],
+            "smoothadv.epsilon=1e+300: use a number of at least 0 and at most 1e+06",
+        ),
+        (["--config.smoothmix.step_size=1e39"], "smoothmix.step_size=1e+39: use a number greater than 0 and at most"),
+        (["--config.sigma=1e30"], "sigma=1e+30: use a number greater than 0 and at most 1e+06"),
+        (
+            ["--config.smoothadv.warmup_epochs=10000000000"],
+            "smoothadv.warmup_epochs=10000000000: use a whole number of at least 0 and at most 1000000000",
+        ),
+        (
+            ["--config.dataset.name=imagenet", "--config.model=resnet50", "--config.dataset.augment=crop"],
+            "dataset.augment='crop': images of imagenet are cropped and flipped as they are decoded; use none",
+        ),
         (
             ["--config.method=catrs", "--config.catrs.teacher=/nowhere"],
             "catrs.teacher=/nowhere does not exist",

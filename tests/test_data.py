@@ -174,6 +174,13 @@ def test_prepare_says_what_is_missing_within_seconds(program, monkeypatch, tmp_p
     assert f"manual_dir={tmp_path} lacks train-images" in program.fails(
         "data.prepare", "mnist", f"--manual_dir={tmp_path}"
     )
+    monkeypatch.setattr("tensorflow_datasets.builder", lambda *args, **settings: (_ for _ in ()).throw(AssertionError))
+    monkeypatch.setattr(prepare, "_check_network", lambda name: None)
+    assert "'svhn' could not be prepared: AssertionError; try again" in program.fails(
+        "data.prepare", "svhn", f"--data_dir={tmp_path}"
+    )
+    monkeypatch.undo()
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: object())
     assert "ILSVRC2012_img_val.tar (image-net.org), and give their folder with --manual_dir" in program.fails(
         "data.prepare", "imagenet", f"--data_dir={tmp_path}"
     )

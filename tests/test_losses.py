@@ -255,6 +255,29 @@ def test_extreme_logits_of_the_other_losses(size):
         assert np.isfinite(value).all() and np.isfinite(gradient).all(), name
 
 
+@pytest.mark.parametrize("size", [1e-30, 1e-3, 1.0, 1e2, 1e5, 1e20, 1e29])
+def test_extreme_logits_keep_their_value(size):
+    # Against float64, which does not overflow on these. Where probabilities vanish, so must the losses' share of them.
+    rng = np.random.default_rng(19)
+    logits = np.float64(np.float32(size * rng.choice([-1.0, -0.5, 0.0, 0.5, 1.0], size=(4, 40, 5))))
+    labels, array = np.arange(40) % 5, jnp.asarray(logits, jnp.float32)
+    close = {"rtol": 1e-5, "atol": 1e-6}
+    np.testing.assert_allclose(
+        losses.cross_entropy(array, jnp.asarray(labels)), reference_cross_entropy(logits, labels), **close
+    )
+    stability = -(special.softmax(logits[0], axis=-1) * special.log_softmax(logits[1], axis=-1)).sum(axis=-1)
+    np.testing.assert_allclose(losses.stability(array[0], array[1]), stability, **close)
+    target = np.log(special.softmax(np.float64(random_logits(20, (40, 5))), axis=-1))
+    divergence = (np.exp(target) * (target - special.log_softmax(logits, axis=-1))).sum(axis=-1)
+    np.testing.assert_allclose(losses.kl_divergence(jnp.asarray(target, jnp.float32), array), divergence, **close)
+    # Logits of a few values tie, and rounding then decides which class is on top.
+    logits = np.float64(np.float32(size * rng.normal(size=(4, 40, 5))))
+    got = losses.macer(jnp.asarray(logits, jnp.float32), jnp.asarray(labels), sigma=0.5, beta=16.0, gamma=8.0)
+    expected = reference_macer(logits, labels, 0.5, 16.0, 8.0)
+    np.testing.assert_allclose(got[0], expected[0], **close)
+    np.testing.assert_allclose(got[1], expected[1], rtol=1e-4, atol=1e-5)  # Phi^-1 magnifies rounding
+
+
 def test_macer_stays_exact_where_the_top_probability_rounds_to_one():
     # 1 - p1 = 4.5e-5 with float32's 6e-8 beside 1: Phi^-1 of the rounded p1 would be off by 3e-4.
     logits = np.array([[[10.0, 0.0]]])
@@ -269,8 +292,8 @@ def test_bad_arguments_of_the_other_losses():
         losses.stability(logits[0], logits)
     with pytest.raises(ValueError, match="have one class; MACER compares the two largest"):
         losses.macer(logits[..., :1], labels, sigma=0.5, beta=16.0, gamma=8.0)
-    for bad in ({"sigma": 0.0}, {"beta": 0.0}, {"beta": 1e9}, {"gamma": -1.0}):
-        with pytest.raises(ValueError, match="use sigma > 0, beta in"):
+    for bad in ({"sigma": 0.0}, {"beta": 0.0}, {"beta": 1e9}, {"gamma": -1.0}, {"gamma": 1e9}):
+        with pytest.raises(ValueError, match="use sigma and beta in"):
             losses.macer(logits, labels, **{"sigma": 0.5, "beta": 16.0, "gamma": 8.0, **bad})
     with pytest.raises(ValueError, match="labels=4: use whole numbers from 0 to 3"):
         losses.macer(logits, labels + 4, sigma=0.5, beta=16.0, gamma=8.0)

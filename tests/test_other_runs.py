@@ -52,7 +52,7 @@ def test_runs_that_do_not_fit_are_named(program, trained, tmp_path):
     (tmp_path / "empty").mkdir()
     error = program.fails("cli.train", *TINY, f"--config.init_from={tmp_path / 'empty'}", f"--workdir={tmp_path / 'b'}")
     assert f"init_from={tmp_path / 'empty'} has no config.json" in error
-    assert not (tmp_path / "b").exists()
+    assert not (tmp_path / "a").exists() and not (tmp_path / "b").exists()
 
 
 @pytest.fixture(scope="module")
@@ -96,9 +96,8 @@ def test_the_teachers_votes_are_kept_and_continued(trained, split, tmp_path, mon
     assert asked == []  # read back
 
     with np.load(path) as arrays:
-        np.savez_compressed(
-            path, identity=arrays["identity"], counts=arrays["counts"][:7]
-        )  # as an interruption leaves it
+        counts, digest = arrays["counts"], str(arrays["teacher"])
+    np.savez_compressed(path, counts=counts[:7], teacher=digest)  # as an interruption leaves it
     np.testing.assert_array_equal(ask(trained, split, tmp_path), whole)
     assert asked == [13] and "holds 7 images already" in capsys.readouterr().err
 
@@ -106,12 +105,24 @@ def test_the_teachers_votes_are_kept_and_continued(trained, split, tmp_path, mon
     np.testing.assert_array_equal(ask(trained, split, tmp_path), whole)
     assert asked == [13, 20] and "is unreadable; it is made again" in capsys.readouterr().err
 
-    assert (ask(trained, split, tmp_path, seed=1) != whole).any()
-    assert asked == [13, 20, 20] and "is of another teacher or other data" in capsys.readouterr().err
+    np.savez_compressed(path, counts=counts[:7] * 0, teacher="another")
+    np.testing.assert_array_equal(ask(trained, split, tmp_path), whole)
+    assert asked == [13, 20, 20] and "is of another state of the teacher" in capsys.readouterr().err
+    # Once it is whole, the teacher may train on, or go.
+    np.testing.assert_array_equal(ask(tmp_path / "gone", split, tmp_path), whole)
+    path.unlink()
+    with pytest.raises(UserError, match=r"the teacher's workdir=.*gone does not exist"):
+        ask(tmp_path / "gone", split, tmp_path)
 
 
-def test_a_teacher_of_another_dataset_is_refused(trained, split, tmp_path):
-    with pytest.raises(
-        UserError, match="was trained on mnist, this run is on mnist_subset; give a teacher of the same"
-    ):
-        ask(trained, split, tmp_path, dataset={"name": "mnist_subset"})
+def test_teachers_that_cannot_teach_are_refused_before_anything_is_made(program, trained, tmp_path):
+    without = tmp_path / "without"
+    shutil.copytree(trained, without, ignore=shutil.ignore_patterns("checkpoints"))
+    for key in ("catrs.teacher", "init_from"):
+        command = [*TINY, "--config.method=catrs", f"--config.catrs.teacher={trained}", f"--workdir={tmp_path / 'run'}"]
+        error = program.fails("cli.train", *command, f"--config.{key}={without}")
+        assert f"{key}={without} has no checkpoint yet" in error
+        assert not (tmp_path / "run").exists()
+    error = program.fails("cli.train", *command, "--config.dataset.name=mnist_subset")
+    assert f"catrs.teacher={trained} was trained on mnist, this run is on mnist_subset" in error
+    assert not (tmp_path / "run").exists()

@@ -214,5 +214,9 @@ def test_train_from_another_folder(tmp_path):
     process = start("train.py", *TINY, "--config.num_epochs=1", "--workdir=run", cwd=tmp_path)
     out, err = process.communicate(timeout=120)
     assert process.returncode == 0, err
-    assert out.startswith("epoch 1/1 ")
+    assert out.splitlines()[0] == (
+        "mnist, lenet, sigma 0.5: gaussian + consistency (lbd 5, eta 0.5, default), M 2;"
+        " 1 epochs of 7 steps of 32 examples"
+    )
+    assert out.splitlines()[1].startswith("epoch 1/1 ")
     assert (tmp_path / "run" / "checkpoints" / "7").is_dir()

@@ -92,8 +92,9 @@ def prepare(name: str, *, data_dir: str = "", manual_dir: str = "") -> Path:
         builder = tfds.builder(tfds_name(name), data_dir=str(folder), file_format="array_record")
         builder.download_and_prepare(download_config=download_config)
     except Exception as error:  # downloads, checksums and writing fail in many ways
+        first_line = (str(error).strip() or type(error).__name__).splitlines()[0]
         remedy = "give the original files" if manual_dir else "try again"
-        raise UserError(f"{name!r} could not be prepared: {str(error).splitlines()[0]}; {remedy}") from error
+        raise UserError(f"{name!r} could not be prepared: {first_line}; {remedy}") from error
     return Path(builder.data_path)
 
 

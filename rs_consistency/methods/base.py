@@ -74,15 +74,16 @@ class Method(NamedTuple):
 
     Attributes:
       build: config -> the function that computes the terms of a batch.
-      check: raises a `UserError` for a setting of this method that cannot work.
-      sources: keys of the config that name workdirs of other runs, which must be there when a run starts.
+      check: raises a `UserError` for a setting in this method's block of the config that cannot work.
+      sources: keys of the config that name workdirs of other runs on the same dataset, and what these runs are. They
+        must be there when a run starts.
       prepare: what has to be known of every training example before the first step, name -> `[N, ...]`; called with
         (config, training split, devices, workdir), and expected to keep what it finds in the workdir. None: nothing.
     """
 
     build: Callable[[ConfigDict], Terms]
     check: Callable[[ConfigDict], None] = _nothing
-    sources: tuple[str, ...] = ()
+    sources: Mapping[str, str] = {}
     prepare: Callable[[ConfigDict, Split, list[jax.Device], Path], Mapping[str, np.ndarray]] | None = None
 
 

@@ -9,9 +9,8 @@ import numpy as np
 from ml_collections import ConfigDict
 
 from rs_consistency import attacks, losses
-from rs_consistency.checks import number_from, whole_number
+from rs_consistency.checks import LARGEST, count, number_from
 from rs_consistency.data import Split
-from rs_consistency.errors import UserError
 from rs_consistency.methods.base import Batch, Classifier, Method, MethodOutput, Terms, pick
 
 
@@ -52,15 +51,10 @@ def build(config: ConfigDict) -> Terms:
 def check(config: ConfigDict) -> None:
     """Checks `config.catrs`."""
     settings = config.catrs
-    number_from("catrs.lbd", settings.lbd, at_least=0, at_most=losses.LARGEST_WEIGHT)
-    number_from("catrs.epsilon", settings.epsilon, at_least=0)
-    whole_number("catrs.num_steps", settings.num_steps, at_least=1, at_most=1000)
-    whole_number("catrs.num_votes", settings.num_votes, at_least=1, at_most=10**8)
-    if not settings.teacher:
-        raise UserError(
-            "catrs.teacher='': method catrs needs the workdir of a Gaussian model on the same data (published: sigma"
-            " 0.25); train one, and give it with --config.catrs.teacher=..."
-        )
+    number_from("catrs.lbd", settings.lbd, at_least=0, at_most=LARGEST)
+    number_from("catrs.epsilon", settings.epsilon, at_least=0, at_most=LARGEST)
+    count("catrs.num_steps", settings.num_steps, at_most=1000)
+    count("catrs.num_votes", settings.num_votes, at_most=10**8)
 
 
 def prepare(config: ConfigDict, split: Split, devices: list[jax.Device], workdir: Path) -> Mapping[str, np.ndarray]:
@@ -74,4 +68,6 @@ def prepare(config: ConfigDict, split: Split, devices: list[jax.Device], workdir
     return {"smoothed": shares}
 
 
-METHOD = Method(build, check, ("catrs.teacher",), prepare)
+METHOD = Method(
+    build, check, {"catrs.teacher": "a Gaussian model on the same data (published: at sigma 0.25)"}, prepare
+)

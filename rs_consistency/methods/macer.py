@@ -4,7 +4,7 @@ import jax.numpy as jnp
 from ml_collections import ConfigDict
 
 from rs_consistency import losses
-from rs_consistency.checks import boolean, number_above, number_from
+from rs_consistency.checks import LARGEST, boolean, number_above, number_from
 from rs_consistency.methods.base import Batch, Classifier, Method, MethodOutput, Terms
 
 
@@ -28,10 +28,9 @@ def build(config: ConfigDict) -> Terms:
 
 def check(config: ConfigDict) -> None:
     """Checks `config.macer`."""
-    number_from("macer.lbd", config.macer.lbd, at_least=0, at_most=losses.LARGEST_WEIGHT)
-    number_above("macer.beta", config.macer.beta, 0)
-    number_from("macer.beta", config.macer.beta, at_least=0, at_most=losses.LARGEST_WEIGHT)
-    number_from("macer.gamma", config.macer.gamma, at_least=0)
+    number_from("macer.lbd", config.macer.lbd, at_least=0, at_most=LARGEST)
+    number_above("macer.beta", config.macer.beta, 0, at_most=LARGEST)
+    number_from("macer.gamma", config.macer.gamma, at_least=0, at_most=LARGEST)
     boolean("macer.deferred", config.macer.deferred)
 
 

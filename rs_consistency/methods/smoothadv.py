@@ -3,7 +3,7 @@
 from ml_collections import ConfigDict
 
 from rs_consistency import attacks, losses
-from rs_consistency.checks import number_from, whole_number
+from rs_consistency.checks import LARGEST, count, number_from
 from rs_consistency.methods.base import Batch, Classifier, Method, MethodOutput, Terms, warmup
 
 
@@ -31,9 +31,9 @@ def build(config: ConfigDict) -> Terms:
 
 def check(config: ConfigDict) -> None:
     """Checks `config.smoothadv`."""
-    number_from("smoothadv.epsilon", config.smoothadv.epsilon, at_least=0)
-    whole_number("smoothadv.num_steps", config.smoothadv.num_steps, at_least=1, at_most=1000)
-    whole_number("smoothadv.warmup_epochs", config.smoothadv.warmup_epochs, at_least=0)
+    number_from("smoothadv.epsilon", config.smoothadv.epsilon, at_least=0, at_most=LARGEST)
+    count("smoothadv.num_steps", config.smoothadv.num_steps, at_most=1000)
+    count("smoothadv.warmup_epochs", config.smoothadv.warmup_epochs, at_least=0)
 
 
 METHOD = Method(build, check)

@@ -5,7 +5,7 @@ import jax.numpy as jnp
 from ml_collections import ConfigDict
 
 from rs_consistency import attacks, losses
-from rs_consistency.checks import number_above, number_from, whole_number
+from rs_consistency.checks import LARGEST, count, number_above, number_from
 from rs_consistency.methods.base import Batch, Classifier, Method, MethodOutput, Terms, pick, warmup
 
 
@@ -51,11 +51,11 @@ def build(config: ConfigDict) -> Terms:
 def check(config: ConfigDict) -> None:
     """Checks `config.smoothmix`."""
     settings = config.smoothmix
-    number_above("smoothmix.step_size", settings.step_size, 0)
-    whole_number("smoothmix.num_steps", settings.num_steps, at_least=1, at_most=1000)
-    whole_number("smoothmix.clean_step", settings.clean_step, at_least=0, at_most=settings.num_steps)
-    number_from("smoothmix.eta", settings.eta, at_least=0, at_most=losses.LARGEST_WEIGHT)
-    whole_number("smoothmix.warmup_epochs", settings.warmup_epochs, at_least=0)
+    number_above("smoothmix.step_size", settings.step_size, 0, at_most=LARGEST)
+    count("smoothmix.num_steps", settings.num_steps, at_most=1000)
+    count("smoothmix.clean_step", settings.clean_step, at_least=0, at_most=settings.num_steps)
+    number_from("smoothmix.eta", settings.eta, at_least=0, at_most=LARGEST)
+    count("smoothmix.warmup_epochs", settings.warmup_epochs, at_least=0)
 
 
 METHOD = Method(build, check)

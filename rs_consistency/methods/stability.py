@@ -4,7 +4,7 @@ import jax
 from ml_collections import ConfigDict
 
 from rs_consistency import losses
-from rs_consistency.checks import number_from
+from rs_consistency.checks import LARGEST, number_from
 from rs_consistency.methods.base import Batch, Classifier, Method, MethodOutput, Terms
 
 
@@ -28,7 +28,7 @@ def build(config: ConfigDict) -> Terms:
 
 def check(config: ConfigDict) -> None:
     """Checks `config.stability`."""
-    number_from("stability.lbd", config.stability.lbd, at_least=0, at_most=losses.LARGEST_WEIGHT)
+    number_from("stability.lbd", config.stability.lbd, at_least=0, at_most=LARGEST)
 
 
 METHOD = Method(build, check)
