@@ -15,7 +15,7 @@ from rs_consistency.checkpoints import digest
 from rs_consistency.data import DATASETS
 from rs_consistency.models.resnet import ResNet
 from rs_consistency.stream_inputs import StreamInputs
-from tests.helpers import ROOT, encode, final_params, final_variables, kill_when, rows, start, write_imagenet
+from tests.helpers import ROOT, encode, final_params, kill_when, rows, start, write_imagenet
 
 NUM_TRAIN, NUM_TEST = 22, 7
 # 32 x 32 pixels and one block in a stage instead of 224 x 224 and 3, 4, 6, 3; all else is as in the real run.
@@ -71,10 +71,9 @@ def test_a_streamed_run_trains_evaluates_and_saves_within_an_epoch(finished):
     assert sorted(int(path.name) for path in (finished / "checkpoints").iterdir()) == [3, 4, 6]
 
 
-@pytest.mark.parametrize("kept", [2, 4])
-def test_a_run_that_stopped_within_an_epoch_goes_on_exactly(program, finished, tmp_path, monkeypatch, kept):
-    # As after a kill behind the checkpoint of step `kept`; more devices and workers decode and train the rest.
-    stop = tmp_path / "run"
+def test_a_run_that_stopped_within_an_epoch_goes_on_exactly(program, finished, tmp_path, monkeypatch):
+    # As after a kill behind the checkpoint of step 4, the first of the second epoch.
+    stop, kept = tmp_path / "run", 4
 
     def interrupt(self, step, state):
         original(self, step, state)
@@ -119,22 +118,17 @@ def test_a_killed_run_with_workers_goes_on_to_the_same_parameters(program, finis
     assert digest(final_params(tmp_path / "run")) == digest(final_params(finished))
 
 
-@pytest.mark.parametrize("parts", [1, 2])
-def test_the_number_of_devices_changes_rounding_alone(program, tmp_path, parts):
-    # The first step, before rounding has been through the optimizer: which examples meet which noise and statistics.
+def test_the_number_of_devices_changes_rounding_alone(program, tmp_path):
+    # In two parts: which examples meet which noise. LeNet, since batch norm magnifies rounding, and compiles slowly.
     workdirs = {count: tmp_path / str(count) for count in (1, 4)}
     for count, workdir in workdirs.items():
-        command = [*CONFIG, f"--config.accumulate_steps={parts}", "--config.num_epochs=1", "--config.optimizer.lr=1e-9"]
+        command = [*CONFIG, "--config.accumulate_steps=2", "--config.num_epochs=1", "--config.model=lenet"]
         program.succeeds("cli.train", *command, f"--config.num_devices={count}", f"--workdir={workdir}")
     one, four = (records(workdir)[0] for workdir in workdirs.values())
     for name in ("cross_entropy", "consistency", "loss"):
-        assert one[name] == pytest.approx(four[name], rel=1e-4)
-    states = [in_a_row(final_variables(workdir)["batch_stats"]) for workdir in workdirs.values()]
-    np.testing.assert_allclose(*states, atol=1e-4)
-
-
-def in_a_row(tree):
-    return np.concatenate([np.ravel(leaf) for leaf in jax.tree.leaves(tree)])
+        assert one[name] == pytest.approx(four[name], rel=1e-5)
+    for a, b in zip(*(jax.tree.leaves(final_params(workdir)) for workdir in workdirs.values()), strict=True):
+        np.testing.assert_allclose(a, b, atol=1e-5)  # sums in another order
 
 
 def test_the_host_cuts_a_batch_as_the_devices_number_it():

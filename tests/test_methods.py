@@ -323,7 +323,8 @@ def test_every_method_takes_a_step_on_every_kind_of_model(monkeypatch, method, m
         assert np.mean(jax.tree.leaves(moved)) > 0.9
 
 
-@pytest.mark.parametrize("model", ["resnet110", "resnet50"])
+@pytest.mark.slow
+@pytest.mark.parametrize("model", ["resnet110", "resnet50", "densenet40", "wideresnet28_10"])
 def test_the_deep_models_take_a_step(model):
     config = make_config("gaussian", model=model, num_noise=2, batch_size=4, consistency={"lbd": 1.0})
     config.dataset.name = "cifar10"
