@@ -23,12 +23,13 @@ demo: $(VENV)/installed
 	$(RUN) certify.py --workdir=$(DEMO)/gaussian --skip=$(DEMO_SKIP) --n=$(DEMO_N)
 	$(RUN) analyze.py $(DEMO)/consistency $(DEMO)/gaussian --radii 0 0.5 1 1.5 --output=$(DEMO)
 
+# Two files at a time: most of the time goes into compiling, one core each.
 test: $(VENV)/installed
-	$(RUN) -m pytest
+	$(RUN) -m pytest -n 2 --dist loadfile
 
 # Also what takes longer than its worth in every run.
 test-all: $(VENV)/installed
-	$(RUN) -m pytest -m ""
+	$(RUN) -m pytest -n 2 --dist loadfile -m ""
 
 # The one gate: format, lint, types on public functions.
 lint: $(VENV)/installed

@@ -37,7 +37,7 @@ setup(
     extras_require={
         # Only to download and prepare datasets; reading a prepared array_record folder needs none of it.
         "prepare": ["tensorflow-cpu>=2.18,<3"],
-        "dev": ["pytest>=8,<10", "ruff>=0.14,<0.18", "tensorboard>=2.18,<3"],
+        "dev": ["pytest>=8,<10", "pytest-xdist>=3.6,<4", "ruff>=0.14,<0.18", "tensorboard>=2.18,<3"],
     },
     classifiers=[
         "Intended Audience :: Science/Research",

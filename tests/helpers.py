@@ -58,9 +58,13 @@ class Program:
         return lines[0]
 
 
+# A shell's background jobs, such as a CI's, ignore Ctrl-C, and so would what they start.
+CTRL_C_WORKS = ("env", "--default-signal=INT")
+
+
 def start(script, *args, limit_kib=None, cwd=ROOT):
     """Starts a top-level script in a process of its own, as a user would; no file may grow beyond the limit."""
-    command = [sys.executable, str(ROOT / script), *map(str, args)]
+    command = [*CTRL_C_WORKS, sys.executable, str(ROOT / script), *map(str, args)]
     if limit_kib:
         command = ["bash", "-c", f'ulimit -f {limit_kib}; exec "$@"', "bash", *command]
     return subprocess.Popen(command, cwd=cwd, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)

@@ -12,6 +12,7 @@ import sys
 import threading
 import time
 from collections import namedtuple
+from contextlib import suppress
 
 import numpy as np
 import pytest
@@ -19,7 +20,7 @@ from PIL import Image
 
 from rs_consistency import UserError
 from rs_consistency.data import streaming
-from tests.helpers import ROOT, encode, write_imagenet
+from tests.helpers import CTRL_C_WORKS, ROOT, encode, write_imagenet
 
 SIDE = 16
 # 30 training images in batches of 8: the last of an epoch's 4 batches lacks two.
@@ -356,16 +357,20 @@ def test_ctrl_c_ends_a_script_and_its_workers_quietly(imagenet, tmp_path):
     script = tmp_path / "script.py"
     script.write_text(SCRIPT)
     process = subprocess.Popen(
-        [sys.executable, script, imagenet],
+        [*CTRL_C_WORKS, sys.executable, script, imagenet],
         env={**os.environ, "PYTHONPATH": str(ROOT)},
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
         start_new_session=True,
     )
-    assert process.stdout.readline() == "running\n", process.communicate()
-    os.killpg(process.pid, signal.SIGINT)  # as the terminal does: to all of them
-    # The pipe ends when the last process that could write to it has ended.
-    err = process.communicate(timeout=20)[1]
+    try:
+        assert process.stdout.readline() == "running\n", process.communicate()
+        os.killpg(process.pid, signal.SIGINT)  # as the terminal does: to all of them
+        # The pipe ends when the last process that could write to it has ended.
+        err = process.communicate(timeout=60)[1]
+    finally:
+        with suppress(ProcessLookupError):
+            os.killpg(process.pid, signal.SIGKILL)
     assert err.count("Traceback") == err.count("KeyboardInterrupt") == 1, err
     assert "Warning" not in err

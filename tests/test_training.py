@@ -211,26 +211,27 @@ def resnet8(monkeypatch):
 
 
 def test_batch_statistics_are_those_of_all_copies_on_all_devices(examples, resnet8):
-    config = small_config(model="resnet8", optimizer={"lr": 0.05})
-    one, one_history = run_steps(config, examples, 1, 2)
-    many, many_history = run_steps(config, examples, 8, 2)
-    assert jax.tree.leaves(one.model_state)
+    config = small_config(model="resnet8")
+    start = training.create_state(config, training.make_optimizer(config, 1))
+    one, (one_metrics,) = run_steps(config, examples, 1, 1)
+    many, (many_metrics,) = run_steps(config, examples, 8, 1)
+    assert one_metrics["loss"] == pytest.approx(many_metrics["loss"], rel=1e-5)
     assert_close(one.model_state, many.model_state, atol=2e-5)  # sums in another order, through eight layers
-    assert_close(one.params, many.params, atol=2e-4)
-    np.testing.assert_allclose(
-        [step["loss"] for step in one_history], [step["loss"] for step in many_history], rtol=1e-4
+    # The same gradient: rounding may flip a ReLU here and there, statistics of one device alone would change it all.
+    moved, differs = (
+        np.concatenate([np.ravel(a - b) for a, b in zip(*map(jax.tree.leaves, pair), strict=True)])
+        for pair in ((start.params, many.params), (one.params, many.params))
     )
+    assert np.linalg.norm(differs) < 0.02 * np.linalg.norm(moved)
 
     # The first layer's mean, from the images themselves: 0.9 times 0 plus 0.1 times the batch's, all 16 x 2 images.
-    start = training.create_state(config, training.make_optimizer(config, 1))
     key, order = noise.stream_key(config.seed, noise.Stream.TRAIN), make_order(config, NUM_EXAMPLES)(0)
     images = examples.images[np.asarray(order[:16])] / np.float32(255)
     draws = noise.training_noise(key, step=0, positions=jnp.arange(16), num_noise=2, shape=SHAPE)
     noisy = (images[None] + config.sigma * draws).reshape(-1, *SHAPE)
     kernel = start.params["conv1"]["kernel"]
     first = jax.lax.conv_general_dilated(noisy, kernel, (1, 1), "SAME", dimension_numbers=("NHWC", "HWIO", "NHWC"))
-    state, _ = run_steps(config, examples, 8, 1)
-    np.testing.assert_allclose(state.model_state["batch_stats"]["bn1"]["mean"], 0.1 * first.mean((0, 1, 2)), atol=1e-6)
+    np.testing.assert_allclose(many.model_state["batch_stats"]["bn1"]["mean"], 0.1 * first.mean((0, 1, 2)), atol=1e-6)
 
 
 @pytest.mark.parametrize("num_devices", [1, 4])
