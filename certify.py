@@ -1,6 +1,7 @@
 """Command line: `python certify.py --workdir=DIR`; see `rs_consistency.cli.certify`."""
 
 from rs_consistency.cli.certify import main
+from rs_consistency.cli.common import run_program
 
 if __name__ == "__main__":
-    main()
+    run_program(main)

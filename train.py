@@ -1,6 +1,7 @@
 """Command line: `python train.py --config=configs/mnist.py --workdir=DIR`; see `rs_consistency.cli.train`."""
 
+from rs_consistency.cli.common import run_program
 from rs_consistency.cli.train import main
 
 if __name__ == "__main__":
-    main()
+    run_program(main)

@@ -2,6 +2,8 @@
 
 import json
 import shutil
+import signal
+import time
 
 import jax
 import numpy as np
@@ -11,6 +13,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 
 from rs_consistency import metrics, training
 from rs_consistency.checkpoints import digest
+from rs_consistency.cli.common import EXIT_INTERRUPTED
 from tests.helpers import TINY, count_lines, damage_checkpoint, final_params, kill_when, start, write_tfds
 
 
@@ -80,6 +83,19 @@ def test_a_run_on_one_device_continues_on_eight(program, tmp_path, trained):
     assert "continuing after step 7" in program.err
     for a, b in zip(*map(jax.tree.leaves, (final_params(one_then_eight), final_params(trained))), strict=True):
         np.testing.assert_allclose(a, b, rtol=0, atol=1e-6)  # sums in another order
+
+
+def test_an_interrupted_run_says_that_it_continues_and_ends_at_once(program, tmp_path):
+    # While steps are under way: XLA's threads must not outlive the interpreter.
+    command = [*TINY, "--config.num_epochs=300", f"--workdir={tmp_path}"]
+    process = start("train.py", *command)
+    deadline = time.monotonic() + 120
+    while count_lines(tmp_path / "metrics.jsonl") < 3 and time.monotonic() < deadline and process.poll() is None:
+        time.sleep(0.02)
+    process.send_signal(signal.SIGINT)
+    _, err = process.communicate(timeout=60)
+    assert process.returncode == EXIT_INTERRUPTED, err
+    assert err.splitlines()[-1] == "error: interrupted; the same command continues"
 
 
 def test_another_config_in_a_workdir_is_refused(program, trained):

@@ -7,7 +7,6 @@ import os
 import re
 import sys
 from collections.abc import Callable, Sequence
-from contextlib import suppress
 from typing import Any, NoReturn
 
 import jax
@@ -46,14 +45,20 @@ def run_main(main: Callable[[Sequence[str] | None], None], argv: Sequence[str] |
         remedy = "free space and run the same command again" if full else "choose another path, or make this one usable"
         fail(f"{where}{error.strerror}; {remedy}")
     except KeyboardInterrupt:
-        _finish_what_is_under_way()
         fail("interrupted; the same command continues", status=EXIT_INTERRUPTED)
 
 
-def _finish_what_is_under_way() -> None:
-    """XLA's threads must not be computing while the interpreter ends: that is a segmentation fault now and then."""
-    with suppress(Exception, KeyboardInterrupt):  # a second interruption does not wait
-        jax.block_until_ready(jax.live_arrays())
+def run_program(main: Callable[[], None]) -> None:
+    """Runs a program's main function as all that this process does."""
+    try:
+        main()
+    except SystemExit as stop:
+        if stop.code == EXIT_INTERRUPTED:
+            # At once: what XLA's threads still compute while the interpreter ends is a segmentation fault now and then.
+            sys.stdout.flush()
+            sys.stderr.flush()
+            os._exit(EXIT_INTERRUPTED)
+        raise
 
 
 class Parser(argparse.ArgumentParser):
