@@ -19,7 +19,7 @@ import pytest
 from PIL import Image
 
 from rs_consistency import UserError
-from rs_consistency.data import streaming
+from rs_consistency.data import crops, streaming
 from tests.helpers import CTRL_C_WORKS, ROOT, encode, write_imagenet
 
 SIDE = 16
@@ -90,10 +90,8 @@ def test_an_example_is_augmented_anew_in_each_epoch_and_place(imagenet):
 
 def test_the_order_and_the_draws_stay_what_they_are():
     # A run that is resumed with another version of NumPy goes on with the same data.
-    assert streaming._permutation(0, 0, 10).tolist() == [0, 2, 9, 1, 8, 5, 4, 3, 6, 7]
-    np.testing.assert_allclose(
-        streaming._uniform(-1, 2, 3)[[0, 22]], [0.9917504371432901, 0.06514813088321347], rtol=1e-12
-    )
+    assert crops.permutation(0, 0, 10).tolist() == [0, 2, 9, 1, 8, 5, 4, 3, 6, 7]
+    np.testing.assert_allclose(crops.uniform(-1, 2, 3)[[0, 22]], [0.9917504371432901, 0.06514813088321347], rtol=1e-12)
 
 
 def test_batches_depend_neither_on_the_workers_nor_on_the_start(imagenet, monkeypatch, capsys):
@@ -148,7 +146,7 @@ def expected_area():
 def test_crops_and_flips_are_distributed_as_they_should(tmp_path, monkeypatch, broken):
     write_imagenet(tmp_path, {"train": ([coordinates(200, 200)] * 3, np.zeros(3))}, num_shards=1)
     if broken:  # the smaller crops left out, as some recipes do: the tolerances below must notice it
-        monkeypatch.setattr(streaming, "_AREA", (0.2, 1.0))
+        monkeypatch.setattr(crops, "_AREA", (0.2, 1.0))
     width, height, flipped = measured_crops(opened(tmp_path, side=32), 40)
     n = len(width)
     assert n == 2000
@@ -164,16 +162,16 @@ def test_crops_and_flips_are_distributed_as_they_should(tmp_path, monkeypatch, b
 
 
 def test_an_image_that_no_crop_fits_gives_its_largest_central_one():
-    draws = np.linspace(0, 0.99, streaming._DRAWS)
-    assert streaming._crop_box(1000, 10, draws) == (493, 0, 13, 10)
-    assert streaming._crop_box(10, 1000, draws) == (0, 493, 10, 13)
-    assert streaming._crop_box(1, 1, draws) == (0, 0, 1, 1)
+    draws = np.linspace(0, 0.99, crops.DRAWS)
+    assert crops.crop_box(1000, 10, draws) == (493, 0, 13, 10)
+    assert crops.crop_box(10, 1000, draws) == (0, 493, 10, 13)
+    assert crops.crop_box(1, 1, draws) == (0, 0, 1, 1)
 
 
 def test_a_crop_of_everything_is_the_whole_image():
-    draws = np.full(streaming._DRAWS, 0.999999)
+    draws = np.full(crops.DRAWS, 0.999999)
     draws[10:20] = 0.5  # ratio 1
-    assert streaming._crop_box(100, 100, draws) == (0, 0, 100, 100)
+    assert crops.crop_box(100, 100, draws) == (0, 0, 100, 100)
 
 
 def triangle_weights(before, after):
@@ -340,7 +338,7 @@ def test_all_shards_may_be_open(monkeypatch):
 
 SCRIPT = """
 import sys
-from rs_consistency.data import streaming
+from rs_consistency.data import crops, streaming
 
 if __name__ == "__main__":
     split = streaming.open_split("imagenet2012", "train", sys.argv[1], image_shape=(16, 16, 3), num_classes=1000)

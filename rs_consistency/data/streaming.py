@@ -22,7 +22,6 @@ import warnings
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from functools import lru_cache
 from multiprocessing import resource_tracker
 from pathlib import Path
 from types import TracebackType
@@ -37,17 +36,11 @@ from array_record.python.array_record_data_source import ArrayRecordDataSource
 from PIL import Image
 from tensorflow_datasets.proto import tf_example_pb2  # tf.train.Example, without TensorFlow
 
+from rs_consistency.data.crops import central_crop, permutation, random_crop, uniform
 from rs_consistency.data.tfds_source import file_format, find_prepared, prepare_command, resolve_data_dir
 from rs_consistency.errors import UserError, note
 
 Batch = tuple[np.ndarray, np.ndarray]
-
-# The usual crop for ImageNet: shares of the image's area, limits of width / height, tries before the central crop.
-_AREA = (0.08, 1.0)
-_RATIO = (3 / 4, 4 / 3)
-_TRIES = 10
-# Uniform numbers per example: an area and a ratio for every try, two for the position, one for the flip.
-_DRAWS = 2 * _TRIES + 3
 
 _THREADS = min(8, os.cpu_count() or 1)
 # In shared memory at most: one being made, one in the worker's queue, one taken out of it, one being copied.
@@ -117,7 +110,7 @@ class StreamedSplit:
         images, labels = np.empty((len(indices), *self.image_shape), np.uint8), np.empty(len(indices), np.int32)
 
         def read_one(place: int) -> None:
-            images[place], labels[place] = self.decode(int(indices[place]), _central)
+            images[place], labels[place] = self.decode(int(indices[place]), central_crop)
 
         with ThreadPoolExecutor(_THREADS) as pool:
             list(pool.map(read_one, range(len(indices))))
@@ -352,7 +345,7 @@ class _Places:
 
     def __getitem__(self, position: int) -> _Place:
         epoch, place = divmod(position, self.places_per_epoch)
-        order = _permutation(self.seed, epoch, self.num_examples)
+        order = permutation(self.seed, epoch, self.num_examples)
         return _Place(int(order[place % self.num_examples]), epoch, place)
 
 
@@ -364,8 +357,8 @@ class _Augmented:
     seed: int
 
     def __call__(self, place: _Place) -> tuple[np.ndarray, np.int32]:
-        draws = _uniform(self.seed, place.epoch, place.place)
-        return self.split.decode(place.index, lambda image, size: _random_crop(image, size, draws))
+        draws = uniform(self.seed, place.epoch, place.place)
+        return self.split.decode(place.index, lambda image, size: random_crop(image, size, draws))
 
 
 @dataclass(frozen=True)
@@ -375,57 +368,7 @@ class _Centered:
     split: StreamedSplit
 
     def __call__(self, index: int) -> tuple[np.ndarray, np.int32]:
-        return self.split.decode(index, _central)
-
-
-def _philox(seed: int, epoch: int, stream: int, place: int) -> np.random.Philox:
-    # Its raw output is what NumPy promises to keep; the methods of its generators may change with a version.
-    key, counter = np.array([seed % 2**64, epoch], np.uint64), np.array([0, 0, place, stream], np.uint64)
-    return np.random.Philox(key=key, counter=counter)
-
-
-@lru_cache(maxsize=2)  # batches made ahead may belong to the next epoch
-def _permutation(seed: int, epoch: int, num_examples: int) -> np.ndarray:
-    return np.argsort(_philox(seed, epoch, 0, 0).random_raw(num_examples), kind="stable").astype(np.int32)
-
-
-def _uniform(seed: int, epoch: int, place: int) -> np.ndarray:
-    """`[_DRAWS]` float64 in [0, 1)."""
-    return (_philox(seed, epoch, 1, place).random_raw(_DRAWS) >> np.uint64(11)) * 2.0**-53
-
-
-def _random_crop(image: Image.Image, size: int, draws: np.ndarray) -> Image.Image:
-    left, top, width, height = _crop_box(*image.size, draws)
-    # Cropped first: a resize of a box would let the filter see beyond it.
-    image = image.crop((left, top, left + width, top + height)).resize((size, size), Image.Resampling.BILINEAR)
-    return image.transpose(Image.Transpose.FLIP_LEFT_RIGHT) if draws[-1] < 0.5 else image
-
-
-def _crop_box(width: int, height: int, draws: np.ndarray) -> tuple[int, int, int, int]:
-    """The crop's left, top, width and height, in pixels.
-
-    The first of ten draws of area and ratio that fits; else the largest central crop with a ratio within the limits.
-    """
-    areas = width * height * (_AREA[0] + (_AREA[1] - _AREA[0]) * draws[:_TRIES])
-    ratios = _RATIO[0] * (_RATIO[1] / _RATIO[0]) ** draws[_TRIES : 2 * _TRIES]
-    widths, heights = np.rint(np.sqrt(areas * ratios)), np.rint(np.sqrt(areas / ratios))
-    fits = (widths > 0) & (widths <= width) & (heights > 0) & (heights <= height)
-    if fits.any():
-        first = np.argmax(fits)
-        w, h = int(widths[first]), int(heights[first])
-        across, down = draws[2 * _TRIES : 2 * _TRIES + 2]
-        return int(across * (width - w + 1)), int(down * (height - h + 1)), w, h
-    w, h = min(width, round(height * _RATIO[1])), min(height, round(width / _RATIO[0]))
-    return (width - w) // 2, (height - h) // 2, w, h
-
-
-def _central(image: Image.Image, size: int) -> Image.Image:
-    short = round(size * 256 / 224)
-    width, height = image.size
-    width, height = max(short, short * width // height), max(short, short * height // width)
-    left, top = round((width - size) / 2), round((height - size) / 2)
-    image = image.resize((width, height), Image.Resampling.BILINEAR)
-    return image.crop((left, top, left + size, top + size))
+        return self.split.decode(index, central_crop)
 
 
 def _through_pipes_if_needed(dataset: grain.IterDataset, num_workers: int, batch_bytes: int) -> grain.IterDataset:
