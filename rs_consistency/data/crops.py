@@ -1,6 +1,8 @@
 """Order, crops and mirror images of a streamed dataset, on the host: by seed, epoch and place in the epoch."""
 
+from dataclasses import dataclass
 from functools import lru_cache
+from typing import NamedTuple
 
 import numpy as np
 from PIL import Image
@@ -11,6 +13,32 @@ _RATIO = (3 / 4, 4 / 3)
 _TRIES = 10
 # Uniform numbers per example: an area and a ratio for every try, two for the position, one for the flip.
 DRAWS = 2 * _TRIES + 3
+
+
+class Place(NamedTuple):
+    """Which example is where."""
+
+    index: int  # of the example in the split
+    epoch: int
+    place: int  # in the epoch
+
+
+@dataclass(frozen=True)
+class Places:
+    """What is at every global place: a sequence for Grain that is cheap to send to a worker."""
+
+    num_examples: int
+    seed: int
+    places_per_epoch: int
+    num_places: int
+
+    def __len__(self) -> int:
+        return self.num_places
+
+    def __getitem__(self, position: int) -> Place:
+        epoch, place = divmod(position, self.places_per_epoch)
+        order = permutation(self.seed, epoch, self.num_examples)
+        return Place(int(order[place % self.num_examples]), epoch, place)
 
 
 def _philox(seed: int, epoch: int, stream: int, place: int) -> np.random.Philox:

@@ -25,7 +25,7 @@ from dataclasses import dataclass
 from multiprocessing import resource_tracker
 from pathlib import Path
 from types import TracebackType
-from typing import Any, NamedTuple
+from typing import Any
 
 import grain
 import jax
@@ -36,7 +36,7 @@ from array_record.python.array_record_data_source import ArrayRecordDataSource
 from PIL import Image
 from tensorflow_datasets.proto import tf_example_pb2  # tf.train.Example, without TensorFlow
 
-from rs_consistency.data.crops import central_crop, permutation, random_crop, uniform
+from rs_consistency.data.crops import Place, Places, central_crop, random_crop, uniform
 from rs_consistency.data.tfds_source import file_format, find_prepared, prepare_command, resolve_data_dir
 from rs_consistency.errors import UserError, note
 
@@ -303,7 +303,7 @@ def training_batches(
     Returns:
       An iterator of (images uint8 `[B, S, S, 3]`, labels int32 `[B]`). A damaged example is a `UserError`.
     """
-    places = _Places(len(split), seed, batch_size * steps_per_epoch, batch_size * num_steps)
+    places = Places(len(split), seed, batch_size * steps_per_epoch, batch_size * num_steps)
     batches = grain.MapDataset.source(places).map(_Augmented(split, seed)).batch(batch_size)[first_step:]
     return Batches(batches, min(num_workers, len(batches)), batch_size * int(np.prod(split.image_shape)))
 
@@ -323,32 +323,6 @@ def evaluation_batches(split: StreamedSplit, *, batch_size: int, num_workers: in
     return Batches(batches, min(num_workers, len(batches)), batch_size * int(np.prod(split.image_shape)))
 
 
-class _Place(NamedTuple):
-    """Which example is where."""
-
-    index: int  # of the example in the split
-    epoch: int
-    place: int  # in the epoch
-
-
-@dataclass(frozen=True)
-class _Places:
-    """What is at every global place: a sequence for Grain that is cheap to send to a worker."""
-
-    num_examples: int
-    seed: int
-    places_per_epoch: int
-    num_places: int
-
-    def __len__(self) -> int:
-        return self.num_places
-
-    def __getitem__(self, position: int) -> _Place:
-        epoch, place = divmod(position, self.places_per_epoch)
-        order = permutation(self.seed, epoch, self.num_examples)
-        return _Place(int(order[place % self.num_examples]), epoch, place)
-
-
 @dataclass(frozen=True)
 class _Augmented:
     """Reads a place's example for training."""
@@ -356,7 +330,7 @@ class _Augmented:
     split: StreamedSplit
     seed: int
 
-    def __call__(self, place: _Place) -> tuple[np.ndarray, np.int32]:
+    def __call__(self, place: Place) -> tuple[np.ndarray, np.int32]:
         draws = uniform(self.seed, place.epoch, place.place)
         return self.split.decode(place.index, lambda image, size: random_crop(image, size, draws))
 
