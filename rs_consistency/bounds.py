@@ -1,7 +1,16 @@
 """The statistics of a certificate: confidence bounds and radii, in float64 on the host.
 
-Source: Cohen, Rosenfeld, Kolter (ICML 2019), theorem 1 and algorithm CERTIFY. Everything broadcasts over arrays.
+Everything broadcasts over arrays. Every bound errs on the safe side by construction: the binomial tail at a returned lower
+bound is computed, and the bound is lowered until it does not exceed alpha.
+
+| `bound` | what it is | source |
+|---|---|---|
+| `clopper_pearson` | p_A against 1/2, the published protocol | Cohen, Rosenfeld, Kolter (ICML 2019), theorem 1, CERTIFY |
+| `two_class` | p_A against p_B, alpha / 2 each; can certify where p_A < 1/2 | theorem 1 with a bound for p_B of its own |
+| `randomized` | as `clopper_pearson`, of exact coverage through a uniform draw | Stevens (Biometrika 1950); for smoothing Voracek (NeurIPS 2024) |
 """
+
+from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import ArrayLike
@@ -9,6 +18,9 @@ from scipy import special
 
 from rs_consistency.checks import SMALLEST_PROBABILITY
 from rs_consistency.errors import UserError
+
+BOUNDS = ("clopper_pearson", "two_class", "randomized")
+_HALVINGS = 100  # of an interval within [0, 1]: more than float64 can tell apart
 
 
 def lower_confidence_bound(count: ArrayLike, n: ArrayLike, alpha: ArrayLike) -> np.ndarray:
@@ -33,18 +45,50 @@ def lower_confidence_bound(count: ArrayLike, n: ArrayLike, alpha: ArrayLike) -> 
     Raises:
       UserError: for an argument outside its range.
     """
-    count, n, alpha = (_numbers(name, value) for name, value in {"count": count, "n": n, "alpha": alpha}.items())
-    _check_range("alpha", alpha, (alpha > 0) & (alpha < 1), "use a number in (0, 1), such as 0.001")
-    _check_range("alpha", alpha, alpha >= SMALLEST_PROBABILITY, f"use a number of at least {SMALLEST_PROBABILITY}")
-    _check_range("n", n, np.isfinite(n) & (n >= 1) & (n == np.floor(n)), "use a whole number of at least 1")
-    inside = (count >= 0) & (count <= n) & (count == np.floor(count))
-    _check_range("count", count, inside, "use whole numbers from 0 to n")
-    count, n, alpha = (value.astype(np.float64) for value in (count, n, alpha))
+    return _lower(*_checked(count, n, alpha))[()]
 
-    some = np.clip(count, 1, None)  # the quantile is not defined at count = 0
-    bound = special.betaincinv(some, n - some + 1, alpha)
-    bound = np.where(count == n, np.exp(np.log(alpha) / n), bound)
-    return np.where(count == 0, 0.0, np.minimum(bound, np.nextafter(1.0, 0.0)))[()]
+
+def upper_confidence_bound(count: ArrayLike, n: ArrayLike, alpha: ArrayLike) -> np.ndarray:
+    """One-sided Clopper-Pearson upper bound of a binomial proportion: below p with probability at most alpha.
+
+    Arguments, shapes and errors as for `lower_confidence_bound`. Always above 0.
+    """
+    count, n, alpha = _checked(count, n, alpha)
+    return np.minimum(np.nextafter(1 - _lower(n - count, n, alpha), 2.0), 1.0)[()]
+
+
+def randomized_lower_bound(count: ArrayLike, n: ArrayLike, alpha: ArrayLike, uniform: ArrayLike) -> np.ndarray:
+    """The randomized lower bound of a binomial proportion: the p with P(X > count) + uniform * P(X = count) = alpha.
+
+    Guarantee: for `count ~ Binomial(n, p)` and an independent uniform draw, the bound exceeds p with a probability of
+    exactly alpha, for every p up to alpha ** (1 / n), and at most alpha beyond. It lies between the Clopper-Pearson
+    bounds of `count` and of `count + 1`; for count = n the draw is not used, so that it stays below 1.
+
+    Args:
+      count: as for `lower_confidence_bound`, and so are `n` and `alpha`.
+      n: trials.
+      alpha: error probability.
+      uniform: draws from (0, 1] that depend on nothing that the counts depend on.
+
+    Returns:
+      float64, shaped as the arguments broadcast.
+
+    Raises:
+      UserError: for an argument outside its range.
+
+    Source: Stevens (Biometrika 1950); for smoothing, Voracek (NeurIPS 2024).
+    """
+    count, n, alpha = _checked(count, n, alpha)
+    uniform = _numbers("uniform", uniform).astype(np.float64)
+    _check_range("uniform", uniform, (uniform > 0) & (uniform <= 1), "use numbers greater than 0 and at most 1")
+    count, n, alpha, uniform = np.broadcast_arrays(count, n, alpha, uniform)
+    low = _lower(count, n, alpha)
+    high = np.where(count == n, low, _lower(np.minimum(count + 1, n), n, alpha))
+    for _ in range(_HALVINGS):  # keeps a tail of at most alpha at the lower end
+        middle = low + (high - low) / 2
+        tail = (1 - uniform) * _tail(np.minimum(count + 1, n), n, middle) + uniform * _tail(count, n, middle)
+        low, high = np.where(tail <= alpha, middle, low), np.where(tail <= alpha, high, middle)
+    return low[()]
 
 
 def certified_radius(count: ArrayLike, n: ArrayLike, alpha: ArrayLike, sigma: ArrayLike) -> np.ndarray:
@@ -69,10 +113,134 @@ def certified_radius(count: ArrayLike, n: ArrayLike, alpha: ArrayLike, sigma: Ar
     Raises:
       UserError: for an argument outside its range.
     """
+    sigma = _checked_sigma(sigma)
+    return _radius(_lower(*_checked(count, n, alpha)), sigma)[()]
+
+
+class Certified(NamedTuple):
+    """What votes prove.
+
+    Attributes:
+      certified: bool, whether there is a certificate at all; else abstain.
+      radius: float64 l2 radius; 0 where nothing is certified.
+      lower: float64, the lower confidence bound of p_A that it comes from.
+    """
+
+    certified: np.ndarray
+    radius: np.ndarray
+    lower: np.ndarray
+
+
+def certify_votes(
+    count: ArrayLike,
+    runner_up: ArrayLike,
+    n: ArrayLike,
+    *,
+    alpha: ArrayLike,
+    sigma: ArrayLike,
+    bound: str = "clopper_pearson",
+    uniform: ArrayLike | None = None,
+) -> Certified:
+    """What n votes prove about a class that was chosen without looking at them.
+
+    Guarantee, for each `bound`: the probability that something is certified that is not so is at most alpha.
+
+    With `two_class`, `sigma / 2 * (Phi^-1(p_A) - Phi^-1(p_B))`, p_A from below and p_B from above at alpha / 2 each, p_B at
+    most 1 - p_A. The largest count of any other class bounds p_B: that of the truly second class is not larger.
+
+    Args:
+      count: votes for the chosen class.
+      runner_up: the most votes that any other class has; only `two_class` looks at it.
+      n: all votes.
+      alpha: error probability, in (0, 1), at least 1e-100.
+      sigma: standard deviation of the noise.
+      bound: one of `BOUNDS`.
+      uniform: draws from (0, 1], for `randomized`: from `noise.bound_uniform`.
+
+    Returns:
+      Arrays as the arguments broadcast.
+
+    Raises:
+      UserError: for an argument outside its range, or an unknown bound.
+    """
+    sigma = _checked_sigma(sigma)
+    if bound == "two_class":
+        count, n, alpha = _checked(count, n, alpha)
+        _, _, runner_up = np.broadcast_arrays(count, n, _numbers("runner_up", runner_up))
+        good = (runner_up >= 0) & (runner_up <= n - count) & (runner_up == np.floor(runner_up))
+        _check_range("runner_up", runner_up, good, "use whole numbers from 0 to n - count")
+        lower = _lower(count, n, alpha / 2)
+        upper = np.minimum(upper_confidence_bound(runner_up, n, alpha / 2), 1 - lower)
+        certified = lower >= upper
+        with np.errstate(invalid="ignore"):
+            radius = sigma / 2 * (special.ndtri(lower) - special.ndtri(upper))
+        radius = np.where(certified, np.maximum(radius * _SHRINK, 0.0), 0.0)
+        return Certified(certified, radius, lower)
+    if bound == "clopper_pearson":
+        lower = _lower(*_checked(count, n, alpha))
+    elif bound == "randomized":
+        if uniform is None:
+            raise UserError("bound=randomized needs uniform draws; take noise.bound_uniform(seed, indices)")
+        lower = np.asarray(randomized_lower_bound(count, n, alpha, uniform))
+    else:
+        raise UserError(f"bound={bound!r} is unknown; use one of {', '.join(BOUNDS)}")
+    return Certified(lower >= 0.5, _radius(lower, sigma), lower)
+
+
+def radius_ceiling(n: ArrayLike, *, alpha: ArrayLike, sigma: ArrayLike, bound: str = "clopper_pearson") -> np.ndarray:
+    """The largest radius that n votes can certify: all of them for one class, `sigma * Phi^-1(alpha ** (1 / n))`."""
+    return certify_votes(n, 0, n, alpha=alpha, sigma=sigma, bound=bound, uniform=1.0).radius
+
+
+# A few units in the last place of a float64: more than ndtri and the product can be wrong by.
+_SHRINK = 1 - 2.0**-50
+
+
+def _radius(lower: np.ndarray, sigma: np.ndarray) -> np.ndarray:
+    """`sigma * Phi^-1(lower)`, rounded down; 0 where lower is at most 1/2."""
+    return np.maximum(sigma * special.ndtri(np.maximum(lower, 0.5)) * _SHRINK, 0.0)
+
+
+def _lower(count: np.ndarray, n: np.ndarray, alpha: np.ndarray) -> np.ndarray:
+    """`lower_confidence_bound` of checked float64 arrays."""
+    count, n, alpha = np.broadcast_arrays(count, n, alpha)
+    some = np.maximum(count, 1)  # the quantile is not defined at count = 0
+    bound = np.where(count == n, np.exp(np.log(alpha) / n), special.betaincinv(some, n - some + 1, alpha))
+    bound = np.minimum(bound, np.nextafter(1.0, 0.0))
+    step = np.spacing(bound)
+    for _ in range(_HALVINGS):
+        too_high = _tail(some, n, bound) > alpha
+        if not too_high.any():
+            break
+        bound = np.where(too_high, np.maximum(bound - step, 0.0), bound)
+        step = 2 * step
+    return np.where(count == 0, 0.0, bound)
+
+
+def _tail(count: np.ndarray, n: np.ndarray, p: np.ndarray) -> np.ndarray:
+    """P(X >= count) for X ~ Binomial(n, p)."""
+    some = np.maximum(count, 1)
+    # For count = n, p ** n: betainc loses digits there.
+    with np.errstate(divide="ignore"):
+        tail = np.where(count == n, np.exp(n * np.log(p)), special.betainc(some, n - some + 1, p))
+    return np.where(count == 0, 1.0, tail)
+
+
+def _checked(count: ArrayLike, n: ArrayLike, alpha: ArrayLike) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """The three as float64 arrays; a `UserError` for what is outside its range."""
+    count, n, alpha = (_numbers(name, value) for name, value in {"count": count, "n": n, "alpha": alpha}.items())
+    _check_range("alpha", alpha, (alpha > 0) & (alpha < 1), "use a number in (0, 1), such as 0.001")
+    _check_range("alpha", alpha, alpha >= SMALLEST_PROBABILITY, f"use a number of at least {SMALLEST_PROBABILITY}")
+    _check_range("n", n, np.isfinite(n) & (n >= 1) & (n == np.floor(n)), "use a whole number of at least 1")
+    inside = (count >= 0) & (count <= n) & (count == np.floor(count))
+    _check_range("count", count, inside, "use whole numbers from 0 to n")
+    return tuple(value.astype(np.float64) for value in (count, n, alpha))
+
+
+def _checked_sigma(sigma: ArrayLike) -> np.ndarray:
     sigma = _numbers("sigma", sigma)
     _check_range("sigma", sigma, np.isfinite(sigma) & (sigma > 0), "use a number greater than 0")
-    lower = lower_confidence_bound(count, n, alpha)
-    return (sigma * np.maximum(special.ndtri(np.maximum(lower, 0.5)), 0.0)).astype(np.float64)[()]
+    return sigma.astype(np.float64)
 
 
 def _numbers(name: str, value: ArrayLike) -> np.ndarray:

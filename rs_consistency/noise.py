@@ -10,6 +10,7 @@ from enum import IntEnum
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 MAX_SEED = 2**32 - 1
 
@@ -25,6 +26,7 @@ class Stream(IntEnum):
     METHOD = 5
     AUGMENT = 6
     TEACHER = 7
+    BOUND = 8
 
 
 def stream_key(seed: int, stream: Stream) -> jax.Array:
@@ -79,3 +81,23 @@ def addressed_noise(key: jax.Array, *addresses: jax.Array, shape: tuple[int, ...
       `[N, H, W, C]` float32; row j is a function of (key, addresses[0][j], addresses[1][j], ...) alone.
     """
     return jax.vmap(lambda *address: jax.random.normal(fold(key, *address), shape))(*addresses)
+
+
+def bound_uniform(seed: int, indices: np.ndarray) -> np.ndarray:
+    """The uniform draws of the randomized bound, one for each image; from (0, 1].
+
+    Committed to by the seed of a certification: they are functions of (seed, index) alone, and no votes use their keys.
+
+    Args:
+      seed: of the certification.
+      indices: `[B]` the images' numbers in their dataset.
+
+    Returns:
+      `[B]` float64, multiples of 2**-53.
+    """
+    key = stream_key(seed, Stream.BOUND)
+    words = jax.vmap(lambda index: jax.random.bits(jax.random.fold_in(key, index), (2,), jnp.uint32))
+    high, low = (
+        np.asarray(words(jnp.asarray(indices, jnp.int32)), np.uint64).T if len(indices) else np.zeros((2, 0), np.uint64)
+    )
+    return ((high << np.uint64(21) | low >> np.uint64(11)) + np.uint64(1)) * 2.0**-53

@@ -4,6 +4,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
+from rs_consistency.models.convolution import convolution
 from rs_consistency.models.layers import ImageClassifier, dense, fan_in_uniform, max_pool_2x2
 
 
@@ -20,7 +21,7 @@ class LeNet(ImageClassifier):
         """Images `[N, H, W, C]`, float in [0, 1] plus noise, at least 16 x 16, to logits `[N, K]`."""
         del train  # no layer of this model behaves differently in training
         x = self.prepare(images, min_size=16)
-        for features in (20, 50):
+        for features, columns in ((20, 4), (50, 2)):
             fan_in = 5 * 5 * x.shape[-1]
             x = nn.Conv(
                 features,
@@ -29,6 +30,7 @@ class LeNet(ImageClassifier):
                 dtype=self.dtype,
                 kernel_init=fan_in_uniform(fan_in),
                 bias_init=fan_in_uniform(fan_in),
+                conv_general_dilated=convolution(columns),
             )(x)
             # ReLU and maximum commute; on the pooled array it costs a quarter.
             x = nn.relu(max_pool_2x2(x))
