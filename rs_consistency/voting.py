@@ -1,5 +1,6 @@
 """The votes of a smoothed classifier, counted on the devices."""
 
+import functools
 import math
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple
@@ -12,15 +13,18 @@ from rs_consistency import noise, parallel
 from rs_consistency.checks import number_above, whole_number
 from rs_consistency.errors import UserError
 
-# A group of images is voted on together, and is at least so many batches: what its last batch leaves unused is small.
-_BATCHES_IN_GROUP = 16
+# A group of images is voted on together, and is at least so many calls: what its last call leaves unused is small.
+_CALLS_IN_GROUP = 16
 # On 2 CPU cores LeNet's votes per second peak between 256 and 400 in a batch; an accelerator wants thousands.
 _BATCH_SIZE = {"cpu": 256}
 _BATCH_SIZE_ELSEWHERE = 4096
 _BATCH_VALUES = 2**24  # pixel values in a batch at most, so that large images fit into memory: 111 of 224 x 224 x 3
-# Row numbers are int32 on the devices: n0 + n and the 16 batches of a group together stay below 2**31.
+# On the CPU convolutions in a compiled loop are slow, and a call costs little. An accelerator would wait for the host.
+_BATCHES_PER_CALL = {"cpu": 1}
+_BATCHES_PER_CALL_ELSEWHERE = 16
+# Row numbers are int32 on the devices: n0 + n and the 256 batches of a group together stay below 2**31.
 _MOST_VOTES = 2**29
-_LARGEST_BATCH = 2**25
+_LARGEST_BATCH = 2**20
 MAX_INDEX = 2**31 - 1
 
 
@@ -97,6 +101,7 @@ def count_votes(
     settings: VoteSettings,
     devices: Sequence[jax.Device],
     stream: noise.Stream = noise.Stream.CERTIFY,
+    batches_per_call: int | None = None,
 ) -> Iterator[Votes]:
     """Yields the votes of the images, group after group, in order.
 
@@ -115,6 +120,7 @@ def count_votes(
       settings: from `vote_settings`.
       devices: local devices that share a batch.
       stream: what the noise is for.
+      batches_per_call: batches in one call of the device, in a compiled loop; None for a choice by platform.
 
     Yields:
       The counts of the next group of images.
@@ -122,41 +128,25 @@ def count_votes(
     Raises:
       UserError: when the model does not accept the images, does not give K logits, or gives NaN.
     """
-    sigma, num_classes, n0, n, seed, batch_size = settings
-    per_device = -(-batch_size // len(devices))
-    batch_size = per_device * len(devices)
+    num_classes, per_image = settings.num_classes, settings.n0 + settings.n
+    per_device = -(-settings.batch_size // len(devices))
     check_model(apply_fn, variables, images.shape[1:], num_classes=num_classes, batch_size=per_device)
-    per_image = n0 + n
-    group = min(max(len(images), 1), -(-_BATCHES_IN_GROUP * batch_size // per_image))
-    key = noise.stream_key(seed, stream)
-
-    def one_batch(
-        shard: jax.Array,
-        counts: jax.Array,  # [2, G, K + 1]; the last class counts votes that are NaN
-        variables: Any,
-        images: jax.Array,  # [G, H, W, C]
-        indices: jax.Array,  # [G]
-        num_real: jax.Array,
-        start: jax.Array,
-    ) -> jax.Array:
-        row = start + shard * per_device + jnp.arange(per_device)
-        slot, vote = row // per_image, row % per_image
-        real = slot < num_real
-        slot = jnp.minimum(slot, group - 1)
-        phase = (vote >= n0).astype(jnp.int32)
-        draws = noise.addressed_noise(key, indices[slot], phase, vote - n0 * phase, shape=images.shape[1:])
-        logits = apply_fn(variables, images[slot] + sigma * draws)
-        voted = jnp.where(jnp.isnan(logits).any(axis=-1), num_classes, logits.argmax(axis=-1))
-        found = jnp.zeros_like(counts).at[phase, slot, voted].add(real.astype(counts.dtype))
-        return counts + parallel.sum_over_devices(found)
-
-    compiled = parallel.spread(one_batch, devices=devices, donate=(0,))
+    if batches_per_call is None:
+        batches_per_call = _BATCHES_PER_CALL.get(devices[0].platform, _BATCHES_PER_CALL_ELSEWHERE)
+    rows_per_call = per_device * len(devices) * batches_per_call
+    group = min(max(len(images), 1), -(-_CALLS_IN_GROUP * rows_per_call // per_image))
+    compiled = _compile(apply_fn, num_classes, per_device, batches_per_call, tuple(devices))
     variables = parallel.replicate(variables, devices)
+    numbers = np.int32([settings.n0, settings.n])
+    key = noise.stream_key(settings.seed, stream)
     for first in range(0, len(images), group):
         num_real = min(group, len(images) - first)
         chosen = np.minimum(np.arange(first, first + group), len(images) - 1)  # the last group is padded
         arrays = parallel.replicate(
             (
+                key,
+                np.float32(settings.sigma),
+                numbers,
                 _to_float(images[chosen]),
                 indices[chosen].astype(np.int32),
                 np.int32(num_real),
@@ -164,16 +154,72 @@ def count_votes(
             devices,
         )
         counts = parallel.replicate(np.zeros((2, group, num_classes + 1), np.int32), devices)
-        for start in range(0, num_real * per_image, batch_size):
+        for start in range(0, num_real * per_image, rows_per_call):
             counts = compiled(counts, variables, *arrays, np.int32(start))
         found = np.asarray(counts)[:, :num_real].astype(np.int64)
-        if found[..., num_classes].any():
-            bad = int(np.flatnonzero(found[..., num_classes].any(axis=0))[0])
-            raise UserError(
-                f"the model gives NaN for noisy copies of image {indices[first + bad]}; check its"
-                " parameters and normalization"
-            )
+        check_nan(found.sum(axis=0)[:, num_classes], indices[first : first + num_real])
         yield Votes(found[0, :, :num_classes], found[1, :, :num_classes])
+
+
+# Kept between calls, so that a caller who certifies image by image compiles once; few, since each keeps its model.
+@functools.lru_cache(maxsize=4)
+def _compile(
+    apply_fn: Callable[[Any, jax.Array], jax.Array],
+    num_classes: int,
+    per_device: int,
+    batches: int,
+    devices: tuple[jax.Device, ...],
+) -> Callable[..., jax.Array]:
+    """The compiled votes of some batches; compiled anew for other shapes of images and groups alone."""
+    batch_size = per_device * len(devices)
+
+    def some_batches(
+        shard: jax.Array,
+        counts: jax.Array,  # [2, G, K + 1]; the last class counts votes that are NaN
+        variables: Any,
+        key: jax.Array,
+        sigma: jax.Array,
+        numbers: jax.Array,  # n0 and n
+        images: jax.Array,  # [G, H, W, C]
+        indices: jax.Array,  # [G]
+        num_real: jax.Array,
+        start: jax.Array,
+    ) -> jax.Array:
+        n0, per_image = numbers[0], numbers.sum()
+
+        def one_batch(batch: Any, found: jax.Array) -> jax.Array:
+            row = start + (batch * len(devices) + shard) * per_device + jnp.arange(per_device)
+            slot, vote = row // per_image, row % per_image
+            real = slot < num_real
+            slot = jnp.minimum(slot, len(images) - 1)
+            phase = (vote >= n0).astype(jnp.int32)
+            draws = noise.addressed_noise(key, indices[slot], phase, vote - n0 * phase, shape=images.shape[1:])
+            voted = votes_of(apply_fn(variables, images[slot] + sigma * draws), num_classes)
+            return found.at[phase, slot, voted].add(real.astype(found.dtype))
+
+        found = jnp.zeros_like(counts)
+        if batches == 1:
+            found = one_batch(0, found)
+        else:
+            left = (num_real * per_image - start + batch_size - 1) // batch_size
+            found = jax.lax.fori_loop(0, jnp.minimum(batches, left), one_batch, found)
+        return counts + parallel.sum_over_devices(found)
+
+    return parallel.spread(some_batches, devices=devices, donate=(0,))
+
+
+def votes_of(logits: jax.Array, num_classes: int) -> jax.Array:
+    """The class `[N]` that each row of the logits `[N, K]` votes for, the lowest of equals; K where one is NaN."""
+    return jnp.where(jnp.isnan(logits).any(axis=-1), num_classes, logits.argmax(axis=-1))
+
+
+def check_nan(counts: np.ndarray, indices: np.ndarray) -> None:
+    """Raises a `UserError` where one of the images `[B]` has votes `[B]` that are NaN."""
+    if counts.any():
+        raise UserError(
+            f"the model gives NaN for noisy copies of image {indices[int(np.flatnonzero(counts)[0])]}; check its"
+            " parameters and normalization"
+        )
 
 
 def _to_float(images: np.ndarray) -> np.ndarray:

@@ -1,0 +1,231 @@
+"""Votes per second, against an eager PyTorch loop as the published code has it.
+
+    python benchmarks/certification.py --json benchmarks.json --cases lenet,resnet20
+
+Both count the same number of votes of the same network (same weights, checked to give the same logits), in turns,
+within one process: the machine's other work hits both. Numbers are medians over the rounds; a ratio is the median of
+the rounds' ratios. The rival repeats an image, adds `randn_like`, classifies under `no_grad`, takes the argmax and counts,
+at the batch size that was best for it in a first trial. Needs PyTorch: pip install -e '.[benchmarks]'.
+"""
+
+import argparse
+import itertools
+import json
+import os
+import statistics
+import sys
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import torch
+import torch_models
+
+from rs_consistency import data, models, parallel, voting
+from rs_consistency.files import write_json
+from rs_consistency.models.inference import for_inference
+
+SIGMA = 0.5
+DATASETS = {"lenet": "mnist", "resnet20": "cifar10", "resnet110": "cifar10"}
+RIVAL_BATCHES = {"cpu": (32, 64, 128, 256, 400, 1000), "cuda": (1000, 2000, 4000, 8000)}
+MANY = 10**6  # images that no benchmark reaches the end of
+
+
+def _network(name: str, dtype: str) -> tuple[Any, Any, torch.nn.Module, tuple[int, ...]]:
+    """A flax model with variables, its twin in PyTorch, and the image shape. Weights are random, statistics too."""
+    info = data.dataset_info(DATASETS[name])
+    model = models.create_model(
+        name, num_classes=info.num_classes, mean=info.mean, std=info.std, dtype=jnp.dtype(dtype)
+    )
+    variables = jax.jit(model.init)(jax.random.key(0), jnp.zeros((1, *info.image_shape)))
+    rng = np.random.default_rng(0)
+    if "batch_stats" in variables:
+        statistics_of = {"mean": lambda shape: rng.normal(0, 0.1, shape), "var": lambda shape: rng.uniform(0.5, 2, shape)}
+        variables = {
+            **variables,
+            "batch_stats": jax.tree.map_with_path(
+                lambda path, leaf: np.float32(statistics_of[path[-1].key](leaf.shape)), variables["batch_stats"]
+            ),
+        }
+    twin = torch_models.LeNet() if name == "lenet" else torch_models.CifarResNet(int(name[6:]), info.mean, info.std)
+    twin.load(variables)
+    twin.eval()
+    return model, variables, twin, info.image_shape
+
+
+def _check_twins(apply_fn: Any, variables: Any, twin: torch.nn.Module, shape: tuple[int, ...], tolerance: float) -> None:
+    images = np.random.default_rng(1).normal(0.5, SIGMA, (64, *shape)).astype(np.float32)
+    mine = np.asarray(jax.jit(apply_fn)(variables, images), np.float64)
+    with torch.no_grad():
+        theirs = twin(torch.from_numpy(images.transpose(0, 3, 1, 2).copy())).numpy().astype(np.float64)
+    difference = np.abs(mine - theirs).max() / theirs.std()
+    if difference > tolerance:
+        sys.exit(f"the two networks differ: logits by {difference:.1e} of their standard deviation")
+
+
+class Rival:
+    """The published loop: one image at a time, batches of noisy copies."""
+
+    def __init__(self, model: torch.nn.Module, image: np.ndarray, num_classes: int, device: str) -> None:
+        self.device, self.num_classes = device, num_classes
+        self.model = model.to(device)
+        self.image = torch.from_numpy(image.transpose(2, 0, 1).copy()).to(device)
+
+    @torch.no_grad()
+    def count(self, n: int, batch_size: int) -> np.ndarray:
+        """Counts n votes on the image."""
+        counts = np.zeros(self.num_classes, np.int64)
+        left = n
+        while left > 0:
+            size = min(batch_size, left)
+            left -= size
+            batch = self.image.repeat((size, 1, 1, 1))
+            noise = torch.randn_like(batch) * SIGMA
+            votes = self.model(batch + noise).argmax(1).cpu().numpy()
+            counts += np.bincount(votes, minlength=self.num_classes)
+        return counts
+
+    def best_batch(self, seconds: float) -> int:
+        """The batch size with the most votes a second, each tried three times in turns."""
+        sizes = RIVAL_BATCHES[self.device]
+        speeds = {size: [] for size in sizes}
+        for size in sizes:
+            self.count(size, size)  # warm
+        for _, size in itertools.product(range(3), sizes):
+            speeds[size].append(_speed(lambda n, size=size: self.count(n, size), size, seconds))
+        return max(sizes, key=lambda size: statistics.median(speeds[size]))
+
+
+class Ours:
+    """`voting.count_votes`, as certify.py calls it, on images that do not end."""
+
+    def __init__(self, apply_fn: Any, variables: Any, image: np.ndarray, *, n: int, batch_size: int | None) -> None:
+        devices = parallel.choose_devices()
+        settings = voting.vote_settings(
+            sigma=SIGMA, num_classes=10, n0=100, n=n, seed=0, batch_size=batch_size, image_shape=image.shape,
+            platform=devices[0].platform,
+        )  # fmt: skip
+        images = np.broadcast_to(image, (MANY, *image.shape))
+        self._groups: Iterator[voting.Votes] = voting.count_votes(
+            apply_fn, variables, images, np.arange(MANY), settings=settings, devices=devices
+        )
+        next(self._groups)  # compiles
+
+    def count(self) -> int:
+        """The votes of one more group of images."""
+        votes = next(self._groups)
+        return int(votes.counts0.sum() + votes.counts.sum())
+
+
+def _speed(count: Callable[[int], Any], step: int, seconds: float) -> float:
+    """Votes per second of a function that counts n votes, over at least so many seconds."""
+    done, start = 0, time.perf_counter()
+    while time.perf_counter() - start < seconds:
+        count(step)
+        done += step
+    return done / (time.perf_counter() - start)
+
+
+def _speed_of_ours(ours: Ours, seconds: float) -> float:
+    done, start = 0, time.perf_counter()
+    while time.perf_counter() - start < seconds:
+        done += ours.count()
+    return done / (time.perf_counter() - start)
+
+
+def _in_turns(a: Callable[[], float], b: Callable[[], float], rounds: int) -> dict[str, float]:
+    """Medians of both, and of the rounds' ratios; every other round begins with the other."""
+    pairs = []
+    for turn in range(rounds):
+        if turn % 2:
+            second, first = b(), a()
+        else:
+            first, second = a(), b()
+        pairs.append((first, second))
+        print(f"    {first:10.0f} {second:10.0f}  {first / second:.2f}", file=sys.stderr, flush=True)
+    ratios = sorted(first / second for first, second in pairs)
+    return {
+        "ours": round(statistics.median(first for first, _ in pairs)),
+        "rival": round(statistics.median(second for _, second in pairs)),
+        "ratio": round(statistics.median(ratios), 3),
+        "ratio_range": [round(ratios[0], 3), round(ratios[-1], 3)],
+    }
+
+
+def _device_name() -> str:
+    device = jax.devices()[0]
+    if device.platform != "cpu":
+        return device.device_kind
+    with open("/proc/cpuinfo", encoding="utf-8") as file:
+        names = [line.split(":")[1].strip() for line in file if line.startswith("model name")]
+    return f"{len(os.sched_getaffinity(0))} cores of {names[0] if names else 'a CPU'}"
+
+
+def _against_rival(name: str, dtype: str, args: argparse.Namespace) -> dict[str, Any]:
+    model, variables, twin, shape = _network(name, dtype)
+    apply_fn, variables = for_inference(model, variables)
+    _check_twins(apply_fn, variables, twin, shape, tolerance=1e-3 if dtype == "float32" else 0.3)
+    image = np.random.default_rng(2).uniform(size=shape).astype(np.float32)
+    device = "cuda" if torch.cuda.is_available() and jax.default_backend() == "gpu" else "cpu"
+    rival = Rival(twin, image, 10, device)
+    batch = rival.best_batch(args.seconds / 3)
+    # A twentieth of the published votes on each image: rounds of equal length for both.
+    ours = Ours(apply_fn, variables, image, n=args.n, batch_size=None)
+    print(f"{name} {dtype}: ours, rival at batch {batch}, ratio", file=sys.stderr)
+    found = _in_turns(
+        lambda: _speed_of_ours(ours, args.seconds),
+        lambda: _speed(lambda n: rival.count(n, batch), batch, args.seconds),
+        args.rounds,
+    )
+    case = name if dtype == "float32" else f"{name} {dtype}"
+    return {"case": case, "device": _device_name(), **found, "rival_batch": batch, "n": args.n}
+
+
+def _overhead(name: str, args: argparse.Namespace) -> dict[str, Any]:
+    """One image with n votes against n / 1000 images with 1,000: ours both."""
+    model, variables, _, shape = _network(name, "float32")
+    apply_fn, variables = for_inference(model, variables)
+    image = np.random.default_rng(2).uniform(size=shape).astype(np.float32)
+    one = Ours(apply_fn, variables, image, n=args.n, batch_size=None)
+    many = Ours(apply_fn, variables, image, n=1000, batch_size=None)
+    print(f"{name}: n = {args.n} on one image, n = 1,000 on many, ratio", file=sys.stderr)
+    found = _in_turns(
+        lambda: _speed_of_ours(one, args.seconds), lambda: _speed_of_ours(many, args.seconds), args.rounds
+    )
+    case = f"{name}: n={args.n} (ours) beside n=1000 (rival)"
+    return {"case": case, "device": _device_name(), **found}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--cases", default="lenet,resnet20", help=f"of {', '.join(DATASETS)} (default: %(default)s)")
+    parser.add_argument("--json", type=Path, help="file for the results, a JSON list")
+    parser.add_argument("--n", type=int, default=100_000, help="votes on an image (default: %(default)s)")
+    parser.add_argument("--seconds", type=float, default=6.0, help="of a round of each (default: %(default)s)")
+    parser.add_argument("--rounds", type=int, default=9, help="(default: %(default)s)")
+    parser.add_argument("--bfloat16", action="store_true", help="also ours in bfloat16, against the rival in float32")
+    args = parser.parse_args()
+    names = args.cases.split(",")
+    unknown = [name for name in names if name not in DATASETS]
+    if unknown:
+        parser.error(f"cases={args.cases}: {unknown[0]!r} is unknown; use some of {', '.join(DATASETS)}")
+    results = []
+    for name in names:
+        results.append(_against_rival(name, "float32", args))
+        if args.bfloat16:
+            results.append(_against_rival(name, "bfloat16", args))
+        results.append(_overhead(name, args))
+    width = max(len(result["case"]) for result in results)
+    print(f"{'case'.ljust(width)}  {'ours':>9}  {'rival':>9}  ratio   (votes per second; {_device_name()})")
+    for result in results:
+        print(f"{result['case'].ljust(width)}  {result['ours']:>9}  {result['rival']:>9}  {result['ratio']:.2f}")
+    if args.json:
+        write_json(args.json, results)
+
+
+if __name__ == "__main__":
+    main()
