@@ -16,8 +16,23 @@ from rs_consistency.errors import UserError
 
 DEFAULT_RADII = (0.0, 0.25, 0.5, 0.75, 1.0, 1.25, 1.5, 1.75, 2.0, 2.25, 2.5)
 _NEEDED = {"idx": int, "label": int, "predict": int, "radius": float, "correct": int}
-
 _WORDS = {int: "whole number", float: "number"}
+
+
+class Counts(NamedTuple):
+    """The columns that certify.py adds; `[N]` each.
+
+    Attributes:
+      count0: votes for the selected class among the n0 that selected it.
+      count: votes for it among the n further ones.
+      count_runner_up: most votes of any other class among those n.
+      selected: the selected class, also when it abstained.
+    """
+
+    count0: np.ndarray
+    count: np.ndarray
+    count_runner_up: np.ndarray
+    selected: np.ndarray
 
 
 class Certificates(NamedTuple):
@@ -29,6 +44,7 @@ class Certificates(NamedTuple):
       predict: certified classes, -1 for abstention.
       radius: certified radii, finite and at least 0.
       correct: whether the prediction is the label.
+      counts: the votes behind them; None for a file without these columns.
     """
 
     idx: np.ndarray
@@ -36,6 +52,7 @@ class Certificates(NamedTuple):
     predict: np.ndarray
     radius: np.ndarray
     correct: np.ndarray
+    counts: Counts | None = None
 
 
 def certificate_path(path: Path) -> Path:
@@ -68,18 +85,20 @@ def read_certificates(path: Path) -> Certificates:
         raise UserError(f"{path}: column {', '.join(missing)} is missing; the first line must be {HEADER.split()[:6]}")
     if not any(lines):
         raise UserError(f"{path} has no images yet; certify some, or leave it out")
-    if set(COUNT_COLUMNS) <= set(names) and not text.endswith("\n"):
+    counted = set(COUNT_COLUMNS) <= set(names)
+    if counted and not text.endswith("\n"):
         raise UserError(f"{path}: the last line is cut off; run certify.py again to complete it")
 
-    columns: dict[str, list[Any]] = {name: [] for name in _NEEDED}
-    places = {name: names.index(name) for name in _NEEDED}
+    kinds = _NEEDED | dict.fromkeys(COUNT_COLUMNS if counted else (), int)
+    columns: dict[str, list[Any]] = {name: [] for name in kinds}
+    places = {name: names.index(name) for name in kinds}
     for number, line in enumerate(lines, start=2):
         if not line.strip():
             continue
         values = line.split("\t")
         if len(values) != len(names):
             raise UserError(f"{path}, line {number}: {len(values)} columns instead of {len(names)}; is it cut off?")
-        for name, kind in _NEEDED.items():
+        for name, kind in kinds.items():
             text_value = values[places[name]]
             try:
                 columns[name].append(kind(text_value))
@@ -87,7 +106,10 @@ def read_certificates(path: Path) -> Certificates:
                 raise UserError(
                     f"{path}, line {number}: {name}={text_value!r} is not a {_WORDS[kind]}; repair the line"
                 ) from None
-    table = Certificates(**{name: np.asarray(values) for name, values in columns.items()})
+    table = Certificates(
+        **{name: np.asarray(columns[name]) for name in _NEEDED},
+        counts=Counts(*(np.asarray(columns[name]) for name in COUNT_COLUMNS)) if counted else None,
+    )
     _check(path, table)
     return table
 

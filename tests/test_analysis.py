@@ -41,6 +41,9 @@ def test_measures_by_hand(program, field):
         "accuracy": 0.5,
         "abstention": 0.25,
         "certified_accuracy": {"0": 0.5, "0.5": 0.5, "0.51": 0.25, "1.5": 0.25},
+        # Another program's file tells nothing of its votes.
+        **dict.fromkeys(["sigma", "n", "alpha", "bound", "radius_ceiling", "at_ceiling"]),
+        "p_a": dict.fromkeys(["0.05", "0.25", "0.5", "0.75", "0.95"]),
     }
 
 
@@ -100,6 +103,7 @@ def test_a_file_without_a_last_newline_is_read_when_nothing_can_be_missing(field
         (FIELD.replace("\t-1\t", "\t-2\t"), "image 15: predict=-2; expected a class, or -1"),
         (FIELD.replace("15\t0", "5\t0"), "image 5: idx=5; expected every image once"),
         (FIELD[:-17], "line 5: 3 columns instead of 6; is it cut off?"),
+        (OURS.replace("\t1000\t0\t7\n", "\tmany\t0\t7\n"), "line 2: count='many' is not a whole number"),
         (OURS[:-1], "the last line is cut off; run certify.py again"),
         (OURS[:-6], "the last line is cut off"),
     ],
@@ -117,6 +121,9 @@ def test_bad_arguments(program, field, tmp_path):
     assert "radii: -1.0 is not a radius" in program.fails("cli.analyze", field, "--radii=-1")
     assert "give a folder" in program.fails("cli.analyze", field, "--output=figure.png")
     assert "the following arguments are required: PATH" in program.fails("cli.analyze")
+    assert "alpha=2.0: use a number in (0, 1)" in program.fails("cli.analyze", field, "--alpha=2")
+    assert "delta=0.0: use a number in (0, 1)" in program.fails("cli.analyze", field, "--joint", "--delta=0")
+    assert "bound='wald' is unknown; use one of clopper" in program.fails("cli.analyze", field, "--bound=wald")
     assert "Not a directory" in program.fails("cli.analyze", field, "--output=/dev/null/figures")
 
 
