@@ -4,13 +4,12 @@
 
 Both count the same number of votes of the same network (same weights, checked to give the same logits), in turns,
 within one process: the machine's other work hits both. Numbers are medians over the rounds; a ratio is the median of
-the rounds' ratios. The rival repeats an image, adds `randn_like`, classifies under `no_grad`, takes the argmax and counts,
-at the batch size that was best for it in a first trial. Needs PyTorch: pip install -e '.[benchmarks]'.
+the rounds' ratios. The rival repeats an image, adds `randn_like`, classifies under `no_grad`, takes the argmax and
+counts, at the batch size that was best for it in a first trial. Needs PyTorch: pip install -e '.[benchmarks]'.
 """
 
 import argparse
 import itertools
-import json
 import os
 import statistics
 import sys
@@ -24,10 +23,10 @@ import jax.numpy as jnp
 import numpy as np
 import torch
 import torch_models
+from rs_consistency.models.inference import for_inference
 
 from rs_consistency import data, models, parallel, voting
 from rs_consistency.files import write_json
-from rs_consistency.models.inference import for_inference
 
 SIGMA = 0.5
 DATASETS = {"lenet": "mnist", "resnet20": "cifar10", "resnet110": "cifar10"}
@@ -44,11 +43,11 @@ def _network(name: str, dtype: str) -> tuple[Any, Any, torch.nn.Module, tuple[in
     variables = jax.jit(model.init)(jax.random.key(0), jnp.zeros((1, *info.image_shape)))
     rng = np.random.default_rng(0)
     if "batch_stats" in variables:
-        statistics_of = {"mean": lambda shape: rng.normal(0, 0.1, shape), "var": lambda shape: rng.uniform(0.5, 2, shape)}
+        draw = {"mean": lambda shape: rng.normal(0, 0.1, shape), "var": lambda shape: rng.uniform(0.5, 2, shape)}
         variables = {
             **variables,
             "batch_stats": jax.tree.map_with_path(
-                lambda path, leaf: np.float32(statistics_of[path[-1].key](leaf.shape)), variables["batch_stats"]
+                lambda path, leaf: np.float32(draw[path[-1].key](leaf.shape)), variables["batch_stats"]
             ),
         }
     twin = torch_models.LeNet() if name == "lenet" else torch_models.CifarResNet(int(name[6:]), info.mean, info.std)
@@ -57,7 +56,9 @@ def _network(name: str, dtype: str) -> tuple[Any, Any, torch.nn.Module, tuple[in
     return model, variables, twin, info.image_shape
 
 
-def _check_twins(apply_fn: Any, variables: Any, twin: torch.nn.Module, shape: tuple[int, ...], tolerance: float) -> None:
+def _check_twins(
+    apply_fn: Any, variables: Any, twin: torch.nn.Module, shape: tuple[int, ...], tolerance: float
+) -> None:
     images = np.random.default_rng(1).normal(0.5, SIGMA, (64, *shape)).astype(np.float32)
     mine = np.asarray(jax.jit(apply_fn)(variables, images), np.float64)
     with torch.no_grad():
@@ -201,6 +202,7 @@ def _overhead(name: str, args: argparse.Namespace) -> dict[str, Any]:
 
 
 def main() -> None:
+    """The command."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--cases", default="lenet,resnet20", help=f"of {', '.join(DATASETS)} (default: %(default)s)")
     parser.add_argument("--json", type=Path, help="file for the results, a JSON list")

@@ -1,13 +1,13 @@
 """The statistics of a certificate: confidence bounds and radii, in float64 on the host.
 
-Everything broadcasts over arrays. Every bound errs on the safe side by construction: the binomial tail at a returned lower
-bound is computed, and the bound is lowered until it does not exceed alpha.
+Everything broadcasts over arrays. Every bound errs on the safe side by construction: the binomial tail at a returned
+lower bound is computed, and the bound is lowered until it does not exceed alpha. There are three of them (`BOUNDS`):
 
-| `bound` | what it is | source |
-|---|---|---|
-| `clopper_pearson` | p_A against 1/2, the published protocol | Cohen, Rosenfeld, Kolter (ICML 2019), theorem 1, CERTIFY |
-| `two_class` | p_A against p_B, alpha / 2 each; can certify where p_A < 1/2 | theorem 1 with a bound for p_B of its own |
-| `randomized` | as `clopper_pearson`, of exact coverage through a uniform draw | Stevens (Biometrika 1950); for smoothing Voracek (NeurIPS 2024) |
+- `clopper_pearson`: p_A against 1/2, the published protocol. Source: Cohen, Rosenfeld, Kolter (ICML 2019), theorem 1
+  and algorithm CERTIFY.
+- `two_class`: p_A against p_B, at alpha / 2 each; it can certify where p_A < 1/2. Source: the same theorem 1.
+- `randomized`: as `clopper_pearson`, with exact coverage through a uniform draw. Source: Stevens (Biometrika 1950); for
+  smoothing, Voracek (NeurIPS 2024).
 """
 
 from typing import NamedTuple
@@ -20,7 +20,7 @@ from rs_consistency.checks import SMALLEST_PROBABILITY
 from rs_consistency.errors import UserError
 
 BOUNDS = ("clopper_pearson", "two_class", "randomized")
-_HALVINGS = 100  # of an interval within [0, 1]: more than float64 can tell apart
+_HALVINGS = 60  # of an interval within [0, 1]: more than float64 can tell apart
 
 
 def lower_confidence_bound(count: ArrayLike, n: ArrayLike, alpha: ArrayLike) -> np.ndarray:
@@ -145,8 +145,8 @@ def certify_votes(
 
     Guarantee, for each `bound`: the probability that something is certified that is not so is at most alpha.
 
-    With `two_class`, `sigma / 2 * (Phi^-1(p_A) - Phi^-1(p_B))`, p_A from below and p_B from above at alpha / 2 each, p_B at
-    most 1 - p_A. The largest count of any other class bounds p_B: that of the truly second class is not larger.
+    With `two_class`, `sigma / 2 * (Phi^-1(p_A) - Phi^-1(p_B))`, p_A from below and p_B from above at alpha / 2 each,
+    p_B at most 1 - p_A. The largest count of any other class bounds p_B: that of the truly second is not larger.
 
     Args:
       count: votes for the chosen class.
@@ -175,7 +175,7 @@ def certify_votes(
         with np.errstate(invalid="ignore"):
             radius = sigma / 2 * (special.ndtri(lower) - special.ndtri(upper))
         radius = np.where(certified, np.maximum(radius * _SHRINK, 0.0), 0.0)
-        return Certified(certified, radius, lower)
+        return Certified(certified, radius[()], lower)
     if bound == "clopper_pearson":
         lower = _lower(*_checked(count, n, alpha))
     elif bound == "randomized":

@@ -1,10 +1,20 @@
 """Clopper-Pearson bound and radius: exact values, exact coverage, and broken bounds that must fail the same test."""
 
+from fractions import Fraction
+from math import comb
+
 import numpy as np
 import pytest
 from scipy import special, stats
 
-from rs_consistency import UserError, certified_radius, lower_confidence_bound
+from rs_consistency import UserError, certified_radius, lower_confidence_bound, noise
+from rs_consistency.bounds import (
+    BOUNDS,
+    certify_votes,
+    radius_ceiling,
+    randomized_lower_bound,
+    upper_confidence_bound,
+)
 
 
 @pytest.mark.parametrize("n", [1, 2, 100, 1000, 100_000])
@@ -47,6 +57,31 @@ def wald(counts, n, alpha):
     return share - stats.norm.ppf(1 - alpha) * np.sqrt(share * (1 - share) / n)
 
 
+@pytest.mark.parametrize("alpha", [0.05, 0.001])
+def test_the_tail_at_the_bound_does_not_exceed_alpha_in_exact_arithmetic(alpha):
+    """Of the returned float64 itself, with rational numbers: no rounding anywhere."""
+    n = 60
+    counts = np.arange(1, n + 1)
+    for count, bound in zip(counts, lower_confidence_bound(counts, n, alpha), strict=True):
+        assert exact_tail(count, n, Fraction(bound)) <= Fraction(alpha) * (1 + Fraction(1, 10**13)), count
+        # and it is not needlessly low
+        assert exact_tail(count, n, Fraction(bound) * (1 + Fraction(1, 10**9))) > Fraction(alpha), count
+
+
+def exact_tail(count, n, p):
+    return sum(comb(n, k) * p**k * (1 - p) ** (n - k) for k in range(int(count), n + 1))
+
+
+@pytest.mark.parametrize("n", [1000, 100_000])
+def test_the_computed_tail_at_the_bound_never_exceeds_alpha(n):
+    counts = np.unique(np.linspace(1, n, 3000).astype(int))
+    for alpha in (0.05, 0.001, 1e-9):
+        bound = lower_confidence_bound(counts, n, alpha)
+        some = counts < n  # where scipy computes the tail without cancellation
+        assert (special.betainc(counts[some], n - counts[some] + 1, bound[some]) <= alpha).all()
+        assert n * np.log(bound[-1]) <= np.log(alpha)
+
+
 def at_twice_alpha(counts, n, alpha):
     return lower_confidence_bound(counts, n, 2 * alpha)
 
@@ -64,12 +99,138 @@ def test_the_bound_covers_and_broken_ones_do_not(alpha):
         assert not covers(broken, alpha), broken.__name__
 
 
+def test_the_upper_bound_mirrors_the_lower_one():
+    counts = np.arange(101)
+    upper = upper_confidence_bound(counts, 100, 0.01)
+    np.testing.assert_allclose(upper, 1 - lower_confidence_bound(100 - counts, 100, 0.01), rtol=1e-14)
+    assert (upper > 0).all() and upper[-1] == 1
+    for p in (0.001, 0.02, 0.5, 0.97):
+        assert stats.binom.pmf(counts, 100, p)[upper < p].sum() <= 0.01
+
+
+# --- the randomized bound ---------------------------------------------------------------------------------------
+
+
+DRAWS = (np.arange(400) + 0.5) / 400
+
+
+def too_high(bounds, p):
+    """The exact probability over the counts, on the grid of draws, that bounds `[n + 1, draws]` exceed p."""
+    n = len(bounds) - 1
+    return (stats.binom.pmf(np.arange(n + 1), n, p)[:, None] * (bounds > p)).sum() / bounds.shape[1]
+
+
+@pytest.mark.parametrize("alpha", [0.05, 0.001])
+@pytest.mark.parametrize("n", [10, 60])
+def test_the_randomized_bound_covers_exactly_and_broken_ones_do_not(n, alpha):
+    counts, ceiling = np.arange(n + 1)[:, None], alpha ** (1 / n)
+    below = [p for p in (0.1, 0.3, 0.5, 0.77, 0.9) if p < ceiling]
+    bounds = randomized_lower_bound(counts, n, alpha, DRAWS[None, :])
+    for p in below:  # for each p there is one count whose draws are on both sides: exact up to a step of the grid
+        at_most_a_step = stats.binom.pmf(np.arange(n + 1), n, p).max() / len(DRAWS)
+        assert too_high(bounds, p) == pytest.approx(alpha, abs=at_most_a_step)
+    for p in (ceiling * 1.0001, 0.9999):
+        assert too_high(bounds, p) <= alpha
+
+    as_if_all_draws_were_0 = lower_confidence_bound(np.minimum(counts + 1, n), n, alpha)
+    one_draw_for_all = randomized_lower_bound(counts, n, alpha, 0.01)
+    for broken in (as_if_all_draws_were_0, one_draw_for_all):
+        assert max(too_high(broken, p) for p in below) > 1.01 * alpha
+
+
+def test_the_randomized_bound_lies_between_those_of_two_counts():
+    counts, n = np.arange(101), 100
+    draws = noise.bound_uniform(3, counts)
+    got = randomized_lower_bound(counts, n, 0.01, draws)
+    below, above = lower_confidence_bound(counts, n, 0.01), lower_confidence_bound(np.minimum(counts + 1, n), n, 0.01)
+    assert (below <= got).all() and (got <= above).all() and (got[1:-1] > below[1:-1]).all()
+    np.testing.assert_array_equal(randomized_lower_bound(counts, n, 0.01, 1.0), below)
+    assert np.isfinite(certify_votes(n, 0, n, alpha=0.01, sigma=1.0, bound="randomized", uniform=1e-300).radius)
+
+
+def test_the_draws_of_the_randomized_bound_are_uniform_and_committed_to_the_seed():
+    draws = noise.bound_uniform(0, np.arange(20_000))
+    assert draws.dtype == np.float64 and ((draws > 0) & (draws <= 1)).all()
+    assert stats.kstest(draws, "uniform").pvalue > 1e-4
+    np.testing.assert_array_equal(noise.bound_uniform(0, np.array([7, 3])), draws[[7, 3]])
+    assert (noise.bound_uniform(1, np.arange(100)) != draws[:100]).all()
+    assert len(noise.bound_uniform(0, np.arange(0))) == 0
+
+
+# --- the two-class bound ----------------------------------------------------------------------------------------
+
+
+def two_class_violation(radius_of, n, p_a, p_b, alpha):
+    """The exact probability that the radius exceeds the true one, with a third class of the rest."""
+    count, second = np.meshgrid(np.arange(n + 1), np.arange(n + 1), indexing="ij")
+    possible = count + second <= n
+    count, second = count[possible], second[possible]
+    rest = n - count - second
+    probability = stats.multinomial.pmf(np.stack([count, second, rest], axis=-1), n, [p_a, p_b, 1 - p_a - p_b])
+    true = (special.ndtri(p_a) - special.ndtri(p_b)) / 2
+    return probability[radius_of(count, np.maximum(second, rest), n, alpha) > max(true, 0)].sum()
+
+
+def two_class(count, runner_up, n, alpha):
+    return certify_votes(count, runner_up, n, alpha=alpha, sigma=1.0, bound="two_class").radius
+
+
+def two_class_at_alpha_each(count, runner_up, n, alpha):
+    """Calls itself two_class and spends alpha on each of the bounds."""
+    return two_class(count, runner_up, n, 2 * alpha)
+
+
+def two_class_plug_in_runner_up(count, runner_up, n, alpha):
+    lower = lower_confidence_bound(count, n, alpha / 2)
+    upper = np.minimum(np.maximum(runner_up / n, 1e-12), 1 - lower)
+    with np.errstate(invalid="ignore"):
+        return np.nan_to_num((special.ndtri(lower) - special.ndtri(upper)) / 2, nan=0.0)
+
+
+@pytest.mark.parametrize("alpha", [0.05, 0.001])
+def test_the_two_class_radius_covers_and_broken_ones_do_not(alpha):
+    cases = [(p_a, p_b) for p_a in (0.3, 0.4, 0.55, 0.8) for p_b in (0.05, 0.15, 0.19, 0.3, 0.44) if p_a + p_b <= 1]
+
+    def worst(radius_of):
+        return max(two_class_violation(radius_of, n, *case, alpha) for n in (20, 60) for case in cases)
+
+    assert worst(two_class) <= alpha * (1 + 1e-9)
+    for broken in (two_class_at_alpha_each, two_class_plug_in_runner_up):
+        assert worst(broken) > alpha, broken.__name__
+
+
+def test_the_two_class_bound_certifies_below_one_half():
+    got = certify_votes(45, 20, 100, alpha=0.05, sigma=2.0, bound="two_class")
+    lower, upper = lower_confidence_bound(45, 100, 0.025), upper_confidence_bound(20, 100, 0.025)
+    assert got.certified and got.lower == lower < 0.5
+    assert got.radius == pytest.approx(special.ndtri(lower) - special.ndtri(upper), rel=1e-12)
+    # With all others in one class, p_B is at most 1 - p_A, and the radius that of p_A alone, at alpha / 2.
+    alone = certified_radius(700, 1000, 0.025, 1.0)
+    assert certify_votes(700, 300, 1000, alpha=0.05, sigma=1.0, bound="two_class").radius == pytest.approx(alone)
+    unclear = certify_votes(40, 39, 100, alpha=0.05, sigma=1.0, bound="two_class")
+    assert not unclear.certified and unclear.radius == 0
+    nothing = certify_votes(0, 0, 100, alpha=0.05, sigma=1.0, bound="two_class")
+    assert not nothing.certified and nothing.radius == 0
+
+
+@pytest.mark.parametrize("bound", BOUNDS)
+def test_the_ceiling_is_the_radius_of_all_votes(bound):
+    for n in (1, 10, 100_000):
+        alpha = 0.001 / 2 if bound == "two_class" else 0.001
+        ceiling = radius_ceiling(n, alpha=0.001, sigma=0.5, bound=bound)
+        assert ceiling == pytest.approx(max(0.5 * special.ndtri(alpha ** (1 / n)), 0), rel=1e-9)
+        counts = np.arange(max(n - 50, 0), n + 1)
+        radii = certify_votes(counts, 0, n, alpha=0.001, sigma=0.5, bound=bound, uniform=0.001).radius
+        assert (radii <= ceiling).all() and (np.diff(radii) >= 0).all()
+
+
 def test_radius_is_sigma_times_the_normal_quantile_and_zero_below_one_half():
     counts = np.array([0, 400, 500, 520, 600, 900, 999, 1000])
     lower = lower_confidence_bound(counts, 1000, 0.001)
     expected = np.where(lower > 0.5, 0.7 * special.ndtri(np.maximum(lower, 0.5)), 0)
     got = certified_radius(counts, 1000, 0.001, 0.7)
-    np.testing.assert_array_equal(got, expected)
+    np.testing.assert_allclose(got, expected, rtol=1e-14)
+    assert (got <= expected).all()
     assert (got[:4] == 0).all() and (np.diff(got[3:]) > 0).all()
 
 
@@ -105,3 +266,18 @@ def test_bad_arguments(arguments, message):
 def test_bad_sigma(sigma):
     with pytest.raises(UserError, match=f"sigma={sigma}: use a number greater than 0"):
         certified_radius(1, 2, 0.1, sigma)
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"bound": "wald"}, "bound='wald' is unknown; use one of clopper_pearson, two_class, randomized"),
+        ({"bound": "randomized"}, "bound=randomized needs uniform draws"),
+        ({"bound": "randomized", "uniform": 0.0}, "uniform=0.0: use numbers greater than 0"),
+        ({"bound": "two_class", "runner_up": 60}, "runner_up=60: use whole numbers from 0 to n - count"),
+    ],
+)
+def test_bad_bounds(settings, message):
+    arguments = {"runner_up": 10, "alpha": 0.1, "sigma": 1.0, **settings}
+    with pytest.raises(UserError, match=message):
+        certify_votes(50, arguments.pop("runner_up"), 100, **arguments)
