@@ -1,14 +1,14 @@
 """Certification of a smoothed classifier as a library: for any JAX function."""
 
 from collections.abc import Callable, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import numpy as np
 from numpy.typing import ArrayLike
 from tqdm import tqdm
 
-from rs_consistency import parallel, voting
+from rs_consistency import noise, parallel, voting
 from rs_consistency.bounds import certified_radius, lower_confidence_bound
 from rs_consistency.checks import probability
 from rs_consistency.errors import UserError
@@ -82,28 +82,65 @@ def certify(
       UserError: a `ValueError`, for settings or images outside their range, a model that does not fit
         images and num_classes, or one that gives NaN.
     """
+    alpha = probability("alpha", alpha)
+    task = prepare(
+        images, indices, devices,
+        sigma=sigma, num_classes=num_classes, n0=n0, n=n, seed=seed, batch_size=batch_size,
+    )  # fmt: skip
+    votes = task.all_votes(apply_fn, noise.Stream.CERTIFY, "certifying" if progress else None)
+    return conclude(*votes, alpha=alpha, sigma=task.settings.sigma)
+
+
+class Task(NamedTuple):
+    """Checked images, and what to do with them; from `prepare`.
+
+    Attributes:
+      images: `[B, H, W, C]` float32.
+      indices: `[B]` int64.
+      devices: that share the work.
+      settings: of the votes.
+    """
+
+    images: np.ndarray
+    indices: np.ndarray
+    devices: list[jax.Device]
+    settings: voting.VoteSettings
+
+    def all_votes(
+        self, apply_fn: Callable[[jax.Array], jax.Array], stream: noise.Stream, progress: str | None
+    ) -> voting.Votes:
+        """The counts of all images; `progress` is the name of a progress bar on stderr, if there is to be one."""
+        groups = voting.count_votes(
+            lambda _, batch: apply_fn(batch), (), self.images, self.indices,
+            settings=self.settings, devices=self.devices, stream=stream,
+        )  # fmt: skip
+        found: list[voting.Votes] = []
+        with tqdm(total=len(self.images), desc=progress, unit="img", disable=progress is None) as bar:
+            for votes in groups:
+                found.append(votes)
+                bar.update(len(votes.counts))
+        none = np.zeros((0, self.settings.num_classes), np.int64)
+        return voting.Votes(
+            np.concatenate([none, *(votes.counts0 for votes in found)]),
+            np.concatenate([none, *(votes.counts for votes in found)]),
+        )
+
+
+def prepare(
+    images: ArrayLike, indices: ArrayLike | None, devices: Sequence[jax.Device] | None, **settings: Any
+) -> Task:
+    """Checked arguments of `certify` and its like; `settings` are those of `voting.vote_settings`.
+
+    Raises:
+      UserError: for the first argument that cannot work.
+    """
     images = check_images(images)
     indices = check_indices(indices, len(images))
     devices = parallel.choose_devices() if devices is None else list(devices)
     if not devices:
         raise UserError("devices=[]: give at least one, or None for all")
-    alpha = probability("alpha", alpha)
-    settings = voting.vote_settings(
-        sigma=sigma, num_classes=num_classes, n0=n0, n=n, seed=seed, batch_size=batch_size,
-        image_shape=images.shape[1:], platform=devices[0].platform,
-    )  # fmt: skip
-    groups = voting.count_votes(
-        lambda _, batch: apply_fn(batch), (), images, indices, settings=settings, devices=devices
-    )
-    found: list[voting.Votes] = []
-    with tqdm(total=len(images), desc="certifying", unit="img", disable=not progress) as bar:
-        for votes in groups:
-            found.append(votes)
-            bar.update(len(votes.counts))
-    none = np.zeros((0, settings.num_classes), np.int64)
-    counts0 = np.concatenate([none, *(votes.counts0 for votes in found)])
-    counts = np.concatenate([none, *(votes.counts for votes in found)])
-    return conclude(counts0, counts, alpha=alpha, sigma=settings.sigma)
+    checked = voting.vote_settings(**settings, image_shape=images.shape[1:], platform=devices[0].platform)
+    return Task(images, indices, devices, checked)
 
 
 def conclude(counts0: np.ndarray, counts: np.ndarray, *, alpha: float, sigma: float) -> Certification:

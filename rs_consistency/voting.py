@@ -122,7 +122,7 @@ def count_votes(
     Raises:
       UserError: when the model does not accept the images, does not give K logits, or gives NaN.
     """
-    sigma, num_classes, n0, n, seed, batch_size = settings
+    _, num_classes, n0, n, seed, batch_size = settings
     per_device = -(-batch_size // len(devices))
     batch_size = per_device * len(devices)
     check_model(apply_fn, variables, images.shape[1:], num_classes=num_classes, batch_size=per_device)
@@ -144,9 +144,8 @@ def count_votes(
         real = slot < num_real
         slot = jnp.minimum(slot, group - 1)
         phase = (vote >= n0).astype(jnp.int32)
-        draws = noise.addressed_noise(key, indices[slot], phase, vote - n0 * phase, shape=images.shape[1:])
-        logits = apply_fn(variables, images[slot] + sigma * draws)
-        voted = jnp.where(jnp.isnan(logits).any(axis=-1), num_classes, logits.argmax(axis=-1))
+        addresses = (indices[slot], phase, vote - n0 * phase)
+        voted = cast(apply_fn, variables, images[slot], key=key, addresses=addresses, settings=settings)
         found = jnp.zeros_like(counts).at[phase, slot, voted].add(real.astype(counts.dtype))
         return counts + parallel.sum_over_devices(found)
 
@@ -157,7 +156,7 @@ def count_votes(
         chosen = np.minimum(np.arange(first, first + group), len(images) - 1)  # the last group is padded
         arrays = parallel.replicate(
             (
-                _to_float(images[chosen]),
+                to_float(images[chosen]),
                 indices[chosen].astype(np.int32),
                 np.int32(num_real),
             ),
@@ -169,14 +168,43 @@ def count_votes(
         found = np.asarray(counts)[:, :num_real].astype(np.int64)
         if found[..., num_classes].any():
             bad = int(np.flatnonzero(found[..., num_classes].any(axis=0))[0])
-            raise UserError(
-                f"the model gives NaN for noisy copies of image {indices[first + bad]}; check its"
-                " parameters and normalization"
-            )
+            raise nan_error(indices[first + bad])
         yield Votes(found[0, :, :num_classes], found[1, :, :num_classes])
 
 
-def _to_float(images: np.ndarray) -> np.ndarray:
+def cast(
+    apply_fn: Callable[[Any, jax.Array], jax.Array],
+    variables: Any,
+    images: jax.Array,
+    *,
+    key: jax.Array,
+    addresses: tuple[jax.Array, jax.Array, jax.Array],
+    settings: VoteSettings,
+) -> jax.Array:
+    """One vote for each row, on a device.
+
+    Args:
+      apply_fn: (variables, `[N, H, W, C]`) -> logits `[N, K]`.
+      variables: passed through.
+      images: `[N, H, W, C]` float32 in [0, 1], without noise.
+      key: of the noise stream.
+      addresses: `[N]` int32 each: the image's index, 0 for the selection or 1 for the estimation, and the vote in it.
+      settings: sigma and num_classes are used.
+
+    Returns:
+      `[N]` int32, the class voted for; K where a logit is NaN.
+    """
+    draws = noise.addressed_noise(key, *addresses, shape=images.shape[1:])
+    logits = apply_fn(variables, images + settings.sigma * draws)
+    return jnp.where(jnp.isnan(logits).any(axis=-1), settings.num_classes, logits.argmax(axis=-1))
+
+
+def nan_error(index: int) -> UserError:
+    """What to raise when votes of an image are NaN."""
+    return UserError(f"the model gives NaN for noisy copies of image {index}; check its parameters and normalization")
+
+
+def to_float(images: np.ndarray) -> np.ndarray:
     """float32 in [0, 1]."""
     return np.asarray(images, np.float32) / np.float32(255 if images.dtype == np.uint8 else 1)
 
