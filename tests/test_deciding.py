@@ -120,6 +120,15 @@ def test_decisions_at_other_settings(images, votes_of_three, changes):
     assert got.votes.max() <= changes.get("n", 300)
 
 
+def test_blocks_of_a_slot_that_has_another_image_by_now_are_thrown_away(images, expected, monkeypatch):
+    # One slot for each block, and three batches in flight: finished images have blocks on their way.
+    monkeypatch.setattr(deciding, "_SLOTS_PER_BLOCK", 1)
+    monkeypatch.setattr(deciding, "_BATCHES_IN_FLIGHT", 3)
+    got = decide_three(images, batch_size=64, devices=jax.devices()[:1])
+    np.testing.assert_array_equal(rows_of(got), expected[0])
+    np.testing.assert_array_equal(got.counts0, expected[1])
+
+
 def test_decisions_depend_on_the_index_not_on_order_or_company(images, expected):
     order = np.random.default_rng(0).permutation(len(images))[:9]
     got = decide_three(images[order], indices=order, batch_size=48)
