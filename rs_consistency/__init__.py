@@ -9,14 +9,20 @@ result.prediction, result.radius
 from rs_consistency import losses
 from rs_consistency.bounds import certified_radius, lower_confidence_bound
 from rs_consistency.certification import ABSTAIN, Certification, certify
+from rs_consistency.deciding import Decisions, decide
 from rs_consistency.errors import UserError
+from rs_consistency.prediction import Prediction, predict
 
 __all__ = [
     "ABSTAIN",
     "Certification",
+    "Decisions",
+    "Prediction",
     "UserError",
     "certified_radius",
     "certify",
+    "decide",
     "losses",
     "lower_confidence_bound",
+    "predict",
 ]

@@ -16,7 +16,7 @@ import numpy as np
 from numpy.typing import ArrayLike
 from scipy import special
 
-from rs_consistency.checks import SMALLEST_PROBABILITY
+from rs_consistency.checks import SMALLEST_PROBABILITY, check_all, number_array
 from rs_consistency.errors import UserError
 
 BOUNDS = ("clopper_pearson", "two_class", "randomized")
@@ -79,8 +79,8 @@ def randomized_lower_bound(count: ArrayLike, n: ArrayLike, alpha: ArrayLike, uni
     Source: Stevens (Biometrika 1950); for smoothing, Voracek (NeurIPS 2024).
     """
     count, n, alpha = _checked(count, n, alpha)
-    uniform = _numbers("uniform", uniform).astype(np.float64)
-    _check_range("uniform", uniform, (uniform > 0) & (uniform <= 1), "use numbers greater than 0 and at most 1")
+    uniform = number_array("uniform", uniform).astype(np.float64)
+    check_all("uniform", uniform, (uniform > 0) & (uniform <= 1), "use numbers greater than 0 and at most 1")
     count, n, alpha, uniform = np.broadcast_arrays(count, n, alpha, uniform)
     low = _lower(count, n, alpha)
     high = np.where(count == n, low, _lower(np.minimum(count + 1, n), n, alpha))
@@ -166,9 +166,9 @@ def certify_votes(
     sigma = _checked_sigma(sigma)
     if bound == "two_class":
         count, n, alpha = _checked(count, n, alpha)
-        _, _, runner_up = np.broadcast_arrays(count, n, _numbers("runner_up", runner_up))
+        _, _, runner_up = np.broadcast_arrays(count, n, number_array("runner_up", runner_up))
         good = (runner_up >= 0) & (runner_up <= n - count) & (runner_up == np.floor(runner_up))
-        _check_range("runner_up", runner_up, good, "use whole numbers from 0 to n - count")
+        check_all("runner_up", runner_up, good, "use whole numbers from 0 to n - count")
         lower = _lower(count, n, alpha / 2)
         upper = np.minimum(upper_confidence_bound(runner_up, n, alpha / 2), 1 - lower)
         certified = lower >= upper
@@ -228,29 +228,16 @@ def _tail(count: np.ndarray, n: np.ndarray, p: np.ndarray) -> np.ndarray:
 
 def _checked(count: ArrayLike, n: ArrayLike, alpha: ArrayLike) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """The three as float64 arrays; a `UserError` for what is outside its range."""
-    count, n, alpha = (_numbers(name, value) for name, value in {"count": count, "n": n, "alpha": alpha}.items())
-    _check_range("alpha", alpha, (alpha > 0) & (alpha < 1), "use a number in (0, 1), such as 0.001")
-    _check_range("alpha", alpha, alpha >= SMALLEST_PROBABILITY, f"use a number of at least {SMALLEST_PROBABILITY}")
-    _check_range("n", n, np.isfinite(n) & (n >= 1) & (n == np.floor(n)), "use a whole number of at least 1")
+    count, n, alpha = (number_array(name, value) for name, value in {"count": count, "n": n, "alpha": alpha}.items())
+    check_all("alpha", alpha, (alpha > 0) & (alpha < 1), "use a number in (0, 1), such as 0.001")
+    check_all("alpha", alpha, alpha >= SMALLEST_PROBABILITY, f"use a number of at least {SMALLEST_PROBABILITY}")
+    check_all("n", n, np.isfinite(n) & (n >= 1) & (n == np.floor(n)), "use a whole number of at least 1")
     inside = (count >= 0) & (count <= n) & (count == np.floor(count))
-    _check_range("count", count, inside, "use whole numbers from 0 to n")
+    check_all("count", count, inside, "use whole numbers from 0 to n")
     return tuple(value.astype(np.float64) for value in (count, n, alpha))
 
 
 def _checked_sigma(sigma: ArrayLike) -> np.ndarray:
-    sigma = _numbers("sigma", sigma)
-    _check_range("sigma", sigma, np.isfinite(sigma) & (sigma > 0), "use a number greater than 0")
+    sigma = number_array("sigma", sigma)
+    check_all("sigma", sigma, np.isfinite(sigma) & (sigma > 0), "use a number greater than 0")
     return sigma.astype(np.float64)
-
-
-def _numbers(name: str, value: ArrayLike) -> np.ndarray:
-    array = np.asarray(value)
-    if not np.issubdtype(array.dtype, np.number):
-        raise UserError(f"{name}={value!r}: use numbers")
-    return array
-
-
-def _check_range(name: str, value: np.ndarray, good: np.ndarray, remedy: str) -> None:
-    bad = np.broadcast_to(value, good.shape)[~good]
-    if bad.size:
-        raise UserError(f"{name}={bad.flat[0]}: {remedy}")

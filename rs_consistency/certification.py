@@ -1,16 +1,17 @@
 """Certification of a smoothed classifier as a library: for any JAX function."""
 
+import functools
 from collections.abc import Callable, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import numpy as np
 from numpy.typing import ArrayLike
 from tqdm import tqdm
 
-from rs_consistency import parallel, voting
-from rs_consistency.bounds import certified_radius, lower_confidence_bound
-from rs_consistency.checks import probability
+from rs_consistency import noise, parallel, voting
+from rs_consistency.bounds import BOUNDS, certify_votes
+from rs_consistency.checks import one_of, probability
 from rs_consistency.errors import UserError
 from rs_consistency.voting import MAX_INDEX
 
@@ -42,6 +43,7 @@ def certify(
     n0: int = 100,
     n: int = 100_000,
     alpha: float = 0.001,
+    bound: str = BOUNDS[0],
     seed: int = 0,
     batch_size: int | None = None,
     indices: Sequence[int] | np.ndarray | None = None,
@@ -68,7 +70,9 @@ def certify(
       n0: votes that choose the class.
       n: votes that measure it; the largest possible radius is `sigma * Phi^-1(alpha ** (1 / n))`.
       alpha: error probability of one image's statement, in (0, 1), at least 1e-100.
-      seed: of the noise.
+      bound: how votes become a radius, one of `bounds.BOUNDS`: the published `clopper_pearson` described above,
+        `two_class` or `randomized`. Its guarantee is the same; it must be chosen before the votes are seen.
+      seed: of the noise, and of the draws of `randomized`.
       batch_size: noisy images at a time; None for a choice by device. No effect on the votes.
       indices: `[B]`, numbers that address the images' noise, 0..B-1 by default. The votes of an image are a function
         of seed, index, sigma and vote number, whatever else is certified with it.
@@ -82,38 +86,99 @@ def certify(
       UserError: a `ValueError`, for settings or images outside their range, a model that does not fit
         images and num_classes, or one that gives NaN.
     """
+    alpha = probability("alpha", alpha)
+    one_of("bound", bound, BOUNDS)
+    task = prepare(
+        images, indices, devices,
+        sigma=sigma, num_classes=num_classes, n0=n0, n=n, seed=seed, batch_size=batch_size,
+    )  # fmt: skip
+    votes = task.all_votes(apply_fn, noise.Stream.CERTIFY, "certifying" if progress else None)
+    uniform = noise.bound_uniform(task.settings.seed, task.indices)
+    return conclude(*votes, alpha=alpha, sigma=task.settings.sigma, bound=bound, uniform=uniform)
+
+
+class Task(NamedTuple):
+    """Checked images, and what to do with them; from `prepare`.
+
+    Attributes:
+      images: `[B, H, W, C]` float32.
+      indices: `[B]` int64.
+      devices: that share the work.
+      settings: of the votes.
+    """
+
+    images: np.ndarray
+    indices: np.ndarray
+    devices: list[jax.Device]
+    settings: voting.VoteSettings
+
+    def all_votes(
+        self, apply_fn: Callable[[jax.Array], jax.Array], stream: noise.Stream, progress: str | None
+    ) -> voting.Votes:
+        """The counts of all images; `progress` is the name of a progress bar on stderr, if there is to be one."""
+        groups = voting.count_votes(
+            without_variables(apply_fn), (), self.images, self.indices,
+            settings=self.settings, devices=self.devices, stream=stream,
+        )  # fmt: skip
+        found: list[voting.Votes] = []
+        with tqdm(total=len(self.images), desc=progress, unit="img", disable=progress is None) as bar:
+            for votes in groups:
+                found.append(votes)
+                bar.update(len(votes.counts))
+        none = np.zeros((0, self.settings.num_classes), np.int64)
+        return voting.Votes(
+            np.concatenate([none, *(votes.counts0 for votes in found)]),
+            np.concatenate([none, *(votes.counts for votes in found)]),
+        )
+
+
+@functools.lru_cache(maxsize=4)
+def without_variables(apply_fn: Callable[[jax.Array], jax.Array]) -> Callable[[Any, jax.Array], jax.Array]:
+    """The function of no variables and a batch; the same one for the same `apply_fn`, which then compiles once."""
+    return lambda _, batch: apply_fn(batch)
+
+
+def prepare(
+    images: ArrayLike, indices: ArrayLike | None, devices: Sequence[jax.Device] | None, **settings: Any
+) -> Task:
+    """Checked arguments of `certify` and its like; `settings` are those of `voting.vote_settings`.
+
+    Raises:
+      UserError: for the first argument that cannot work.
+    """
     images = check_images(images)
     indices = check_indices(indices, len(images))
     devices = parallel.choose_devices() if devices is None else list(devices)
     if not devices:
         raise UserError("devices=[]: give at least one, or None for all")
-    alpha = probability("alpha", alpha)
-    settings = voting.vote_settings(
-        sigma=sigma, num_classes=num_classes, n0=n0, n=n, seed=seed, batch_size=batch_size,
-        image_shape=images.shape[1:], platform=devices[0].platform,
-    )  # fmt: skip
-    groups = voting.count_votes(
-        lambda _, batch: apply_fn(batch), (), images, indices, settings=settings, devices=devices
-    )
-    found: list[voting.Votes] = []
-    with tqdm(total=len(images), desc="certifying", unit="img", disable=not progress) as bar:
-        for votes in groups:
-            found.append(votes)
-            bar.update(len(votes.counts))
-    none = np.zeros((0, settings.num_classes), np.int64)
-    counts0 = np.concatenate([none, *(votes.counts0 for votes in found)])
-    counts = np.concatenate([none, *(votes.counts for votes in found)])
-    return conclude(counts0, counts, alpha=alpha, sigma=settings.sigma)
+    checked = voting.vote_settings(**settings, image_shape=images.shape[1:], platform=devices[0].platform)
+    return Task(images, indices, devices, checked)
 
 
-def conclude(counts0: np.ndarray, counts: np.ndarray, *, alpha: float, sigma: float) -> Certification:
-    """Prediction and radius from the votes `[B, K]`; see `certify`."""
+def conclude(
+    counts0: np.ndarray,
+    counts: np.ndarray,
+    *,
+    alpha: float,
+    sigma: float,
+    bound: str = BOUNDS[0],
+    uniform: np.ndarray | None = None,
+) -> Certification:
+    """Prediction and radius from the votes `[B, K]`; see `certify`, and `bounds.certify_votes` for `uniform`."""
     selected = counts0.argmax(axis=1)
     for_selected = np.take_along_axis(counts, selected[:, None], axis=1)[:, 0]
-    n = counts.sum(axis=1)
-    certified = lower_confidence_bound(for_selected, n, alpha) >= 0.5
-    radius = np.where(certified, certified_radius(for_selected, n, alpha, sigma), 0.0)
-    return Certification(np.where(certified, selected, ABSTAIN), radius, counts0, counts)
+    runner_up = most_of_others(counts, selected)
+    proven = certify_votes(
+        for_selected, runner_up, counts.sum(axis=1), alpha=alpha, sigma=sigma, bound=bound, uniform=uniform
+    )
+    return Certification(np.where(proven.certified, selected, ABSTAIN), proven.radius, counts0, counts)
+
+
+def most_of_others(counts: np.ndarray, selected: np.ndarray) -> np.ndarray:
+    """`[B]`, the most votes of any class but the selected one; 0 where there is no other."""
+    others = counts.copy()
+    np.put_along_axis(others, selected[:, None], 0, axis=1)
+    return others.max(axis=1, initial=0)
 
 
 def check_images(images: ArrayLike) -> np.ndarray:

@@ -1,8 +1,11 @@
-"""Checks of single settings; each raises a `UserError` with the name, the value and the remedy."""
+"""Checks of settings, single ones and arrays; each raises a `UserError` with the name, the value and the remedy."""
 
 import math
 import numbers
 from typing import Any
+
+import numpy as np
+from numpy.typing import ArrayLike
 
 from rs_consistency.errors import UserError
 
@@ -59,6 +62,21 @@ def one_of(name: str, value: Any, names: Any) -> None:
     """One of the given names."""
     if value not in names:
         raise UserError(f"{name}={value!r} is unknown; use one of {', '.join(sorted(names))}")
+
+
+def number_array(name: str, value: ArrayLike) -> np.ndarray:
+    """An array of numbers of any type."""
+    array = np.asarray(value)
+    if not np.issubdtype(array.dtype, np.number):
+        raise UserError(f"{name}={value!r}: use numbers")
+    return array
+
+
+def check_all(name: str, value: np.ndarray, good: np.ndarray, remedy: str) -> None:
+    """Raises for the first entry of an array that is not good."""
+    bad = np.broadcast_to(value, good.shape)[~good]
+    if bad.size:
+        raise UserError(f"{name}={bad.flat[0]}: {remedy}")
 
 
 def _upper(at_most: float) -> str:

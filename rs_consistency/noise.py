@@ -27,6 +27,7 @@ class Stream(IntEnum):
     AUGMENT = 6
     TEACHER = 7
     BOUND = 8
+    PREDICT = 9
 
 
 def stream_key(seed: int, stream: Stream) -> jax.Array:

@@ -147,7 +147,7 @@ def count_votes(
                 key,
                 np.float32(settings.sigma),
                 numbers,
-                _to_float(images[chosen]),
+                to_float(images[chosen]),
                 indices[chosen].astype(np.int32),
                 np.int32(num_real),
             ),
@@ -157,7 +157,9 @@ def count_votes(
         for start in range(0, num_real * per_image, rows_per_call):
             counts = compiled(counts, variables, *arrays, np.int32(start))
         found = np.asarray(counts)[:, :num_real].astype(np.int64)
-        check_nan(found.sum(axis=0)[:, num_classes], indices[first : first + num_real])
+        nan = np.flatnonzero(found[..., num_classes].any(axis=0))
+        if len(nan):
+            raise nan_error(indices[first + nan[0]])
         yield Votes(found[0, :, :num_classes], found[1, :, :num_classes])
 
 
@@ -193,8 +195,10 @@ def _compile(
             real = slot < num_real
             slot = jnp.minimum(slot, len(images) - 1)
             phase = (vote >= n0).astype(jnp.int32)
-            draws = noise.addressed_noise(key, indices[slot], phase, vote - n0 * phase, shape=images.shape[1:])
-            voted = votes_of(apply_fn(variables, images[slot] + sigma * draws), num_classes)
+            addresses = (indices[slot], phase, vote - n0 * phase)
+            voted = cast(
+                apply_fn, variables, images[slot], key=key, addresses=addresses, sigma=sigma, num_classes=num_classes
+            )
             return found.at[phase, slot, voted].add(real.astype(found.dtype))
 
         found = jnp.zeros_like(counts)
@@ -208,21 +212,41 @@ def _compile(
     return parallel.spread(some_batches, devices=devices, donate=(0,))
 
 
-def votes_of(logits: jax.Array, num_classes: int) -> jax.Array:
-    """The class `[N]` that each row of the logits `[N, K]` votes for, the lowest of equals; K where one is NaN."""
+def cast(
+    apply_fn: Callable[[Any, jax.Array], jax.Array],
+    variables: Any,
+    images: jax.Array,
+    *,
+    key: jax.Array,
+    addresses: tuple[jax.Array, jax.Array, jax.Array],
+    sigma: jax.Array | float,
+    num_classes: int,
+) -> jax.Array:
+    """One vote for each row, on a device.
+
+    Args:
+      apply_fn: (variables, `[N, H, W, C]`) -> logits `[N, K]`.
+      variables: passed through.
+      images: `[N, H, W, C]` float32 in [0, 1], without noise.
+      key: of the noise stream.
+      addresses: `[N]` int32 each: the image's index, 0 for the selection or 1 for the estimation, and the vote in it.
+      sigma: standard deviation of the noise.
+      num_classes: K.
+
+    Returns:
+      `[N]` int32, the class voted for, the lowest of equals; K where a logit is NaN.
+    """
+    draws = noise.addressed_noise(key, *addresses, shape=images.shape[1:])
+    logits = apply_fn(variables, images + sigma * draws)
     return jnp.where(jnp.isnan(logits).any(axis=-1), num_classes, logits.argmax(axis=-1))
 
 
-def check_nan(counts: np.ndarray, indices: np.ndarray) -> None:
-    """Raises a `UserError` where one of the images `[B]` has votes `[B]` that are NaN."""
-    if counts.any():
-        raise UserError(
-            f"the model gives NaN for noisy copies of image {indices[int(np.flatnonzero(counts)[0])]}; check its"
-            " parameters and normalization"
-        )
+def nan_error(index: int) -> UserError:
+    """What to raise when votes of an image are NaN."""
+    return UserError(f"the model gives NaN for noisy copies of image {index}; check its parameters and normalization")
 
 
-def _to_float(images: np.ndarray) -> np.ndarray:
+def to_float(images: np.ndarray) -> np.ndarray:
     """float32 in [0, 1]."""
     return np.asarray(images, np.float32) / np.float32(255 if images.dtype == np.uint8 else 1)
 

@@ -1,0 +1,137 @@
+"""The sequential test of a certificate at one radius: as many votes as the decision needs, in float64 on the host.
+
+Votes for the selected class A are Bernoulli(p_A). The smoothed classifier predicts A everywhere within l2 distance r
+if p_A >= p0 = Phi(r / sigma). Instead of a bound after a fixed number of votes, the test bets against p_A = p0 and may
+be looked at after every vote.
+
+| | |
+|---|---|
+| evidence | `E_T = B(H + 1/2, T - H + 1/2) / B(1/2, 1/2) / (p0 ** H * (1 - p0) ** (T - H))`, T votes, H for A |
+| stop | as soon as `E_T >= 1 / alpha` |
+| decide | certified at r if `H / T > p0`, not certified if `H / T < p0` |
+
+E_T is the likelihood of the votes under the Beta(1/2, 1/2) mixture against that under p0. If p_A = p0 it is a
+nonnegative martingale that begins at 1, so by Ville's inequality it ever reaches 1 / alpha with probability at most
+alpha. That holds for all looks together, hence for any subset of them, such as one after every 16 votes.
+
+Source: Ville (1939); Robbins (Annals of Mathematical Statistics 1970) for the mixture, Krichevsky and Trofimov (IEEE
+Transactions on Information Theory 1981) for its prior; for smoothing, Voracek (NeurIPS 2024).
+"""
+
+import numpy as np
+from numpy.typing import ArrayLike
+from scipy import special
+
+from rs_consistency.checks import SMALLEST_PROBABILITY, check_all, number_array
+
+CERTIFIED, UNDECIDED, NOT_CERTIFIED = 1, 0, -1
+
+# In units of sigma; what is beyond is treated as if it were this. It keeps the logarithms finite; Phi(-40) is 0 anyway.
+_LARGEST_DISTANCE = 1e6
+_MOST_VOTES = 2**53  # whole numbers are exact in float64
+# What the sum of terms may be wrong by, relative to their size: the gamma functions in it have a few units in the last
+# place. The evidence must exceed its threshold by that much.
+_ROUNDING = 16 * np.finfo(np.float64).eps
+
+
+def log_evidence(hits: ArrayLike, votes: ArrayLike, p0: ArrayLike) -> np.ndarray:
+    """Natural logarithm of the evidence E_T against `p = p0`.
+
+    Guarantee: for independent votes of probability p0, the probability that it reaches log(1 / alpha) after any
+    number of votes, ever, is at most alpha.
+
+    Args:
+      hits: H, votes for the class, whole numbers in 0..votes.
+      votes: T, all votes so far, whole numbers of at least 1 and at most 2**53.
+      p0: the probability to be rejected, in (0, 1).
+
+    Returns:
+      float64, shaped as the arguments broadcast; a float64 scalar for scalars. Finite. Negative while
+      there is more for p0 than against it.
+
+    Raises:
+      UserError: for an argument outside its range.
+    """
+    hits, votes = _checked_votes(hits, votes)
+    p0 = number_array("p0", p0).astype(np.float64)
+    check_all("p0", p0, (p0 > 0) & (p0 < 1), "use a number in (0, 1)")
+    return _log_evidence(hits, votes, np.log(p0), np.log1p(-p0))[()]
+
+
+def decide(hits: ArrayLike, votes: ArrayLike, *, radius: ArrayLike, sigma: ArrayLike, alpha: ArrayLike) -> np.ndarray:
+    """What the votes so far say about a certificate at one radius.
+
+    Guarantee: let the votes be independent, for a class that was chosen without looking at them, and let the first
+    decision at any look be final. Then, for every p_A,
+
+    - if p_A < p0, `CERTIFIED` is ever decided with probability at most alpha. A class that the smoothed classifier
+      does not predict everywhere within the radius has p_A <= p0, so this bounds its wrong certificates;
+    - if p_A > p0, `NOT_CERTIFIED` is ever decided with probability at most alpha;
+    - if p_A = p0, the two together have probability at most alpha.
+
+    The test rejects p_A = p0, on both sides, at alpha in all. Each outcome by itself inherits alpha, not alpha / 2: for
+    every T the evidence is convex in H and at most 1 at H = T p0, so `CERTIFIED` needs H above a limit and
+    `NOT_CERTIFIED` needs H below another. A smaller p_A can only make the first less probable than at p0, a
+    larger one the second.
+
+    `NOT_CERTIFIED` says that p_A alone does not prove the radius, with however many votes. It does not say that an
+    adversarial example exists.
+
+    | case | decision |
+    |---|---|
+    | radius = 0 | p0 = 1/2: certified means that A is the prediction |
+    | p0 near 1 | one vote for another class can be enough for not certified; p0 is never rounded to 1 |
+    | all votes for A | certified, but never before log(1 / alpha) / log(1 / p0) votes |
+    | no vote for A | not certified, after few votes |
+    | p_A = p0 | usually undecided, with however many votes |
+
+    Rounding errs towards `UNDECIDED`.
+
+    Args:
+      hits: H, votes for the class, whole numbers in 0..votes.
+      votes: T, all votes so far, whole numbers of at least 1 and at most 2**53.
+      radius: l2, at least 0, in units of sigma's.
+      sigma: standard deviation of the noise, positive.
+      alpha: error probability, in (0, 1), at least 1e-100.
+
+    Returns:
+      int8, shaped as the arguments broadcast: `CERTIFIED` 1, `NOT_CERTIFIED` -1, `UNDECIDED` 0.
+
+    Raises:
+      UserError: for an argument outside its range.
+    """
+    hits, votes = _checked_votes(hits, votes)
+    radius, sigma, alpha = (
+        number_array(name, value).astype(np.float64)
+        for name, value in {"radius": radius, "sigma": sigma, "alpha": alpha}.items()
+    )
+    check_all("radius", radius, np.isfinite(radius) & (radius >= 0), "use a number of at least 0")
+    check_all("sigma", sigma, np.isfinite(sigma) & (sigma > 0), "use a number greater than 0")
+    check_all("alpha", alpha, (alpha > 0) & (alpha < 1), "use a number in (0, 1), such as 0.001")
+    check_all("alpha", alpha, alpha >= SMALLEST_PROBABILITY, f"use a number of at least {SMALLEST_PROBABILITY}")
+    with np.errstate(over="ignore"):
+        distance = np.minimum(radius / sigma, _LARGEST_DISTANCE)
+    log_p, log_q = special.log_ndtr(distance), special.log_ndtr(-distance)
+    evidence = _log_evidence(hits, votes, log_p, log_q)
+    size = special.gammaln(votes + 1) - hits * log_p - (votes - hits) * log_q + 1
+    enough = evidence - _ROUNDING * size >= -np.log(alpha)
+    above = votes - hits < votes * special.ndtr(-distance)  # H / T > p0, without the rounding of p0 near 1
+    decision = np.where(above, CERTIFIED, NOT_CERTIFIED)
+    return np.where(enough, decision, UNDECIDED).astype(np.int8)[()]
+
+
+def _log_evidence(hits: np.ndarray, votes: np.ndarray, log_p: np.ndarray, log_q: np.ndarray) -> np.ndarray:
+    """Of checked float64 arrays, with the logarithms of p0 and 1 - p0."""
+    misses = votes - hits
+    mixture = special.betaln(hits + 0.5, misses + 0.5) - special.betaln(0.5, 0.5)
+    return mixture - hits * log_p - misses * log_q
+
+
+def _checked_votes(hits: ArrayLike, votes: ArrayLike) -> tuple[np.ndarray, np.ndarray]:
+    """The two as float64 arrays."""
+    hits, votes = number_array("hits", hits), number_array("votes", votes)
+    whole = (votes >= 1) & (votes <= _MOST_VOTES) & (votes == np.floor(votes))
+    check_all("votes", votes, whole, "use a whole number of at least 1 and at most 2**53")
+    inside = (hits >= 0) & (hits <= votes) & (hits == np.floor(hits))
+    check_all("hits", hits, inside, "use whole numbers from 0 to votes")
+    return hits.astype(np.float64), votes.astype(np.float64)
