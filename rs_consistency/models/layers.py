@@ -46,7 +46,11 @@ class ImageClassifier(nn.Module):
             raise ValueError(
                 f"images of {height} x {width} pixels are too small, the model takes {min_size} x {min_size} and larger"
             )
-        return normalize(images.astype(jnp.float32), self.mean, self.std).astype(self.dtype)
+        return self.normalize(images.astype(jnp.float32)).astype(self.dtype)
+
+    def normalize(self, images: jax.Array) -> jax.Array:
+        """`normalize` with the model's numbers; a method, for which `for_inference` puts a multiply-add."""
+        return normalize(images, self.mean, self.std)
 
     def batch_norm(self, train: bool) -> Norm:
         """Batch normalization: batch statistics in training, running averages (0.9 old + 0.1 new) in inference."""

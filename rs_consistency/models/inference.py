@@ -1,0 +1,192 @@
+"""A trained model made ready for inference: all that depends on its variables alone is computed once."""
+
+from collections import defaultdict
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax.traverse_util import flatten_dict, unflatten_dict
+from jax.ad_checkpoint import checkpoint_name
+
+from rs_consistency.models.layers import ImageClassifier
+
+Path = tuple[str, ...]  # of a layer in the model, such as ("layer1_0", "bn1")
+
+AFFINE = "affine"  # the collection of variables with what is left of batch normalization
+
+
+def for_inference(
+    model: nn.Module, variables: Any, *, image_shape: Sequence[int]
+) -> tuple[Callable[[Any, jax.Array], jax.Array], dict[str, Any]]:
+    """The model in inference mode as a function with variables of its own; do it once, before many passes.
+
+    - Batch normalization of the output of an `nn.Conv` without bias that nothing else uses is folded: its
+      factors go into the kernel, and a shift, the bias of the convolution, is added in its place.
+    - Any other batch normalization becomes one multiplication and one addition.
+    - The input normalization of an `ImageClassifier` becomes one multiplication and one addition.
+    - Parameters of `nn.Conv` and `nn.Dense` are cast to the type that the layer computes in.
+
+    The new numbers are computed in float64 and rounded once. Model, layers and types of the activations are those
+    of `model.apply`. Which convolution a batch normalization follows is read from a trace of the model, so a new
+    model declares nothing.
+
+    *Guarantee.* Logits are those of `model.apply(variables, images, train=False)` up to rounding in the type that
+    the model computes in. So a vote can differ only where the two largest logits are as close as that.
+
+    Args:
+      model: takes `(images, train=False)`; any module of flax linen.
+      variables: of `model.init`, or trained; not changed.
+      image_shape: `(H, W, C)` of the images to come.
+
+    Returns:
+      `(apply_fn, variables)`: `apply_fn(variables, images [N, H, W, C])` gives the logits `[N, K]`, and raises a
+      ValueError for images of another shape or variables of before. The variables are `params`, without those of
+      batch normalization, and `affine`.
+
+    Raises:
+      ValueError: when batch statistics are used other than as running averages in an `nn.BatchNorm` over the last
+        axis, or when the model does not take the images.
+    """
+    image_shape = tuple(image_shape)
+    trace = _trace(model, variables, image_shape)
+    ready = _transform(trace, variables)
+
+    def apply_fn(variables: Any, images: jax.Array) -> jax.Array:
+        if images.shape[1:] != image_shape:
+            wanted = ", ".join(map(str, ("N", *image_shape)))
+            raise ValueError(f"images of shape {images.shape} are not [{wanted}], what for_inference prepared for")
+        with nn.intercept_methods(_replace):
+            return model.apply(variables, images, train=False)
+
+    return apply_fn, ready
+
+
+# --- what runs -------------------------------------------------------------------------------------------------------
+
+
+def _replace(next_fun: Callable[..., Any], args: Any, kwargs: Any, context: Any) -> Any:
+    """A flax interceptor that puts multiply-adds in the place of normalizations."""
+    module, method = context.module, context.method_name
+    if method == "normalize" and isinstance(module, ImageClassifier) and module.mean:
+        mean, std = np.float64(module.mean), np.float64(module.std)
+        return _multiply_add(args[0], jnp.asarray(1 / std, jnp.float32), jnp.asarray(-mean / std, jnp.float32))
+    if method == "__call__" and type(module) is nn.BatchNorm:
+        if not module.has_variable(AFFINE, "shift"):
+            raise ValueError(f"no {AFFINE}/{'/'.join(module.path)} in the variables; use those of for_inference")
+        x, _ = _batch_norm_arguments(*args, **kwargs)
+        y = _multiply_add(x, module.get_variable(AFFINE, "scale"), module.get_variable(AFFINE, "shift"))
+        return y if module.dtype is None else y.astype(module.dtype)
+    return next_fun(*args, **kwargs)
+
+
+def _multiply_add(x: jax.Array, scale: jax.Array | None, shift: jax.Array) -> jax.Array:
+    """`x * scale + shift`, for each of the last axis' channels, in float32 or what is wider."""
+    if scale is not None:
+        x = x * jnp.expand_dims(scale, range(x.ndim - 1))
+    return x + jnp.expand_dims(shift, range(x.ndim - 1))
+
+
+def _batch_norm_arguments(
+    x: jax.Array, use_running_average: bool | None = None, *, mask: jax.Array | None = None
+) -> tuple[jax.Array, bool | None]:
+    del mask  # concerns batch statistics alone
+    return x, use_running_average
+
+
+# --- what is computed once -------------------------------------------------------------------------------------------
+
+
+class _Trace(NamedTuple):
+    """What a model does with one image.
+
+    Attributes:
+      layers: path -> the `nn.BatchNorm`, `nn.Conv` or `nn.Dense` there, for each of its calls.
+      folds: path of a batch normalization -> path of the convolution that it is folded into.
+    """
+
+    layers: dict[Path, list[nn.Module]]
+    folds: dict[Path, Path]
+
+
+def _trace(model: nn.Module, variables: Any, image_shape: tuple[int, ...]) -> _Trace:
+    """Runs the model abstractly, with a tag on every input of a batch normalization and output of a convolution."""
+    layers: dict[Path, list[nn.Module]] = defaultdict(list)
+    tags: dict[str, nn.Module] = {}
+
+    def tagged(x: jax.Array, module: nn.Module) -> jax.Array:
+        tag = f"for_inference {len(tags)}"
+        tags[tag] = module
+        return checkpoint_name(x, tag)  # the identity, but visible in the jaxpr
+
+    def interceptor(next_fun: Callable[..., Any], args: Any, kwargs: Any, context: Any) -> Any:
+        module = context.module
+        # A subclass may do anything: it is left alone, and if it has batch statistics, `_transform` raises.
+        if context.method_name != "__call__" or type(module) not in (nn.BatchNorm, nn.Conv, nn.Dense):
+            return next_fun(*args, **kwargs)
+        layers[module.path].append(module)
+        if type(module) is not nn.BatchNorm:
+            return tagged(next_fun(*args, **kwargs), module)
+        x, running = _batch_norm_arguments(*args, **kwargs)
+        if not nn.merge_param("use_running_average", module.use_running_average, running):
+            raise ValueError(f"batch norm {'/'.join(module.path)} does not use its running averages with train=False")
+        if module.axis not in (-1, x.ndim - 1):
+            raise ValueError(f"batch norm {'/'.join(module.path)} has axis={module.axis}, only the last one works")
+        return next_fun(tagged(x, module), running)
+
+    with nn.intercept_methods(interceptor):
+        images = jax.ShapeDtypeStruct((1, *image_shape), jnp.float32)
+        jaxpr = jax.make_jaxpr(lambda *args: model.apply(*args, train=False))(variables, images).jaxpr
+
+    users = defaultdict(list)  # of a variable: the modules that it is tagged for, and None for any other use
+    for equation in jaxpr.eqns:
+        for variable in equation.invars:
+            users[id(variable)].append(tags.get(equation.params.get("name")))
+    for variable in jaxpr.outvars:
+        users[id(variable)].append(None)
+
+    folds = {}
+    for equation in jaxpr.eqns:
+        conv, used_by = tags.get(equation.params.get("name")), users[id(equation.outvars[0])]
+        if type(conv) is nn.Conv and not conv.use_bias and [type(user) for user in used_by] == [nn.BatchNorm]:
+            norm = used_by[0]
+            if len(layers[conv.path]) == len(layers[norm.path]) == 1:  # shared layers could not be folded separately
+                folds[norm.path] = conv.path
+    return _Trace(dict(layers), folds)
+
+
+def _transform(trace: _Trace, variables: Any) -> dict[str, Any]:
+    """The variables of `for_inference`."""
+    params, stats = (flatten_dict(variables.get(name, {})) for name in ("params", "batch_stats"))
+    affine, factors = {}, {}
+    for path, (layer, *_) in trace.layers.items():
+        if type(layer) is nn.BatchNorm:
+            mean, var = (np.asarray(stats.pop((*path, name)), np.float64) for name in ("mean", "var"))
+            scale, bias = (np.asarray(params.pop((*path, name), start), np.float64) for name, start in _STARTS)
+            factor = scale / np.sqrt(var + layer.epsilon)
+            affine[*path, "shift"] = jnp.asarray(bias - mean * factor, jnp.float32)
+            if path in trace.folds:
+                factors[trace.folds[path]] = factor
+            else:
+                affine[*path, "scale"] = jnp.asarray(factor, jnp.float32)
+    if stats:
+        raise ValueError(
+            f"batch statistics {'/'.join(next(iter(stats)))} belong to no nn.BatchNorm that the model calls"
+        )
+
+    for path, (layer, *_) in trace.layers.items():
+        for name in ("kernel", "bias"):
+            value = params.get((*path, name))
+            if value is None:
+                continue
+            dtype = layer.dtype or value.dtype
+            if name == "kernel" and path in factors:
+                value = np.asarray(value, np.float64) * factors[path]  # [..., C, F] * [F]
+            params[*path, name] = jnp.asarray(value, dtype)
+    others = {name: value for name, value in variables.items() if name not in ("params", "batch_stats")}
+    return {**others, "params": unflatten_dict(params), AFFINE: unflatten_dict(affine)}
+
+
+_STARTS = (("scale", 1.0), ("bias", 0.0))  # of batch normalization, also where it has no such parameter
