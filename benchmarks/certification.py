@@ -23,10 +23,10 @@ import jax.numpy as jnp
 import numpy as np
 import torch
 import torch_models
-from rs_consistency.models.inference import for_inference
 
 from rs_consistency import data, models, parallel, voting
 from rs_consistency.files import write_json
+from rs_consistency.models.inference import for_inference
 
 SIGMA = 0.5
 DATASETS = {"lenet": "mnist", "resnet20": "cifar10", "resnet110": "cifar10"}
@@ -168,7 +168,7 @@ def _device_name() -> str:
 
 def _against_rival(name: str, dtype: str, args: argparse.Namespace) -> dict[str, Any]:
     model, variables, twin, shape = _network(name, dtype)
-    apply_fn, variables = for_inference(model, variables)
+    apply_fn, variables = for_inference(model, variables, image_shape=shape)
     _check_twins(apply_fn, variables, twin, shape, tolerance=1e-3 if dtype == "float32" else 0.3)
     image = np.random.default_rng(2).uniform(size=shape).astype(np.float32)
     device = "cuda" if torch.cuda.is_available() and jax.default_backend() == "gpu" else "cpu"
@@ -189,7 +189,7 @@ def _against_rival(name: str, dtype: str, args: argparse.Namespace) -> dict[str,
 def _overhead(name: str, args: argparse.Namespace) -> dict[str, Any]:
     """One image with n votes against n / 1000 images with 1,000: ours both."""
     model, variables, _, shape = _network(name, "float32")
-    apply_fn, variables = for_inference(model, variables)
+    apply_fn, variables = for_inference(model, variables, image_shape=shape)
     image = np.random.default_rng(2).uniform(size=shape).astype(np.float32)
     one = Ours(apply_fn, variables, image, n=args.n, batch_size=None)
     many = Ours(apply_fn, variables, image, n=1000, batch_size=None)

@@ -55,12 +55,20 @@ def test_the_gradients_of_a_matrix_product_are_those_of_the_convolution():
         assert_close(got, np.asarray(want), scale=4)  # the sine of sums that round differently
 
 
-@pytest.mark.parametrize("convolve", [in_pairs, winograd_rows])
 @pytest.mark.parametrize(("image_shape", "features"), [((2, 8, 6, 5), 3), ((1, 4, 2, 16), 16), ((3, 12, 10, 33), 20)])
-def test_the_other_forms_are_the_convolution(convolve, image_shape, features):
+def test_pairs_and_winograd_are_the_convolution(image_shape, features):
     images, kernel = draw(image_shape, (3, 3, image_shape[-1], features))
     want = reference(images, kernel, (1, 1), ((1, 1), (1, 1)))
-    assert_close(convolve(jnp.asarray(images), jnp.asarray(kernel)), want, scale=4)
+    assert_close(in_pairs(jnp.asarray(images), jnp.asarray(kernel)), want)
+    got = winograd_rows(jnp.asarray(images), jnp.asarray(kernel), padding=((1, 1), (1, 1)))
+    assert_close(got, want, scale=2)
+
+
+@pytest.mark.parametrize("padding", [((0, 0), (0, 0)), ((3, 1), (2, 0))])
+def test_winograd_of_five_taps_is_the_convolution(padding):
+    images, kernel = draw((2, 12, 12, 20), (5, 5, 20, 7))
+    got = winograd_rows(jnp.asarray(images), jnp.asarray(kernel), padding=padding)
+    assert_close(got, reference(images, kernel, (1, 1), padding), scale=4)
 
 
 @pytest.mark.parametrize(
@@ -72,6 +80,9 @@ def test_the_other_forms_are_the_convolution(convolve, image_shape, features):
         ((2, 7, 7, 32), 3, 1),
         ((2, 8, 8, 32), 3, 2),
         ((2, 8, 8, 32), 1, 2),
+        ((2, 8, 8, 1), 5, 1),
+        ((2, 8, 8, 20), 5, 1),
+        ((2, 7, 7, 20), 5, 1),
     ],
 )
 @pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])

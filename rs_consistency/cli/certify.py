@@ -27,6 +27,7 @@ from rs_consistency.checkpoints import digest
 from rs_consistency.checks import probability, whole_number
 from rs_consistency.cli.common import Parser, run_main, whole
 from rs_consistency.errors import note
+from rs_consistency.models.inference import for_inference
 from rs_consistency.workdir import finished_step
 
 _SECONDS_BETWEEN_LINES = 30  # of the progress, where stderr is a file
@@ -94,9 +95,10 @@ def _main(argv: Sequence[str] | None) -> None:
         remaining = indices[file.progress.images :]
         images, labels = split.read(remaining)
         model = training.make_model(config)
+        apply_fn, variables = for_inference(model, run.variables, image_shape=info.image_shape)
         votes = voting.count_votes(
-            lambda variables, images: model.apply(variables, images, train=False),
-            run.variables,
+            apply_fn,
+            variables,
             images,
             remaining,
             settings=settings,

@@ -11,6 +11,7 @@ import numpy as np
 from flax.traverse_util import flatten_dict, unflatten_dict
 from jax.ad_checkpoint import checkpoint_name
 
+from rs_consistency.models.convolution import inference_convolution
 from rs_consistency.models.layers import ImageClassifier
 
 Path = tuple[str, ...]  # of a layer in the model, such as ("layer1_0", "bn1")
@@ -27,6 +28,7 @@ def for_inference(
       factors go into the kernel, and a shift, the bias of the convolution, is added in its place.
     - Any other batch normalization becomes one multiplication and one addition.
     - The input normalization of an `ImageClassifier` becomes one multiplication and one addition.
+    - An `nn.Conv` computes by `convolution.inference_convolution`.
     - Parameters of `nn.Conv` and `nn.Dense` are cast to the type that the layer computes in.
 
     The new numbers are computed in float64 and rounded once. Model, layers and types of the activations are those
@@ -73,6 +75,9 @@ def _replace(next_fun: Callable[..., Any], args: Any, kwargs: Any, context: Any)
     if method == "normalize" and isinstance(module, ImageClassifier) and module.mean:
         mean, std = np.float64(module.mean), np.float64(module.std)
         return _multiply_add(args[0], jnp.asarray(1 / std, jnp.float32), jnp.asarray(-mean / std, jnp.float32))
+    if method == "__call__" and type(module) is nn.Conv and module.conv_general_dilated is not inference_convolution:
+        faster = module.clone(parent=None, conv_general_dilated=inference_convolution)
+        return faster.apply({"params": module.variables["params"]}, *args, **kwargs)
     if method == "__call__" and type(module) is nn.BatchNorm:
         if not module.has_variable(AFFINE, "shift"):
             raise ValueError(f"no {AFFINE}/{'/'.join(module.path)} in the variables; use those of for_inference")
