@@ -10,9 +10,9 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from rs_consistency.certificates import COUNT_COLUMNS, HEADER
 from rs_consistency.certification import ABSTAIN
 from rs_consistency.errors import UserError
+from rs_consistency.rows import FIELD_COLUMNS, SCHEMAS
 
 DEFAULT_RADII = (0.0, 0.25, 0.5, 0.75, 1.0, 1.25, 1.5, 1.75, 2.0, 2.25, 2.5)
 _NEEDED = {"idx": int, "label": int, "predict": int, "radius": float, "correct": int}
@@ -65,10 +65,10 @@ def read_certificates(path: Path) -> Certificates:
     names = header.split("\t")
     missing = [name for name in _NEEDED if name not in names]
     if missing:
-        raise UserError(f"{path}: column {', '.join(missing)} is missing; the first line must be {HEADER.split()[:6]}")
+        raise UserError(f"{path}: column {', '.join(missing)} is missing; the first line must be {list(FIELD_COLUMNS)}")
     if not any(lines):
         raise UserError(f"{path} has no images yet; certify some, or leave it out")
-    if set(COUNT_COLUMNS) <= set(names) and not text.endswith("\n"):
+    if any(set(schema.columns) <= set(names) for schema in SCHEMAS.values()) and not text.endswith("\n"):
         raise UserError(f"{path}: the last line is cut off; run certify.py again to complete it")
 
     columns: dict[str, list[Any]] = {name: [] for name in _NEEDED}

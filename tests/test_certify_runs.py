@@ -13,10 +13,10 @@ import pytest
 
 import rs_consistency
 from rs_consistency import data
-from rs_consistency.certificates import HEADER, format_radius, format_time
 from rs_consistency.checkpoints import digest
 from rs_consistency.cli.common import EXIT_INTERRUPTED
 from rs_consistency.models import create_model
+from rs_consistency.rows import CERTIFY, format_radius, format_time
 from tests.helpers import count_lines, damage_checkpoint, final_params, kill_when, rows, start
 
 QUICK = ["--n0=20", "--n=300", "--batch_size=128"]
@@ -130,7 +130,7 @@ def test_going_on_with_another_device_is_recorded(program, trained, tmp_path):
     assert other["device"] == "1 x cpu (cpu)"
 
 
-@pytest.mark.parametrize("content", ["", HEADER[:5], HEADER, HEADER + "0\t7"])
+@pytest.mark.parametrize("content", ["", CERTIFY.header[:5], CERTIFY.header, CERTIFY.header + "0\t7"])
 def test_a_file_killed_before_its_first_line_is_started_again(program, trained, certified, tmp_path, content):
     (tmp_path / "c.json").write_text(
         '{"n": 17, "parameter_digest": ""}'

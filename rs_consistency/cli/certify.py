@@ -11,7 +11,6 @@ import sys
 import time
 from collections.abc import Iterator, Sequence
 from datetime import UTC, datetime
-from importlib import metadata
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +26,9 @@ from rs_consistency.checkpoints import digest
 from rs_consistency.checks import probability, whole_number
 from rs_consistency.cli.common import Parser, run_main, whole
 from rs_consistency.errors import note
+from rs_consistency.rows import CERTIFY, certify_rows
+from rs_consistency.shards import Selection
+from rs_consistency.version import code_version, package_version
 from rs_consistency.workdir import finished_step
 
 _SECONDS_BETWEEN_LINES = 30  # of the progress, where stderr is a file
@@ -81,17 +83,18 @@ def _main(argv: Sequence[str] | None) -> None:
     last_step = finished_step(workdir, config)
     if last_step is not None and run.step < last_step:
         note(f"the training is not finished: step {run.step} of {last_step}; another checkpoint needs another --output")
-    indices = np.arange(0, len(split), skip)[:most]
+    selection = Selection(len(split), skip, most)
     identity = {
         "sigma": settings.sigma, "n0": settings.n0, "n": settings.n, "alpha": alpha, "seed": settings.seed,
-        "skip": skip, "dataset": config.dataset.name, "split": args.split, "data_digest": split.digest(),
+        "bound": "clopper_pearson", "dataset": config.dataset.name, "split": args.split, "data_digest": split.digest(),
         "model": config.model, "dtype": config.dtype, "checkpoint_step": run.step,
         "parameter_digest": digest(run.variables),
     }  # fmt: skip
     output = (args.output or workdir / "certificates.tsv").expanduser()
-    file = CertificateFile(output, identity=identity, about=_about(config, devices), indices=indices.tolist())
+    about = _about(config, devices)
+    file = CertificateFile(output, schema=CERTIFY, identity=identity, about=about, selection=selection)
     try:
-        remaining = indices[file.progress.images :]
+        remaining = file.remaining
         images, labels = split.read(remaining)
         model = training.make_model(config)
         votes = voting.count_votes(
@@ -103,6 +106,7 @@ def _main(argv: Sequence[str] | None) -> None:
             devices=devices,
         )
         _certify(file, votes, remaining, labels, alpha=alpha, sigma=settings.sigma)
+        file.finish()
     finally:
         file.close()
     done = file.progress
@@ -137,27 +141,21 @@ def _certify(
             group = slice(first, first + len(votes.counts))
             result = conclude(*votes, alpha=alpha, sigma=sigma)
             now = time.perf_counter()
-            file.append(indices[group], labels[group], result, (now - before) / len(votes.counts))
+            file.append(certify_rows(indices[group], labels[group], result, (now - before) / len(votes.counts)))
             before = now
             bar.set_postfix(ACR=f"{file.progress.acr:.4f}", refresh=False)
             bar.update(len(votes.counts))
 
 
 def _about(config: ConfigDict, devices: list[jax.Device]) -> dict[str, Any]:
-    versions = {name: _version(name) for name in ("rs-consistency", "jax", "jaxlib", "flax", "numpy", "scipy")}
+    versions = {name: package_version(name) for name in ("rs-consistency", "jax", "jaxlib", "flax", "numpy", "scipy")}
     return {
         "device": f"{len(devices)} x {devices[0].device_kind} ({devices[0].platform})",
         "versions": {"python": platform.python_version(), **versions},
+        **code_version(),
         "started": datetime.now(UTC).isoformat(timespec="seconds"),
         "config": config.to_dict(),
     }
-
-
-def _version(name: str) -> str:
-    try:
-        return metadata.version(name)
-    except metadata.PackageNotFoundError:  # the project itself, run from a checkout that is not installed
-        return "not installed"
 
 
 def main(argv: Sequence[str] | None = None) -> None:
