@@ -10,9 +10,9 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from rs_consistency.certificates import COUNT_COLUMNS, HEADER
 from rs_consistency.certification import ABSTAIN
 from rs_consistency.errors import UserError
+from rs_consistency.rows import CERTIFY, FIELD_COLUMNS, SCHEMAS
 
 DEFAULT_RADII = (0.0, 0.25, 0.5, 0.75, 1.0, 1.25, 1.5, 1.75, 2.0, 2.25, 2.5)
 _NEEDED = {"idx": int, "label": int, "predict": int, "radius": float, "correct": int}
@@ -82,14 +82,14 @@ def read_certificates(path: Path) -> Certificates:
     names = header.split("\t")
     missing = [name for name in _NEEDED if name not in names]
     if missing:
-        raise UserError(f"{path}: column {', '.join(missing)} is missing; the first line must be {HEADER.split()[:6]}")
+        raise UserError(f"{path}: column {', '.join(missing)} is missing; the first line must be {list(FIELD_COLUMNS)}")
     if not any(lines):
         raise UserError(f"{path} has no images yet; certify some, or leave it out")
-    counted = set(COUNT_COLUMNS) <= set(names)
-    if counted and not text.endswith("\n"):
+    counted = set(CERTIFY.columns) <= set(names)
+    if any(set(schema.columns) <= set(names) for schema in SCHEMAS.values()) and not text.endswith("\n"):
         raise UserError(f"{path}: the last line is cut off; run certify.py again to complete it")
 
-    kinds = _NEEDED | dict.fromkeys(COUNT_COLUMNS if counted else (), int)
+    kinds = _NEEDED | dict.fromkeys(CERTIFY.columns if counted else (), int)
     columns: dict[str, list[Any]] = {name: [] for name in kinds}
     places = {name: names.index(name) for name in kinds}
     for number, line in enumerate(lines, start=2):
@@ -108,7 +108,7 @@ def read_certificates(path: Path) -> Certificates:
                 ) from None
     table = Certificates(
         **{name: np.asarray(columns[name]) for name in _NEEDED},
-        counts=Counts(*(np.asarray(columns[name]) for name in COUNT_COLUMNS)) if counted else None,
+        counts=Counts(*(np.asarray(columns[name]) for name in CERTIFY.columns)) if counted else None,
     )
     _check(path, table)
     return table

@@ -1,7 +1,11 @@
 """What differs between backends: compiler options, each with its measured gain."""
 
 import functools
+import hashlib
+import os
+import platform
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import jax
@@ -43,3 +47,24 @@ def repeat(body: Callable[[Any, Any], Any], times: int, start: Any) -> Any:
     for index in range(times):
         value = body(index, value)
     return value
+
+
+def keep_compiled() -> None:
+    """Lets JAX keep what it compiles on disk, so that the next program with the same shapes does not compile again.
+
+    In `$XDG_CACHE_HOME/rs_consistency/xla-...`, a folder for each kind of processor, since code for one may not run on
+    another. A `JAX_COMPILATION_CACHE_DIR` in the environment comes first, as does a folder set in the program.
+    """
+    if jax.config.jax_compilation_cache_dir is None:
+        home = Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser()
+        processor = hashlib.sha256(_processor().encode()).hexdigest()[:12]
+        jax.config.update("jax_compilation_cache_dir", str(home / "rs_consistency" / f"xla-{processor}"))
+
+
+def _processor() -> str:
+    """What code for this processor may depend on."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
+    except OSError:
+        lines = []
+    return "\n".join([platform.machine(), *sorted({line for line in lines if line.startswith(("flags", "Features"))})])

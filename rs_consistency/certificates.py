@@ -1,141 +1,136 @@
-"""The files of a certification: one line per image, and a record of how they were made.
+"""The files of a certification, written; `rs_consistency.tables` says what is in them."""
 
-`NAME.tsv` begins with the six columns that every tool of the field reads, then the counts:
-
-| column | meaning |
-|---|---|
-| idx | number of the image in its split |
-| label | true class |
-| predict | certified class; -1: abstained |
-| radius | certified l2 radius, rounded down; 0 when it abstained |
-| correct | 1 when predict is label |
-| time | h:mm:ss.ffffff spent on the image: the mean of those certified together, compilation included |
-| count0 | votes for the selected class among the n0 that selected it |
-| count | votes for it among the n further ones |
-| count_runner_up | most votes of any other class among those n |
-| selected | the selected class, also when it abstained |
-
-`NAME.json` holds the settings, what was certified, and with what.
-"""
-
-import math
 import os
-from datetime import timedelta
-from decimal import ROUND_FLOOR, Decimal
+import stat
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, BinaryIO, NamedTuple
+from typing import Any, BinaryIO
 
 import numpy as np
 
-from rs_consistency.certification import ABSTAIN, Certification
 from rs_consistency.errors import UserError
-from rs_consistency.files import lock, naming, read_json, write_json
-
-FIELD_COLUMNS = ("idx", "label", "predict", "radius", "correct", "time")
-COUNT_COLUMNS = ("count0", "count", "count_runner_up", "selected")
-HEADER = "\t".join((*FIELD_COLUMNS, *COUNT_COLUMNS)) + "\n"
-_RADIUS_UNIT = Decimal("0.000001")
-
-
-class Progress(NamedTuple):
-    """What a certificate file holds already.
-
-    Attributes:
-      images: whole lines.
-      radius_sum: sum of the written radius times correct over them.
-      correct: lines with correct = 1.
-      abstained: lines with predict = -1.
-    """
-
-    images: int
-    radius_sum: float
-    correct: int
-    abstained: int
-
-    @property
-    def acr(self) -> float:
-        """Average certified radius."""
-        return self.radius_sum / self.images
+from rs_consistency.files import lock, naming, read_json, replace_atomically, write_json
+from rs_consistency.rows import SCHEMAS, Row, Schema
+from rs_consistency.shards import Selection
+from rs_consistency.tables import (
+    PROVENANCE,
+    Progress,
+    check_replaceable,
+    differing_places,
+    finished_entry,
+    in_order,
+    is_as_finished,
+    provenances,
+    read_lines,
+    record_of,
+)
 
 
 class CertificateFile:
-    """A `.tsv` that grows line by line, and its `.json`.
+    """A `.tsv` that grows line by line, in any order, and its `.json`.
 
     What is in it survives a kill: whole lines are kept, a torn last one is cut off, and the next call with the same
-    identity goes on behind them.
+    identity goes on with the images that are missing.
+
+    Attributes:
+      path: of the `.tsv`.
+      progress: what it holds.
+      done: the image numbers that it holds.
     """
 
-    def __init__(self, path: Path, *, identity: dict[str, Any], about: dict[str, Any], indices: list[int]) -> None:
-        """Opens or creates the files, and locks the `.tsv` until the process ends.
+    def __init__(
+        self,
+        path: Path,
+        *,
+        schema: Schema,
+        identity: dict[str, Any],
+        about: dict[str, Any],
+        selection: Selection,
+    ) -> None:
+        """Opens or creates the files, and locks the `.tsv` until it is closed, or the process ends.
 
         Args:
           path: of the `.tsv`.
-          identity: what the lines depend on; a file made with anything else is refused.
-          about: what else to record, such as versions and device.
-          indices: the image numbers, in the order of the lines.
+          schema: what its lines are.
+          identity: what the lines depend on beside mode and selection, in values that JSON keeps; a file made with
+            anything else is refused.
+          about: what else to record: `PROVENANCE`, and more. A `command` is that of the last call that added lines.
+          selection: the images that it is to hold. It may hold more, from a call with a greater `most`.
 
         Raises:
-          UserError: for a file with another identity (the differing keys are named), of another origin, or in use.
+          UserError: for a file with another identity (the differing keys are named), of another origin, or in use; for
+            lines of other images, or twice of one; for a finished file that was changed.
         """
-        self.path, record_path = path, record_of(path)
+        self.path, self._record_path, self._schema = path, record_of(path), schema
+        self._wanted = set(selection.indices().tolist())
+        identity = {"mode": schema.name, **identity, **selection.identity()}
+        self._record = {**identity, "identity": list(identity), "max": selection.size, **about}
         if not path.parent.is_dir():
             raise UserError(f"output={path}: its folder does not exist; create it, or choose another --output")
         if path.exists() and not path.is_file():
             raise UserError(f"output={path} is not a regular file; give the name of a .tsv file")
-        self._file: BinaryIO = open(os.open(path, os.O_RDWR | os.O_CREAT, 0o666), "r+b", buffering=0)  # noqa: SIM115
+        self._file = _open_locked(path)
         try:
-            lock(self._file.fileno(), f"output={path}")
             content = self._file.read()
             whole = content[: content.rfind(b"\n") + 1]
-            header = HEADER.encode()
-            if header.startswith(content) or whole == header:  # new, or killed before the first image was done
-                _check_replaceable(record_path)
+            headers = [kind.header.encode() for kind in SCHEMAS.values()]
+            rows: dict[int, Row] = {}
+            if whole in headers or any(header.startswith(content) for header in headers):
+                # New, or killed before the first image was done.
+                check_replaceable(self._record_path)
                 self._file.truncate(0)
                 self._file.seek(0)
-                write_json(record_path, {**identity, **about})
-                self._write(HEADER)
-                self.progress = Progress(0, 0.0, 0, 0)
+                write_json(self._record_path, self._record)
+                self._write(schema.header)
             elif whole:
-                self._check_record(record_path, identity, about)
-                self.progress = _check_lines(path, whole.decode("utf-8", "replace"), indices)
+                recorded = self._read_record(identity)
+                rows = read_lines(path, whole, schema, selection.admitted(), finished="finished" in recorded)
+                _check_unchanged(path, recorded, whole, len(rows))
+                self._go_on(recorded, about, selection, rows.keys())
                 self._file.truncate(len(whole))
                 self._file.seek(len(whole))
             else:
                 raise UserError(f"{path} is not a certificate file; choose another --output")
+            self.done = set(rows)
+            self.progress = Progress().plus(rows.values())
         except BaseException:
             self._file.close()
             raise
 
-    def append(self, indices: np.ndarray, labels: np.ndarray, result: Certification, seconds: float) -> None:
-        """Adds a line for each image of a group, in one write.
+    @property
+    def remaining(self) -> np.ndarray:
+        """`[B]` the images of the selection that it does not hold yet, int64, ascending."""
+        return np.asarray(sorted(self._wanted - self.done), np.int64)
 
-        Args:
-          indices: `[G]` image numbers.
-          labels: `[G]` true classes.
-          result: of those images.
-          seconds: spent on each image, on average.
+    def append(self, rows: Iterable[Mapping[str, Any] | Sequence[Any]]) -> None:
+        """Adds a line for each row, in one write; see `Schema.line`.
+
+        Raises:
+          ValueError: for an image that it holds already or is not to hold, or a value that its column cannot hold.
         """
-        selected = result.counts0.argmax(axis=1)
-        others = result.counts.copy()
-        np.put_along_axis(others, selected[:, None], -1, axis=1)
-        correct = result.prediction == labels
-        radii = [format_radius(radius) for radius in result.radius]
-        lines = []
-        for i, index in enumerate(indices):
-            columns = (
-                index, labels[i], result.prediction[i], radii[i], int(correct[i]),
-                format_time(seconds), result.counts0[i, selected[i]], result.counts[i, selected[i]],
-                max(others[i].max(), 0), selected[i],
-            )  # fmt: skip
-            lines.append("\t".join(map(str, columns)) + "\n")
+        lines = [self._schema.line(row) for row in rows]
+        parsed = [self._schema.parse(line[:-1]) for line in lines]
+        new = [row["idx"] for row in parsed]
+        if len(set(new)) < len(new) or not self._wanted.issuperset(new) or not self.done.isdisjoint(new):
+            raise ValueError(f"images {new}: not each one that the file lacks, once")
         self._write("".join(lines))
-        before = self.progress
-        self.progress = Progress(
-            before.images + len(lines),
-            before.radius_sum + sum(float(radius) for radius, right in zip(radii, correct, strict=True) if right),
-            before.correct + int(correct.sum()),
-            before.abstained + int((result.prediction == ABSTAIN).sum()),
-        )
+        self.done.update(new)
+        self.progress = self.progress.plus(parsed)
+
+    def finish(self) -> None:
+        """Puts the lines in the order of idx and, when every image is there, records that and the table's digest.
+
+        A kill leaves the old table or the new one; the next call finishes again.
+        """
+        self._file.seek(0)
+        content = self._file.read()
+        ordered = in_order(content)
+        if ordered != content:
+            self._replace(ordered)
+        whole = self.done == set(Selection.of_record(self._record).indices().tolist())
+        if whole and "finished" not in self._record:
+            self._record["finished"] = finished_entry(ordered)
+            write_json(self._record_path, self._record)
 
     def close(self) -> None:
         """Closes the file and gives up the lock."""
@@ -144,87 +139,111 @@ class CertificateFile:
     def _write(self, text: str) -> None:
         """Writes all or, as far as the disk allows, nothing: half a line is taken back."""
         start = self._file.tell()
-        rest = memoryview(text.encode())
         try:
             with naming(self.path):
-                while rest:
-                    rest = rest[self._file.write(rest) :]
-                os.fsync(self._file.fileno())
+                _write_all(self._file, text.encode())
         except OSError:
             self._file.truncate(start)
+            self._file.seek(start)
             raise
 
-    def _check_record(self, record_path: Path, identity: dict[str, Any], about: dict[str, Any]) -> None:
-        if not record_path.is_file():
-            raise UserError(f"{self.path} has no {record_path.name} that says how it was made; choose another --output")
-        recorded = read_json(record_path)
+    def _replace(self, content: bytes) -> None:
+        """Replaces the table by a new file, which is locked before it has the name: nobody comes in between."""
+        target = Path(os.path.realpath(self.path))  # of a link, what it points to
+        new = None
+        try:
+            with replace_atomically(target) as temporary:
+                new = _open(temporary, os.O_TRUNC)
+                lock(new.fileno(), f"output={temporary}")
+                os.fchmod(new.fileno(), stat.S_IMODE(os.fstat(self._file.fileno()).st_mode))
+                _write_all(new, content)
+        except BaseException:
+            if new is not None:
+                new.close()
+            raise
+        self._file.close()
+        self._file = new
+
+    def _read_record(self, identity: dict[str, Any]) -> dict[str, Any]:
+        """The record beside the table; a `UserError` when it is not one of this identity."""
+        if not self._record_path.is_file():
+            raise UserError(
+                f"{self.path} has no {self._record_path.name} that says how it was made; choose another --output"
+            )
+        recorded = read_json(self._record_path)
+        missing = [key for key in (*identity, "max") if key not in recorded]
+        if missing:
+            raise UserError(
+                f"{self.path} was made by another version of this program ({self._record_path.name} lacks"
+                f" {', '.join(missing)}); choose another --output, or delete it"
+            )
         differing = [
-            f"{key}: {recorded.get(key)!r} -> {value!r}"
-            for key, value in identity.items()
-            if recorded.get(key) != value
+            f"{key}: {recorded[key]!r} -> {value!r}" for key, value in identity.items() if recorded[key] != value
         ]
         if differing:
             raise UserError(
                 f"{self.path} was made with other settings ({'; '.join(differing)}); choose another --output,"
                 " or delete it"
             )
-        continued = recorded.setdefault("continued_with", [])
-        here = {key: about[key] for key in ("device", "versions")}
-        if here not in [{key: made.get(key) for key in here} for made in (recorded, *continued)]:
-            write_json(record_path, {**recorded, "continued_with": [*continued, here]})
+        return recorded
+
+    def _go_on(
+        self, recorded: dict[str, Any], about: dict[str, Any], selection: Selection, done: Iterable[int]
+    ) -> None:
+        """Brings the record up to date before lines are added."""
+        self._record = record = dict(recorded)
+        done = set(done)
+        if done <= self._wanted:  # else the file is to hold more than this call asks for
+            record["max"] = selection.size
+        if not done >= set(Selection.of_record(record).indices().tolist()):
+            record.pop("finished", None)
+        if not done >= self._wanted:
+            here = {key: about[key] for key in PROVENANCE if key in about}
+            if all(differing_places(here, place) for place in provenances(record)):
+                record["continued_with"] = [*record.get("continued_with", []), here]
+            if "command" in about:
+                record["command"] = about["command"]
+        if record != recorded:
+            write_json(self._record_path, record)
 
 
-def record_of(path: Path) -> Path:
-    """The `.json` beside a `.tsv`; a `UserError` for a file of another name, whose record others might share."""
-    if path.suffix != ".tsv":
-        raise UserError(f"output={path}: the name must end in .tsv; the record beside it ends in .json")
-    return path.with_suffix(".json")
-
-
-def _check_replaceable(record_path: Path) -> None:
-    """A record of a certification without images may be replaced, a file of anything else not."""
-    if record_path.exists() and "parameter_digest" not in read_json(record_path):
-        raise UserError(f"{record_path} is there already and is no record of a certification; choose another --output")
-
-
-def format_radius(radius: float) -> str:
-    """Six decimals, rounded down: a printed radius never exceeds the certified one."""
-    return str(Decimal(float(radius)).quantize(_RADIUS_UNIT, rounding=ROUND_FLOOR))
-
-
-def format_time(seconds: float) -> str:
-    """h:mm:ss.ffffff."""
-    whole, micro = divmod(timedelta(seconds=seconds) // timedelta(microseconds=1), 1_000_000)
-    return f"{whole // 3600}:{whole // 60 % 60:02d}:{whole % 60:02d}.{micro:06d}"
-
-
-def _check_lines(path: Path, text: str, indices: list[int]) -> Progress:
-    """The progress in whole lines; a `UserError` when they are not those that this call would write."""
-    header, *lines = text.splitlines()
-    if header + "\n" != HEADER:
-        raise UserError(f"{path} has the columns {header!r}, not those of this program; choose another --output")
-    progress = Progress(0, 0.0, 0, 0)
-    for number, line in enumerate(lines):
-        columns = line.split("\t")
-        try:
-            index, predict, radius, correct = (
-                int(columns[0]),
-                int(columns[2]),
-                float(columns[3]),
-                int(columns[4]),
-            )
-            damaged = len(columns) != len(HEADER.split("\t")) or not 0 <= radius < math.inf or correct not in (0, 1)
-        except (ValueError, IndexError):
-            damaged = True
-        if damaged or (number < len(indices) and index != indices[number]):
-            raise UserError(
-                f"{path}, line {number + 2}, is not what this program wrote ({line[:60]!r}); choose another --output,"
-                " or delete the file from that line on"
-            )
-        progress = Progress(
-            progress.images + 1,
-            progress.radius_sum + radius * correct,
-            progress.correct + correct,
-            progress.abstained + (predict == ABSTAIN),
+def _check_unchanged(path: Path, record: dict[str, Any], content: bytes, images: int) -> None:
+    """A finished table may have lost its last lines, which are made again; anything else is a change."""
+    if "finished" in record and not is_as_finished(path, record, content) and images >= record["finished"]["images"]:
+        raise UserError(
+            f"{path} was changed after it was finished (its SHA-256 is not the one in {record_of(path).name});"
+            " restore it from a copy, or delete it"
         )
-    return progress
+
+
+def _open_locked(path: Path) -> BinaryIO:
+    """Opens or creates a file and locks it; what was replaced between the two is opened again."""
+    while True:
+        file = _open(path)
+        try:
+            lock(file.fileno(), f"output={path}")
+            if _has_name(file, path):
+                return file
+        except BaseException:
+            file.close()
+            raise
+        file.close()
+
+
+def _open(path: Path, flags: int = 0) -> BinaryIO:
+    return open(os.open(path, os.O_RDWR | os.O_CREAT | flags, 0o666), "r+b", buffering=0)
+
+
+def _has_name(file: BinaryIO, path: Path) -> bool:
+    """Whether an open file is what the path names."""
+    try:
+        return os.path.samestat(os.fstat(file.fileno()), path.stat())
+    except FileNotFoundError:
+        return False
+
+
+def _write_all(file: BinaryIO, content: bytes) -> None:
+    rest = memoryview(content)
+    while rest:
+        rest = rest[file.write(rest) :]
+    os.fsync(file.fileno())

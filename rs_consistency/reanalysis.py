@@ -12,15 +12,15 @@ import numpy as np
 from rs_consistency import checks
 from rs_consistency.analysis import Certificates, Counts, certificate_path, read_certificates
 from rs_consistency.bounds import BOUNDS, Certified, certify_votes, radius_ceiling
-from rs_consistency.certificates import COUNT_COLUMNS, format_radius
 from rs_consistency.certification import ABSTAIN
 from rs_consistency.errors import UserError
 from rs_consistency.files import read_json
 from rs_consistency.noise import MAX_SEED, bound_uniform
+from rs_consistency.rows import CERTIFY, format_radius
 from rs_consistency.voting import MAX_INDEX
 
 P_A_QUANTILES = (0.05, 0.25, 0.5, 0.75, 0.95)
-_MODE = "certify"  # of the records that can be analysed here; those without a mode are older, and of this one
+_MODE = CERTIFY.name  # of the records that can be analysed here; those without a mode are older, and of this one
 
 
 class Settings(NamedTuple):
@@ -150,7 +150,7 @@ def summarize_votes(evidence: Evidence | None) -> dict[str, Any]:
 def _read_settings(path: Path, table: Certificates) -> tuple[Settings | None, str]:
     """What the record says; or None, and what is missing."""
     if table.counts is None:
-        return None, f"has no columns {', '.join(COUNT_COLUMNS)}, as certify.py writes them"
+        return None, f"has no columns {', '.join(CERTIFY.columns)}, as certify.py writes them"
     record_path = path.with_suffix(".json")
     if path.suffix != ".tsv" or not record_path.is_file():
         return None, f"has no {record_path.name} beside it that says how it was made"

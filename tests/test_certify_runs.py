@@ -12,11 +12,11 @@ import numpy as np
 import pytest
 
 import rs_consistency
-from rs_consistency import data
-from rs_consistency.certificates import HEADER, format_radius, format_time
+from rs_consistency import certificates, data
 from rs_consistency.checkpoints import digest
 from rs_consistency.cli.common import EXIT_INTERRUPTED
 from rs_consistency.models import create_model
+from rs_consistency.rows import CERTIFY, format_radius, format_time
 from tests.helpers import count_lines, damage_checkpoint, final_params, kill_when, rows, start
 
 QUICK = ["--n0=20", "--n=300", "--batch_size=128"]
@@ -130,7 +130,7 @@ def test_going_on_with_another_device_is_recorded(program, trained, tmp_path):
     assert other["device"] == "1 x cpu (cpu)"
 
 
-@pytest.mark.parametrize("content", ["", HEADER[:5], HEADER, HEADER + "0\t7"])
+@pytest.mark.parametrize("content", ["", CERTIFY.header[:5], CERTIFY.header, CERTIFY.header + "0\t7"])
 def test_a_file_killed_before_its_first_line_is_started_again(program, trained, certified, tmp_path, content):
     (tmp_path / "c.json").write_text(
         '{"n": 17, "parameter_digest": ""}'
@@ -285,18 +285,27 @@ def test_a_damaged_newest_checkpoint_is_stepped_over_and_left_alone(trained, tmp
     assert (workdir / "checkpoints" / "14").is_dir()
 
 
-def test_a_full_disk_loses_no_whole_line(program, trained, certified, tmp_path):
+def test_a_full_disk_loses_no_whole_line(program, trained, certified, tmp_path, monkeypatch):
     output = tmp_path / "c.tsv"
     command = [f"--workdir={trained}", *QUICK, "--skip=2"]
     # A limit on the size of files stands in for the disk: room for two or three more lines.
     program.succeeds("cli.certify", *command, f"--output={output}", "--max=10")
     limit = output.stat().st_size + 100
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    write_json = certificates.write_json
+
+    def write_record(*args):  # which is larger than the limit
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+        write_json(*args)
+        resource.setrlimit(resource.RLIMIT_FSIZE, (limit, hard))
+
+    monkeypatch.setattr(certificates, "write_json", write_record)
     try:
         resource.setrlimit(resource.RLIMIT_FSIZE, (limit, hard))
         error = program.fails("cli.certify", *command, f"--output={output}")
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+        monkeypatch.undo()
     assert f"{output}: File too large; free space and run the same command again" in error
     assert output.read_bytes().endswith(b"\n") and len(rows(output)) >= 11
     program.succeeds("cli.certify", *command, f"--output={output}")

@@ -4,14 +4,19 @@
 
 For every image: the class that the smoothed classifier predicts, and an l2 radius within which, with probability
 1 - alpha, no perturbation changes it. Writes certificates.tsv (a line per image) and certificates.json.
+
+    python certify.py --workdir=runs/mnist --mode=decide --radius=0.5     only whether it is certified at one radius
+    python certify.py --workdir=runs/mnist --mode=predict                 only the class, or abstention
+    python certify.py --workdir=runs/mnist --verify=20                    draws 20 lines of the file again
+    python certify.py --workdir=runs/mnist --shard=2/5                    one fifth, on one of five machines
+    python certify.py --merge certificates-?-of-5.tsv --output=all.tsv    the fifths together
 """
 
+import math
 import platform
 import sys
-import time
 from collections.abc import Iterator, Sequence
 from datetime import UTC, datetime
-from importlib import metadata
 from pathlib import Path
 from typing import Any
 
@@ -20,29 +25,43 @@ import numpy as np
 from ml_collections import ConfigDict
 from tqdm import tqdm
 
-from rs_consistency import data, parallel, runs, training, voting
+from rs_consistency import audit, data, parallel, runs, training
+from rs_consistency.backend import keep_compiled
+from rs_consistency.bounds import BOUNDS
 from rs_consistency.certificates import CertificateFile
-from rs_consistency.certification import conclude
+from rs_consistency.certify_run import FILES, Question, answer, make_question, question_of_record
 from rs_consistency.checkpoints import digest
-from rs_consistency.checks import probability, whole_number
-from rs_consistency.cli.common import Parser, run_main, whole
-from rs_consistency.errors import note
+from rs_consistency.checks import one_of, whole_number
+from rs_consistency.cli.common import EXIT_NOT_REPRODUCED, Parser, run_main, whole
+from rs_consistency.errors import UserError, note
+from rs_consistency.merging import merge
+from rs_consistency.models import DTYPES
 from rs_consistency.models.inference import for_inference
+from rs_consistency.rows import CERTIFY, DECIDE, SCHEMAS, Row
+from rs_consistency.shards import Selection, parse_shard
+from rs_consistency.tables import PROVENANCE, read_table
+from rs_consistency.version import code_version, package_version
 from rs_consistency.workdir import finished_step
 
 _SECONDS_BETWEEN_LINES = 30  # of the progress, where stderr is a file
+_VALUES_AT_ONCE = 2**28  # pixel values of the images that are read at once: 1,783 of 224 x 224 x 3
 
 
 def _parser() -> Parser:
     parser = Parser(prog="certify.py", description=__doc__)
     add = parser.add_argument
-    add("--workdir", required=True, type=Path, help="folder of a run of train.py")
-    add("--n0", type=whole, default=100, help="votes that choose the class (default: %(default)s)")
-    add("--n", type=whole, default=100_000, help="further votes that measure it (default: %(default)s)")
+    add("--workdir", type=Path, help="folder of a run of train.py")
+    add("--mode", default=CERTIFY.name, help=f"{', '.join(SCHEMAS)} (default: %(default)s)")
+    add("--radius", type=float, help="of --mode=decide")
+    add("--bound", help=f"of --mode=certify: {', '.join(BOUNDS)} (default: {BOUNDS[0]})")
+    add("--n0", type=whole, help="votes that choose the class (default: 100)")
+    add("--n", type=whole, default=100_000, help="further votes, in mode decide at most so many (default: %(default)s)")
     add("--alpha", type=float, default=0.001, help="error probability of a certificate (default: %(default)s)")
     add("--sigma", type=float, help="standard deviation of the noise (default: the one used in training)")
+    add("--dtype", help=f"what the model computes in: {', '.join(DTYPES)} (default: as in training)")
     add("--skip", type=whole, default=1, help="certify every SKIP-th image (default: %(default)s)")
     add("--max", type=whole, help="certify at most so many images (default: all)")
+    add("--shard", help="I/K: only share I of K of these images")
     add("--split", default="test", help="train or test (default: %(default)s)")
     add("--seed", type=whole, default=0, help="of the noise (default: %(default)s)")
     add("--batch_size", type=whole, help="noisy images at a time; no effect on the votes (default: by device)")
@@ -54,112 +73,182 @@ def _parser() -> Parser:
     )
     add("--data_dir", default="", help="folder of the prepared dataset (default: as in training)")
     add("--cache_dir", default="", help="folder of decoded images (default: as in training)")
-    add("--output", type=Path, help="the file to write (default: WORKDIR/certificates.tsv)")
+    add("--output", type=Path, help="the file to write, or to verify (default: by mode and shard, in the workdir)")
+    add("--verify", type=whole, metavar="K", help="draw K random lines of the file again, with the settings it names")
+    add("--verify_seed", type=whole, help="which lines (default: nobody can know)")
+    add("--merge", nargs="+", type=Path, metavar="FILE", help="put the files of all shards together, into --output")
     return parser
 
 
 def _main(argv: Sequence[str] | None) -> None:
     args = _parser().parse_args(argv)
-    workdir = args.workdir.expanduser()
-    config = runs.read_valid_config(workdir)
-    info = data.dataset_info(config.dataset.name)
-    devices = parallel.choose_devices(args.num_devices)
-    alpha = probability("alpha", args.alpha)
-    settings = voting.vote_settings(
-        sigma=config.sigma if args.sigma is None else args.sigma, num_classes=info.num_classes, n0=args.n0, n=args.n,
-        seed=args.seed, batch_size=args.batch_size, image_shape=info.image_shape, platform=devices[0].platform,
+    if args.merge:
+        if args.output is None:
+            raise UserError("merge needs the file to write: add --output=FILE.tsv")
+        output = args.output.expanduser()
+        done = merge([path.expanduser() for path in args.merge], output)
+        print(f"{output}: {done.images} images of {len(args.merge)} shards\nnext: python analyze.py {output}")
+        return
+    if args.workdir is None:
+        raise UserError("workdir is missing: add --workdir=FOLDER of a run of train.py, or --merge")
+    keep_compiled()
+    if args.verify is not None:
+        _verify(args)
+    else:
+        _answer_all(args)
+
+
+class _Classifier:
+    """The classifier of a run and the data to ask it about."""
+
+    def __init__(self, args: Any, *, split: str) -> None:
+        self.workdir = args.workdir.expanduser()
+        self.config = runs.read_valid_config(self.workdir)
+        if args.dtype is not None:
+            one_of("dtype", args.dtype, DTYPES)
+            self.config.dtype = args.dtype
+        self.info = data.dataset_info(self.config.dataset.name)
+        self.devices = parallel.choose_devices(args.num_devices)
+        self._args, self._split = args, split
+
+    def read(self) -> None:
+        """Reads checkpoint and data; separate, since whatever can be wrong with the settings is told first."""
+        places, args = self.config.dataset, self._args
+        self.split = data.open_split(
+            places.name, self._split,
+            data_dir=args.data_dir or places.data_dir, cache_dir=args.cache_dir or places.cache_dir,
+        )  # fmt: skip
+        run = runs.restore(self.workdir, self.devices)
+        self.step = run.step
+        self.binding = {
+            "dataset": places.name, "split": self._split, "data_digest": self.split.digest(),
+            "model": self.config.model, "dtype": self.config.dtype, "checkpoint_step": run.step,
+            "parameter_digest": digest(run.variables),
+        }  # fmt: skip
+        model = training.make_model(self.config)
+        self._apply_fn, self._variables = for_inference(model, run.variables, image_shape=self.info.image_shape)
+
+    def answers(self, question: Question, indices: np.ndarray) -> Iterator[list[Row]]:
+        """Rows about the images, which are read a part at a time."""
+        at_once = max(1, _VALUES_AT_ONCE // math.prod(self.info.image_shape))
+        for first in range(0, len(indices), at_once):
+            part = indices[first : first + at_once]
+            images, labels = self.split.read(part)
+            yield from answer(question, self._apply_fn, self._variables, images, part, labels, devices=self.devices)
+
+    @property
+    def platform(self) -> str:
+        """Of the devices: cpu, gpu or tpu."""
+        return self.devices[0].platform
+
+
+def _answer_all(args: Any) -> None:
+    classifier = _Classifier(args, split=args.split)
+    config = classifier.config
+    question = make_question(
+        args.mode, sigma=config.sigma if args.sigma is None else args.sigma, n0=args.n0, n=args.n, alpha=args.alpha,
+        seed=args.seed, bound=args.bound, radius=args.radius, batch_size=args.batch_size,
+        info=classifier.info, platform=classifier.platform,
     )  # fmt: skip
     skip = whole_number("skip", args.skip, at_least=1)
     most = None if args.max is None else whole_number("max", args.max, at_least=1)
-
-    split = data.open_split(
-        config.dataset.name,
-        args.split,
-        data_dir=args.data_dir or config.dataset.data_dir,
-        cache_dir=args.cache_dir or config.dataset.cache_dir,
-    )
-    run = runs.restore(workdir, devices)
-    last_step = finished_step(workdir, config)
-    if last_step is not None and run.step < last_step:
-        note(f"the training is not finished: step {run.step} of {last_step}; another checkpoint needs another --output")
-    indices = np.arange(0, len(split), skip)[:most]
-    identity = {
-        "sigma": settings.sigma, "n0": settings.n0, "n": settings.n, "alpha": alpha, "seed": settings.seed,
-        "skip": skip, "dataset": config.dataset.name, "split": args.split, "data_digest": split.digest(),
-        "model": config.model, "dtype": config.dtype, "checkpoint_step": run.step,
-        "parameter_digest": digest(run.variables),
-    }  # fmt: skip
-    output = (args.output or workdir / "certificates.tsv").expanduser()
-    file = CertificateFile(output, identity=identity, about=_about(config, devices), indices=indices.tolist())
-    try:
-        remaining = indices[file.progress.images :]
-        images, labels = split.read(remaining)
-        model = training.make_model(config)
-        apply_fn, variables = for_inference(model, run.variables, image_shape=info.image_shape)
-        votes = voting.count_votes(
-            apply_fn,
-            variables,
-            images,
-            remaining,
-            settings=settings,
-            devices=devices,
+    shard = None if args.shard is None else parse_shard(args.shard)
+    classifier.read()
+    last_step = finished_step(classifier.workdir, config)
+    if last_step is not None and classifier.step < last_step:
+        note(
+            f"the training is not finished: step {classifier.step} of {last_step}; another checkpoint needs another"
+            " --output"
         )
-        _certify(file, votes, remaining, labels, alpha=alpha, sigma=settings.sigma)
+    selection = Selection(len(classifier.split), skip, most, shard)
+    output = _output(args, question.schema.name)
+    file = CertificateFile(
+        output, schema=question.schema, identity={**question.identity(), **classifier.binding},
+        about=_about(config, classifier.devices), selection=selection,
+    )  # fmt: skip
+    try:
+        _fill(file, classifier.answers(question, file.remaining))
+        file.finish()
     finally:
         file.close()
-    done = file.progress
-    print(
-        f"{output}: {done.images} images, ACR {done.acr:.4f},"
-        f" accuracy {done.correct / done.images:.4f}, abstained {done.abstained}\n"
-        f"next: python analyze.py {output}"
-    )
+    print(_summary(file, question))
 
 
-def _certify(
-    file: CertificateFile,
-    groups: Iterator[voting.Votes],
-    indices: np.ndarray,
-    labels: np.ndarray,
-    *,
-    alpha: float,
-    sigma: float,
-) -> None:
-    """Adds the images that the file does not hold yet, group by group."""
-    done_before = file.progress.images
+def _fill(file: CertificateFile, answers: Iterator[list[Row]]) -> None:
+    """Adds the images that the file does not hold yet, as their answers come."""
+    done_before, remaining = file.progress.images, len(file.remaining)
     if done_before:
         note(f"{file.path} holds {done_before} images already")
     bar = tqdm(
-        total=done_before + len(indices), initial=done_before, desc="certifying", unit="img",
+        total=done_before + remaining, initial=done_before, desc="certifying", unit="img",
         mininterval=0.5 if sys.stderr.isatty() else _SECONDS_BETWEEN_LINES,
     )  # fmt: skip
     with bar:
-        before = time.perf_counter()
-        for votes in groups:
-            first = file.progress.images - done_before
-            group = slice(first, first + len(votes.counts))
-            result = conclude(*votes, alpha=alpha, sigma=sigma)
-            now = time.perf_counter()
-            file.append(indices[group], labels[group], result, (now - before) / len(votes.counts))
-            before = now
+        for rows in answers:
+            file.append(rows)
             bar.set_postfix(ACR=f"{file.progress.acr:.4f}", refresh=False)
-            bar.update(len(votes.counts))
+            bar.update(len(rows))
+
+
+def _summary(file: CertificateFile, question: Question) -> str:
+    done = file.progress
+    if question.schema is DECIDE:
+        rows = read_table(file.path).rows.values()
+        number = {word: sum(row["decision"] == word for row in rows) for word in ("not_certified", "undecided")}
+        votes = sum(row["votes"] for row in rows) / done.images
+        return (
+            f"{file.path}: {done.images} images, at radius {question.radius:g} certified"
+            f" {done.images - done.abstained} (of the right class {done.correct}), not certified"
+            f" {number['not_certified']}, undecided {number['undecided']}; {votes:.0f} votes a decision, n0 ="
+            f" {question.votes.n0} more"
+        )
+    measures = f"accuracy {done.correct / done.images:.4f}, abstained {done.abstained}"
+    if question.schema is CERTIFY:
+        measures = f"ACR {done.acr:.4f}, {measures}\nnext: python analyze.py {file.path}"
+    return f"{file.path}: {done.images} images, {measures}"
+
+
+def _verify(args: Any) -> None:
+    """Draws some lines of a file again, with the settings of its record."""
+    table = read_table(_output(args, args.mode))
+    chosen = audit.choose_lines(table, args.verify, args.verify_seed)
+    classifier = _Classifier(args, split=table.record.get("split", "test"))
+    if args.dtype is None and table.record.get("dtype") in DTYPES:
+        classifier.config.dtype = table.record["dtype"]
+    question = question_of_record(
+        table.record, info=classifier.info, platform=classifier.platform, batch_size=args.batch_size
+    )
+    classifier.read()
+    audit.check_binding(table, classifier.binding)
+    here = {key: value for key, value in _about(classifier.config, classifier.devices).items() if key in PROVENANCE}
+    redrawn: list[Row] = []
+    with tqdm(total=len(chosen), desc="drawing again", unit="img") as bar:
+        for rows in classifier.answers(question, chosen):
+            redrawn += rows
+            bar.update(len(rows))
+    report = audit.compare(table, redrawn, here)
+    print(report.text())
+    if not report.ok:
+        raise SystemExit(EXIT_NOT_REPRODUCED)
+
+
+def _output(args: Any, mode: str) -> Path:
+    if args.output is not None:
+        return args.output.expanduser()
+    one_of("mode", mode, FILES)
+    shard = "" if args.shard is None else parse_shard(args.shard).suffix
+    return args.workdir.expanduser() / f"{FILES[mode]}{shard}.tsv"
 
 
 def _about(config: ConfigDict, devices: list[jax.Device]) -> dict[str, Any]:
-    versions = {name: _version(name) for name in ("rs-consistency", "jax", "jaxlib", "flax", "numpy", "scipy")}
+    versions = {name: package_version(name) for name in ("rs-consistency", "jax", "jaxlib", "flax", "numpy", "scipy")}
     return {
         "device": f"{len(devices)} x {devices[0].device_kind} ({devices[0].platform})",
         "versions": {"python": platform.python_version(), **versions},
+        **code_version(),
         "started": datetime.now(UTC).isoformat(timespec="seconds"),
         "config": config.to_dict(),
     }
-
-
-def _version(name: str) -> str:
-    try:
-        return metadata.version(name)
-    except metadata.PackageNotFoundError:  # the project itself, run from a checkout that is not installed
-        return "not installed"
 
 
 def main(argv: Sequence[str] | None = None) -> None:

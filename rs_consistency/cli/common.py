@@ -14,6 +14,7 @@ from absl import logging as absl_logging
 
 from rs_consistency.errors import UserError
 
+EXIT_NOT_REPRODUCED = 1
 EXIT_USER_ERROR = 2
 EXIT_BROKEN_PIPE = 141
 EXIT_INTERRUPTED = 130

@@ -1,0 +1,435 @@
+"""Certificate files: rows of every kind, any order, kills, foreign lines, what the record says."""
+
+import fcntl
+import hashlib
+import json
+import os
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from rs_consistency import certificates, version
+from rs_consistency.certificates import CertificateFile
+from rs_consistency.certification import Certification
+from rs_consistency.errors import UserError
+from rs_consistency.rows import CERTIFY, DECIDE, PREDICT, certify_rows, decide_rows, format_time, predict_rows
+from rs_consistency.shards import Selection, parse_shard
+from rs_consistency.tables import provenances, read_table
+from tests.helpers import ROOT
+
+IDENTITY = {"sigma": 0.5, "n0": 10, "n": 100, "alpha": 0.001, "bound": "clopper_pearson", "parameter_digest": "ab"}
+ABOUT = {"device": "1 x cpu", "versions": {"jax": "1"}, "code_digest": "c0"}
+ALL = Selection(split_size=20, skip=2)
+
+
+def opened(path, *, schema=CERTIFY, selection=ALL, about=ABOUT, **changed):
+    return CertificateFile(path, schema=schema, identity={**IDENTITY, **changed}, about=about, selection=selection)
+
+
+def row(index):
+    """A line that depends on the image alone."""
+    return {
+        "idx": index, "label": index % 3, "predict": index % 3 if index % 4 else -1, "radius": index / 7,
+        "correct": int(index % 4 != 0), "time": 0.5 + index, "count0": 9, "count": 90, "count_runner_up": 7,
+        "selected": index % 3,
+    }  # fmt: skip
+
+
+def text(indices):
+    return CERTIFY.header + "".join(CERTIFY.line(row(index)) for index in indices)
+
+
+def complete(path, **options):
+    file = opened(path, **options)
+    file.append(row(index) for index in file.remaining)
+    file.finish()
+    file.close()
+    return json.loads(path.with_suffix(".json").read_text())
+
+
+@pytest.fixture
+def path(tmp_path):
+    return tmp_path / "c.tsv"
+
+
+def test_rows_of_a_certification_by_hand():
+    counts = np.array([[5, 90, 5], [40, 30, 30]])
+    result = Certification(np.array([1, -1]), np.array([0.4, 0.0]), np.array([[0, 10, 0], [5, 5, 0]]), counts)
+    lines = [CERTIFY.line(each) for each in certify_rows(np.array([4, 7]), np.array([1, 0]), result, 0.25)]
+    assert lines == [
+        "4\t1\t1\t0.400000\t1\t0:00:00.250000\t10\t90\t5\t1\n",
+        "7\t0\t-1\t0.000000\t0\t0:00:00.250000\t5\t40\t30\t0\n",
+    ]
+
+
+def test_rows_of_decisions_and_predictions_by_hand():
+    decided = decide_rows(
+        [4, 7, 9], [1, 0, 2], count0=[10, 8, 6], count=[90, 20, 50], votes=[95, 60, 100], selected=[1, 0, 2],
+        decision=["certified", "not_certified", "undecided"], radius=0.5, seconds=[1, 2, 3],
+    )  # fmt: skip
+    assert [DECIDE.line(each) for each in decided] == [
+        "4\t1\t1\t0.500000\t1\t0:00:01.000000\t10\t90\t95\t1\tcertified\n",
+        "7\t0\t-1\t0.000000\t0\t0:00:02.000000\t8\t20\t60\t0\tnot_certified\n",
+        "9\t2\t-1\t0.000000\t0\t0:00:03.000000\t6\t50\t100\t2\tundecided\n",
+    ]
+    predicted = predict_rows(
+        [4, 7], [1, 0], [1, -1], count=[90, 51], count_runner_up=[10, 49], p_value=[2**-60, 0.92], seconds=0
+    )
+    assert [PREDICT.line(each) for each in predicted] == [
+        "4\t1\t1\t0.000000\t1\t0:00:00.000000\t90\t10\t8.673617379884035e-19\n",
+        "7\t0\t-1\t0.000000\t0\t0:00:00.000000\t51\t49\t0.92\n",
+    ]
+    for schema, rows in {DECIDE: decided, PREDICT: predicted}.items():
+        for each in rows:
+            line = schema.line(each)
+            assert schema.line(schema.parse(line[:-1])) == line
+            assert schema.line(tuple(schema.parse(line[:-1]).values())) == line
+
+
+@pytest.mark.parametrize(
+    ("column", "value"),
+    [
+        ("idx", "04"), ("idx", "-1"), ("idx", "+4"), ("idx", "4_0"), ("idx", "x"), ("label", "-1"), ("predict", "-2"),
+        ("radius", "nan"), ("radius", "NaN"), ("radius", "inf"), ("radius", "-0.100000"), ("radius", "-0.000000"),
+        ("radius", "0.1"), ("radius", "1e1"), ("radius", "1e99"), ("correct", "2"), ("time", "1.5"), ("count", "9.0"),
+        ("count", " 9"), ("selected", "1\r"), ("selected", ""), ("selected", "1\t1"),
+    ],
+)  # fmt: skip
+def test_a_line_that_this_program_would_not_write_is_not_read(column, value):
+    good = CERTIFY.parse(CERTIFY.line(row(5))[:-1])
+    assert good["radius"] and CERTIFY.line(good) == CERTIFY.line(row(5))
+    with pytest.raises(ValueError):
+        CERTIFY.parse("\t".join(value if name == column else str(cell) for name, cell in good.items()))
+
+
+@pytest.mark.parametrize(("column", "value"), [("p_value", "1.1"), ("p_value", "nan"), ("p_value", "5e-1")])
+def test_a_p_value_that_cannot_be(column, value):
+    with pytest.raises(ValueError):
+        PREDICT.parse(f"4\t1\t1\t0.000000\t1\t{format_time(0)}\t90\t10\t{value}")
+
+
+def test_lines_in_any_order_are_put_in_order_at_the_end(path):
+    file = opened(path)
+    assert file.remaining.tolist() == list(range(0, 20, 2))
+    for index in [6, 0, 18, 2, 16, 4, 14, 8, 12]:
+        file.append([row(index)])
+    assert file.remaining.tolist() == [10]
+    assert path.read_text() == text([6, 0, 18, 2, 16, 4, 14, 8, 12])
+    file.append([tuple(row(10).values())])
+    assert file.done == set(range(0, 20, 2)) and file.remaining.size == 0
+    file.finish()
+    assert path.read_text() == text(range(0, 20, 2))
+    assert file.progress.images == 10 and file.progress.abstained == 5 and file.progress.correct == 5
+    np.testing.assert_allclose(file.progress.acr, np.mean([i / 7 * (i % 4 != 0) for i in range(0, 20, 2)]), atol=1e-6)
+    file.close()
+
+
+def test_the_record_binds_the_table_when_it_is_finished(path):
+    file = opened(path)
+    file.append([row(2), row(0)])
+    file.finish()
+    file.close()
+    record = json.loads(path.with_suffix(".json").read_text())
+    assert "finished" not in record  # in order, but not whole
+    assert path.read_text() == text([0, 2])
+    record = complete(path)
+    assert record["finished"]["images"] == 10
+    assert record["finished"]["sha256"] == hashlib.sha256(path.read_bytes()).hexdigest()
+    assert {key: record[key] for key in record["identity"]} == {
+        "mode": "certify", **IDENTITY, "skip": 2, "split_size": 20, "shard": None,
+    }  # fmt: skip
+    assert record["max"] == 10 and record["device"] == "1 x cpu" and "continued_with" not in record
+    assert complete(path) == record  # and nothing is left to do
+
+
+def test_a_higher_limit_goes_on_and_a_lower_one_changes_nothing(path):
+    assert complete(path, selection=ALL._replace(most=4))["max"] == 4
+    file = opened(path, selection=ALL._replace(most=6))
+    record = json.loads(path.with_suffix(".json").read_text())
+    assert "finished" not in record and record["max"] == 6
+    file.append([row(10)])
+    file.close()
+    record = complete(path, selection=ALL._replace(most=3))  # it is to hold 6
+    assert "finished" not in record and record["max"] == 6 and path.read_text() == text([0, 2, 4, 6, 10])
+    assert complete(path, selection=ALL._replace(most=6))["finished"]["images"] == 6
+    before = path.read_bytes()
+    assert complete(path, selection=ALL._replace(most=3))["finished"]["images"] == 6
+    assert path.read_bytes() == before
+
+
+def test_a_limit_can_be_lowered_to_what_is_there(path):
+    file = opened(path, selection=ALL._replace(most=8))
+    file.append([row(0)])
+    file.close()
+    assert complete(path, selection=ALL._replace(most=2))["finished"]["images"] == 2
+
+
+@pytest.mark.parametrize("torn", ["", "1", "16\t1\t1\t0.7", "16\t" + 99 * "7", CERTIFY.line(row(16))[:-1]])
+def test_an_unsorted_file_with_a_torn_line_is_resumed(path, torn):
+    file = opened(path)
+    file.append([row(8), row(2)])
+    file.close()
+    path.write_text(path.read_text() + torn)
+    file = opened(path)
+    assert file.done == {2, 8} and file.progress.images == 2
+    file.append([row(0)])
+    file.close()
+    assert path.read_text() == text([8, 2, 0])
+    complete(path)
+    assert path.read_text() == text(range(0, 20, 2))
+
+
+def test_a_kill_at_any_moment_can_be_resumed(tmp_path, monkeypatch):
+    """What lies there before each change of a file, and halfway through each write, is what a kill would leave."""
+    path, left = tmp_path / "run" / "c.tsv", []
+    path.parent.mkdir()
+
+    def leave():
+        left.append(shutil.copytree(path.parent, tmp_path / str(len(left))))
+
+    def after_leaving(function):
+        return lambda *args, **options: (leave(), function(*args, **options))[1]
+
+    def in_halves(file, content):
+        file.write(content[: len(content) // 2])
+        leave()
+        write_all(file, content[len(content) // 2 :])
+
+    write_all = certificates._write_all
+    with monkeypatch.context() as patch:
+        patch.setattr(certificates, "_write_all", in_halves)
+        patch.setattr(os, "fsync", after_leaving(os.fsync))
+        patch.setattr(Path, "replace", after_leaving(Path.replace))
+        patch.setattr(Path, "write_text", after_leaving(Path.write_text))
+        for most in (4, 10):
+            file = opened(path, selection=ALL._replace(most=most))
+            for index in file.remaining[::-1]:
+                leave()
+                file.append([row(index)])
+            file.finish()
+            file.close()
+    assert len(left) > 40
+    for folder in left:
+        record = complete(folder / "c.tsv")
+        assert (folder / "c.tsv").read_text() == text(range(0, 20, 2)), folder
+        assert record["finished"]["images"] == record["max"] == 10
+
+
+def write_lines(path, indices):
+    complete(path)
+    record = json.loads(path.with_suffix(".json").read_text())
+    del record["finished"]
+    path.with_suffix(".json").write_text(json.dumps(record))
+    path.write_text(text(indices))
+
+
+@pytest.mark.parametrize(
+    ("indices", "message"),
+    [
+        ([4, 2, 3], "line 4, is not what this program wrote .* image 3 is none of those asked for"),
+        ([4, 20], "line 3, is not what this program wrote .* image 20 is none"),
+        ([4, 2, 4], "line 4, is not what this program wrote .* image 4 for the second time"),
+    ],
+)
+def test_lines_of_other_images_are_refused(path, indices, message):
+    write_lines(path, indices)
+    before = path.read_bytes()
+    with pytest.raises(UserError, match=message):
+        opened(path)
+    assert path.read_bytes() == before
+    path.write_text(text(indices[:-1]))
+    opened(path).close()
+
+
+def test_a_finished_file_must_be_as_it_was(path):
+    complete(path)
+    lines = path.read_text().splitlines(keepends=True)
+    path.write_text("".join([lines[0], *lines[2:]]))
+    with pytest.raises(UserError, match=r"line 2, is not what this program wrote .* image 0 is missing"):
+        opened(path)
+    path.write_text("".join(lines).replace("\t9\t90\t", "\t9\t91\t", 1))
+    with pytest.raises(UserError, match=r"c.tsv was changed after it was finished .*; restore it from a copy"):
+        opened(path)
+    path.write_text("".join(lines[:5]))  # what the remedy for a damaged line asks for
+    complete(path)
+    assert path.read_text() == "".join(lines)
+
+
+@pytest.mark.parametrize("indices", [[0, 0], [1], [22], [0, 2, 6, 0]])
+def test_only_images_that_are_missing_can_be_added(path, indices):
+    file = opened(path)
+    file.append([row(4)])
+    with pytest.raises(ValueError, match="not each one that the file lacks"):
+        file.append(row(index) for index in indices)
+    with pytest.raises(ValueError, match="not each one that the file lacks"):
+        file.append([row(4)])
+    assert path.read_text() == text([4])
+    file.close()
+
+
+def test_other_settings_modes_shards_and_versions_are_refused(path):
+    complete(path)
+    with pytest.raises(UserError, match=r"other settings \(sigma: 0.5 -> 1.0; n: 100 -> 7\)"):
+        opened(path, sigma=1.0, n=7)
+    with pytest.raises(UserError, match="mode: 'certify' -> 'predict'"):
+        opened(path, schema=PREDICT)
+    with pytest.raises(UserError, match="split_size: 20 -> 40; shard: None -> '2/3'"):
+        opened(path, selection=Selection(40, 2, None, parse_shard("2/3")))
+    record = json.loads(path.with_suffix(".json").read_text())
+    old = {key: value for key, value in record.items() if key not in ("mode", "bound", "shard", "split_size", "max")}
+    path.with_suffix(".json").write_text(json.dumps(old))
+    with pytest.raises(UserError, match=r"made by another version .*c.json lacks mode, bound, split_size, shard, max"):
+        opened(path)
+    path.write_text(path.read_text().replace("time", "zeit"))
+    path.with_suffix(".json").write_text(json.dumps(record))
+    with pytest.raises(UserError, match="not those of this program"):
+        opened(path)
+
+
+@pytest.mark.parametrize("content", ["", DECIDE.header[:55], DECIDE.header, PREDICT.header + "4\t"])
+def test_a_file_of_another_mode_without_images_is_started_again(path, content):
+    opened(path, schema=DECIDE).close()
+    path.write_text(content)
+    complete(path)
+    assert path.read_text() == text(range(0, 20, 2))
+
+
+def test_an_old_file_can_still_be_read(path):
+    record = complete(path)
+    new = ("mode", "bound", "shard", "split_size", "code_digest", "identity", "max", "finished")
+    path.with_suffix(".json").write_text(json.dumps({key: record[key] for key in record if key not in new}))
+    table = read_table(path)
+    assert table.schema == CERTIFY and list(table.rows) == list(range(0, 20, 2))
+    assert table.record["bound"] == "clopper_pearson" and table.selection is None and not table.missing
+
+
+def test_going_on_elsewhere_is_recorded_once(path):
+    for most, about in enumerate([ABOUT, {**ABOUT, "code_digest": "c1"}, {**ABOUT, "code_digest": "c1"}, ABOUT], 1):
+        record = complete(path, selection=ALL._replace(most=most), about=about)
+    assert [place["code_digest"] for place in record["continued_with"]] == ["c1"]
+    assert [place["code_digest"] for place in provenances(record)] == ["c0", "c1"]
+    record = complete(path, selection=ALL._replace(most=4), about={**ABOUT, "device": "other"})  # made nothing
+    assert len(record["continued_with"]) == 1
+    record = complete(path, about={**ABOUT, "versions": {"jax": "2"}, "command": "certify --max=10"})
+    assert len(record["continued_with"]) == 2 and record["command"] == "certify --max=10"
+
+
+def test_the_lock_goes_over_to_the_sorted_file(path):
+    file = opened(path)
+    file.append(row(index) for index in file.remaining[::-1])
+    with pytest.raises(UserError, match=r"c.tsv is in use by another process"):
+        opened(path)
+    before = path.stat().st_ino
+    file.finish()
+    assert path.stat().st_ino != before
+    with pytest.raises(UserError, match=r"c.tsv is in use by another process"):
+        opened(path)
+    file.close()
+    opened(path).close()
+    assert sorted(each.name for each in path.parent.iterdir()) == ["c.json", "c.tsv"]
+
+
+def test_a_file_that_is_replaced_before_it_is_locked_is_opened_again(path, monkeypatch):
+    complete(path)
+    lines = path.read_bytes()
+    real, opens = certificates.lock, []
+
+    def replaced_meanwhile(descriptor, what):
+        if not opens:
+            (path.parent / "new").write_bytes(lines)
+            (path.parent / "new").replace(path)
+        opens.append(os.fstat(descriptor).st_ino)
+        real(descriptor, what)
+
+    monkeypatch.setattr(certificates, "lock", replaced_meanwhile)
+    file = opened(path)
+    assert len(opens) == 2 and opens[0] != opens[1] == path.stat().st_ino
+    with path.open("rb") as other, pytest.raises(BlockingIOError):
+        fcntl.flock(other, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    file.close()
+
+
+def test_sorting_keeps_a_link_and_permissions(path, tmp_path):
+    target = tmp_path / "elsewhere.tsv"
+    target.write_text("")
+    target.chmod(0o640)
+    path.symlink_to(target)
+    file = opened(path)
+    file.append(row(index) for index in file.remaining[::-1])
+    file.finish()
+    file.close()
+    assert path.is_symlink() and target.read_text() == text(range(0, 20, 2))
+    assert target.stat().st_mode & 0o777 == 0o640
+
+
+def test_a_full_disk_while_sorting_leaves_the_lines(path, monkeypatch):
+    file = opened(path)
+    file.append(row(index) for index in file.remaining[::-1])
+    before = path.read_bytes()
+
+    def full(*_):
+        raise OSError(28, "No space left on device")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(certificates, "_write_all", full)
+        with pytest.raises(OSError, match="No space left"):
+            file.finish()
+    assert path.read_bytes() == before
+    file.finish()
+    file.close()
+    assert path.read_text() == text(range(0, 20, 2))
+
+
+def test_a_full_disk_before_the_first_line_leaves_the_file(path, monkeypatch):
+    complete(path, selection=ALL._replace(most=4))
+    before = [path.read_bytes(), path.with_suffix(".json").read_bytes()]
+
+    def full(*_, **__):
+        raise OSError(28, "No space left on device")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Path, "write_text", full)
+        with pytest.raises(OSError, match=r"No space left on device.*c.json"):
+            opened(path)
+    assert [path.read_bytes(), path.with_suffix(".json").read_bytes()] == before
+    complete(path)
+
+
+def test_the_code_version_is_that_of_the_sources(tmp_path):
+    package = tmp_path / "package"
+    (package / "sub").mkdir(parents=True)
+    (package / "__init__.py").write_text("x = 1\n")
+    (package / "sub" / "a.py").write_text("")
+    digest = version.source_digest(package)
+    (package / "notes.txt").write_text("not code")
+    assert version.source_digest(package) == digest
+    (package / "sub" / "a.py").rename(package / "sub" / "b.py")
+    renamed = version.source_digest(package)
+    (package / "sub" / "b.py").write_text("y = 2\n")
+    assert len({digest, renamed, version.source_digest(package)}) == 3
+    assert version.git_commit(package) is None  # in no checkout
+
+
+def test_the_commit_is_that_of_a_checkout_and_of_no_other_folder_in_it(tmp_path, monkeypatch):
+    package, other = tmp_path / "package", tmp_path / "venv" / "package"
+    for folder in (package, other):
+        folder.mkdir(parents=True)
+        (folder / "__init__.py").write_text("x = 1\n")
+    name = ["-c", "user.name=x", "-c", "user.email=x@example.org"]
+    for arguments in (["init", "-q"], ["add", "package"], [*name, "commit", "-q", "-m", "first"]):
+        assert version._git(tmp_path, *arguments) is not None
+    commit = version.git_commit(package)
+    assert len(commit) == 40
+    assert version.git_commit(other) is None
+    monkeypatch.setenv("GIT_DIR", str(ROOT / "nowhere"))  # as in a hook
+    assert version.git_commit(package) == commit
+    (package / "__init__.py").write_text("x = 2\n")
+    assert version.git_commit(package) == f"{commit} (dirty)"
+    (package / "__init__.py").write_text("x = 1\n")
+    (package / "new.py").write_text("")
+    assert version.git_commit(package) == f"{commit} (dirty)"
+    monkeypatch.setenv("PATH", str(tmp_path))
+    assert version.git_commit(package) is None
+    assert version.code_version()["code_digest"] == version.source_digest(version.PACKAGE)
