@@ -13,6 +13,8 @@ from rs_consistency.certificates import CertificateFile
 from rs_consistency.certification import Certification
 from rs_consistency.noise import bound_uniform
 from rs_consistency.reanalysis import load
+from rs_consistency.rows import CERTIFY, certify_rows
+from rs_consistency.shards import Selection
 
 N0, N, SIGMA, ALPHA, SEED = 20, 1000, 0.5, 0.001, 7
 COUNTS = [1000, 1000, 999, 990, 900, 700, 560, 549, 530, 480, 300, 0]
@@ -36,9 +38,12 @@ def write(path, bound=None, **more):
     prediction = np.where(proven.certified, selected, -1)
     identity = {"n0": N0, "n": N, "sigma": SIGMA, "alpha": ALPHA, "seed": SEED, "parameter_digest": "0", **more}
     identity |= {"bound": bound} if bound else {}  # older records do not name it
-    file = CertificateFile(path, identity=identity, about={"device": "", "versions": {}}, indices=INDICES.tolist())
+    selection = Selection(int(INDICES[-1]) + 1, skip=5)
+    file = CertificateFile(
+        path, schema=CERTIFY, identity=identity, about={"device": "", "versions": {}}, selection=selection
+    )
     labels = np.where(images == 3, 9, selected)  # one is wrong
-    file.append(INDICES, labels, Certification(prediction, proven.radius, counts0, counts), 0.1)
+    file.append(certify_rows(INDICES, labels, Certification(prediction, proven.radius, counts0, counts), 0.1))
     file.close()
     return path
 

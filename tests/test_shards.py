@@ -45,7 +45,10 @@ def write(path, selection, *, device="cpu", images=None, **changed):
 def shards(tmp_path):
     """The files of four shards."""
     made = [Shard(i, 4) for i in range(1, 5)]
-    return [write(tmp_path / each.file_name, WHOLE._replace(shard=each), device=f"gpu {each}") for each in made]
+    return [
+        write(tmp_path / f"certificates{each.suffix}.tsv", WHOLE._replace(shard=each), device=f"gpu {each}")
+        for each in made
+    ]
 
 
 @pytest.fixture
@@ -61,7 +64,7 @@ def change_record(path, **changed):
 def test_shards_are_read_as_they_are_written():
     assert parse_shard("2/5") == Shard(index=2, count=5) and str(Shard(2, 5)) == "2/5"
     assert parse_shard("1/1") == (1, 1) and parse_shard("12/12") == (12, 12)
-    assert Shard(2, 5).file_name == "certificates-2-of-5.tsv"
+    assert Shard(2, 5).suffix == "-2-of-5"
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,200 @@
+"""Modes, bounds, shards and audits of certify.py, on a trained run."""
+
+import json
+import shutil
+
+import numpy as np
+import pytest
+
+from rs_consistency import bounds, data, decide, noise, predict
+from rs_consistency.cli.common import EXIT_NOT_REPRODUCED
+from rs_consistency.models import create_model
+from tests.helpers import count_lines, final_params, kill_when, rows, start
+
+QUICK = ["--n=300", "--batch_size=128", "--skip=2"]
+SETTINGS = {"sigma": 0.5, "num_classes": 10, "n": 300}
+
+
+def table(path):
+    """Column -> values, as text."""
+    header, *lines = rows(path)
+    return dict(zip(header, zip(*lines, strict=True), strict=True))
+
+
+@pytest.fixture(scope="module")
+def classifier(trained):
+    """The run's classifier as a function, and its 30 images."""
+    params, model = final_params(trained), create_model("lenet", num_classes=10)
+    indices = np.arange(0, 60, 2)
+    images = data.load("mnist", "test").images[indices] / np.float32(255)
+    return (lambda batch: model.apply({"params": params}, batch)), images, indices
+
+
+@pytest.fixture(scope="module")
+def certified(trained, tmp_path_factory):
+    from rs_consistency.cli import certify
+
+    output = tmp_path_factory.mktemp("certified") / "c.tsv"
+    certify.main([f"--workdir={trained}", *QUICK, f"--output={output}"])
+    return output
+
+
+def test_decisions_are_those_of_the_library(program, trained, classifier, tmp_path):
+    command = ["cli.certify", f"--workdir={trained}", *QUICK, "--mode=decide", "--radius=0.3"]
+    out = program.succeeds(*command, f"--output={tmp_path / 'd.tsv'}").out
+    apply_fn, images, indices = classifier
+    expected = decide(apply_fn, images, radius=0.3, indices=indices, **SETTINGS)
+    found = table(tmp_path / "d.tsv")
+    assert list(map(int, found["idx"])) == indices.tolist()
+    names = {1: "certified", -1: "not_certified", 0: "undecided"}
+    assert list(found["decision"]) == [names[one] for one in expected.decision.tolist()]
+    assert list(map(int, found["votes"])) == expected.votes.tolist()
+    assert list(map(int, found["count"])) == expected.hits.tolist()
+    certified = expected.decision == 1
+    assert 0 < certified.sum() < 30
+    assert list(map(int, found["predict"])) == np.where(certified, expected.selected, -1).tolist()
+    assert list(found["radius"]) == ["0.300000" if one else "0.000000" for one in certified]
+    assert f"at radius 0.3 certified {certified.sum()}" in out
+    assert f"{expected.votes.mean():.0f} votes a decision" in out
+    record = json.loads((tmp_path / "d.json").read_text())
+    assert (record["mode"], record["radius"], record["n"]) == ("decide", 0.3, 300) and "bound" not in record
+    # Any tool of the field reads it: the certified accuracy at that radius.
+    program.succeeds("cli.analyze", tmp_path / "d.tsv", "--radii", "0.3", "--format=json")
+    (summary,) = json.loads(program.out)
+    assert summary["certified_accuracy"]["0.3"] == np.mean([one == "1" for one in found["correct"]])
+
+
+def test_predictions_are_those_of_the_library(program, trained, classifier, tmp_path):
+    command = ["cli.certify", f"--workdir={trained}", *QUICK, "--mode=predict"]
+    program.succeeds(*command, f"--output={tmp_path / 'p.tsv'}")
+    apply_fn, images, indices = classifier
+    expected = predict(apply_fn, images, indices=indices, **SETTINGS)
+    found = table(tmp_path / "p.tsv")
+    assert list(map(int, found["predict"])) == expected.prediction.tolist()
+    assert list(map(float, found["p_value"])) == expected.p_value.tolist()
+    assert set(found["radius"]) == {"0.000000"}
+
+
+@pytest.mark.parametrize("bound", ["two_class", "randomized"])
+def test_other_bounds_change_the_radii_of_the_same_votes(program, trained, certified, tmp_path, bound):
+    output = tmp_path / "b.tsv"
+    program.succeeds("cli.certify", f"--workdir={trained}", *QUICK, f"--bound={bound}", f"--output={output}")
+    found, published = table(output), table(certified)
+    for name in ("count0", "count", "count_runner_up", "selected"):
+        assert found[name] == published[name]
+    count, runner_up, index = (np.array(list(map(int, found[name]))) for name in ("count", "count_runner_up", "idx"))
+    expected = bounds.certify_votes(
+        count, runner_up, 300, alpha=0.001, sigma=0.5, bound=bound, uniform=noise.bound_uniform(0, index)
+    )
+    np.testing.assert_allclose(list(map(float, found["radius"])), expected.radius, atol=1e-6)
+    assert found["radius"] != published["radius"]
+    # Recomputed from the counts of the published protocol's file, without the model: the same.
+    program.succeeds("cli.analyze", certified, f"--bound={bound}", "--format=json")
+    (again,) = json.loads(program.out)
+    program.succeeds("cli.analyze", output, "--format=json")
+    (made,) = json.loads(program.out)
+    assert again["acr"] == made["acr"]
+
+
+def test_default_files_by_mode_and_shard(program, trained, tmp_path):
+    workdir = tmp_path / "run"
+    shutil.copytree(trained, workdir)
+    command = ["cli.certify", f"--workdir={workdir}", "--n=50", "--max=4"]
+    program.succeeds(*command, "--mode=decide", "--radius=0")
+    program.succeeds(*command, "--mode=predict")
+    program.succeeds(*command, "--shard=2/3")
+    made = {path.name for path in workdir.glob("*.tsv")}
+    assert made == {"decisions.tsv", "predictions.tsv", "certificates-2-of-3.tsv"}
+    program.succeeds(*command, "--mode=decide", "--verify=2")
+    assert program.out == "2 of 2 lines reproduce; of all 4, at most 77.7% do not, with 95% confidence\n"
+
+
+def test_shards_together_are_the_whole(program, trained, certified, tmp_path):
+    shards = [tmp_path / f"{i}.tsv" for i in (1, 2, 3)]
+    command = ["cli.certify", f"--workdir={trained}", *QUICK]
+    for i, path in enumerate(shards[:2], start=1):
+        program.succeeds(*command, f"--shard={i}/3", f"--output={path}", f"--num_devices={i}")
+    merging = ["cli.certify", "--merge", *shards[:2], f"--output={tmp_path / 'all.tsv'}"]
+    assert "3/3" in program.fails(*merging)
+    program.succeeds(*command, "--shard=3/3", f"--output={shards[2]}", "--max=12")
+    merging.insert(2, shards[2])
+    program.fails(*merging)  # made with another --max: images are missing
+    assert not (tmp_path / "all.tsv").exists()
+    program.succeeds(*command, "--shard=3/3", f"--output={shards[2]}")
+    program.succeeds(*merging)
+    assert rows(tmp_path / "all.tsv") == rows(certified)
+    assert "30 images of 3 shards" in program.out
+    program.succeeds(*command, "--verify=3", f"--output={tmp_path / 'all.tsv'}")
+    assert "3 of 3 lines reproduce" in program.out
+
+
+def test_an_audit_finds_a_forged_line_and_another_model(program, trained, certified, tmp_path):
+    command = ["cli.certify", f"--workdir={trained}", "--verify=30"]
+    program.succeeds(*command, f"--output={certified}")
+    assert program.out == "30 of 30 lines reproduce\n"
+    forged = tmp_path / "forged.tsv"
+    lines = certified.read_text().splitlines(keepends=True)
+    cells = lines[5].rstrip("\n").split("\t")
+    count, runner_up = int(cells[7]), int(cells[8])
+    cells[7], cells[8] = str(count - 3), str(runner_up + 3)
+    for name, content in {"forged.tsv": [*lines[:5], "\t".join(cells) + "\n", *lines[6:]]}.items():
+        (tmp_path / name).write_text("".join(content))
+    shutil.copy(certified.with_suffix(".json"), tmp_path / "forged.json")
+    program(*command, f"--output={forged}")
+    assert program.status == EXIT_NOT_REPRODUCED
+    assert "image 8: " in program.out and f"count {count - 3}, drawn again {count}" in program.out
+    assert "29 of 30 lines reproduce, largest difference 3 votes" in program.out
+
+    record = json.loads((tmp_path / "forged.json").read_text())
+    (tmp_path / "forged.json").write_text(json.dumps({**record, "parameter_digest": "0" * 64}))
+    assert "parameter_digest" in program.fails(*command, f"--output={forged}")
+
+
+def test_killed_decisions_continue_to_the_same_file(program, trained, tmp_path):
+    command = [f"--workdir={trained}", "--mode=decide", "--radius=0.45", "--n=3000", "--batch_size=128"]
+    whole, killed = tmp_path / "whole.tsv", tmp_path / "killed.tsv"
+    program.succeeds("cli.certify", *command, f"--output={whole}")
+    process = start("certify.py", *command, f"--output={killed}")
+    kill_when(process, lambda: count_lines(killed) >= 4)
+    assert count_lines(killed) < 61
+    program.succeeds("cli.certify", *command, f"--output={killed}")
+    assert "images already" in program.err
+    assert rows(killed) == rows(whole)
+
+
+def test_another_dtype_is_another_function_and_recorded(program, trained, tmp_path):
+    command = ["cli.certify", f"--workdir={trained}", *QUICK, f"--output={tmp_path / 'c.tsv'}"]
+    program.succeeds(*command, "--max=2", "--dtype=bfloat16")
+    assert json.loads((tmp_path / "c.json").read_text())["dtype"] == "bfloat16"
+    assert "dtype: 'bfloat16' -> 'float32'" in program.fails(*command)
+    program.succeeds(*command, "--verify=1")  # with the recorded one
+    assert "1 of 1 lines reproduce" in program.out
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--mode=decide"], "mode=decide needs the radius to decide at: add --radius"),
+        (["--mode=decide", "--radius=-1"], "radius=-1.0"),
+        (["--mode=decide", "--radius=nan"], "radius=nan"),
+        (["--mode=vote"], "mode='vote' is unknown; use one of certify, decide, predict"),
+        (["--radius=1"], "radius=1.0: mode=certify has no use for it"),
+        (["--mode=predict", "--bound=two_class"], "bound=two_class: mode=predict has no use for it"),
+        (["--mode=predict", "--n0=10"], "n0=10: mode=predict selects no class"),
+        (["--bound=wald"], "bound='wald' is unknown"),
+        (["--shard=0/3"], "shard='0/3': use I/K"),
+        (["--shard=99/100", "--max=5"], "shard=99/100: there are only 5 images"),
+        (["--dtype=float16"], "dtype='float16' is unknown"),
+        (["--verify=0", "--output={certified}"], "verify=0: use a whole number of at least 1"),
+        (["--verify=3", "--output=/nowhere/c.tsv"], "/nowhere/c.tsv does not exist"),
+        (["--merge", "a.tsv"], "merge needs the file to write: add --output=FILE.tsv"),
+    ],
+)
+def test_bad_settings_of_the_modes(program, trained, certified, arguments, message):
+    arguments = [argument.format(certified=certified) for argument in arguments]
+    assert message in program.fails("cli.certify", f"--workdir={trained}", *arguments)
+    assert not list(trained.glob("*.tsv"))
+
+
+def test_a_workdir_is_needed(program):
+    assert "workdir is missing: add --workdir=FOLDER" in program.fails("cli.certify", "--n=10")
