@@ -37,6 +37,8 @@ setup(
     extras_require={
         # Only to download and prepare datasets; reading a prepared array_record folder needs none of it.
         "prepare": ["tensorflow-cpu>=2.18,<3"],
+        # What benchmarks/ compares with.
+        "benchmarks": ["torch>=2.6,<3"],
         "dev": ["pytest>=8,<10", "pytest-xdist>=3.6,<4", "ruff>=0.14,<0.18", "tensorboard>=2.18,<3"],
     },
     classifiers=[

@@ -5,19 +5,19 @@ comes out the same, count for count. Rounding in the model can decide near-ties 
 with other versions; the report says when that may be so, and never calls such a line reproduced.
 """
 
+import math
 import secrets
 from typing import Any, NamedTuple
 
 import numpy as np
 
-from rs_consistency import noise
+from rs_consistency import noise, sequential
 from rs_consistency.bounds import certify_votes, upper_confidence_bound
-from rs_consistency.certification import ABSTAIN, Certification
+from rs_consistency.certification import ABSTAIN
 from rs_consistency.checks import number_from, probability, whole_number
 from rs_consistency.errors import UserError
-from rs_consistency.rows import CERTIFIED, CERTIFY, DECIDE, PREDICT, Row, certify_rows, format_radius
+from rs_consistency.rows import CERTIFIED, CERTIFY, DECIDE, PREDICT, WORDS, Row, decided_radius, format_radius
 from rs_consistency.tables import Table, differing_places, provenances, record_of
-from rs_consistency.voting import Votes
 
 _COUNTS = ("count0", "count", "count_runner_up", "votes")
 _ERROR = 0.05  # error probability of the statement about the lines that were not drawn
@@ -57,7 +57,7 @@ class Report(NamedTuple):
         if self.largest_difference:
             summary += f", largest difference {self.largest_difference} votes"
         if self.ok and self.drawn < self.total:
-            share = float(upper_confidence_bound(0, self.drawn, _ERROR))
+            share = math.ceil(1000 * upper_confidence_bound(0, self.drawn, _ERROR)) / 1000
             summary += f"; of all {self.total}, at most {share:.1%} do not, with {1 - _ERROR:.0%} confidence"
         return "\n".join([*lines, summary])
 
@@ -110,30 +110,12 @@ def check_binding(table: Table, given: dict[str, Any]) -> None:
         )
 
 
-def redrawn_rows(table: Table, indices: np.ndarray, labels: np.ndarray, votes: Votes) -> list[Row]:
-    """The rows that fresh votes give at the recorded settings, for a file of mode `certify`.
-
-    Args:
-      table: from `read_table`.
-      indices: `[G]` image numbers.
-      labels: `[G]` their true classes, from the data.
-      votes: their counts, drawn with the recorded sigma, n0, n and seed.
-    """
-    selected = votes.counts0.argmax(axis=1)
-    count = np.take_along_axis(votes.counts, selected[:, None], axis=1)[:, 0]
-    others = votes.counts.copy()
-    np.put_along_axis(others, selected[:, None], 0, axis=1)
-    proven, radius = _conclusions(table.record, indices, count, others.max(axis=1))
-    prediction = np.where(proven, selected, ABSTAIN)
-    return certify_rows(indices, labels, Certification(prediction, radius, votes.counts0, votes.counts), 0.0)
-
-
 def compare(table: Table, redrawn: list[Row], here: dict[str, Any]) -> Report:
     """Compares lines with those drawn again, and every line of the file with its own counts.
 
     Args:
       table: from `read_table`; model and data as `check_binding` wants them.
-      redrawn: fresh rows of some of its images, such as from `redrawn_rows`; their time is not looked at.
+      redrawn: fresh rows of some of its images, from `certify_run.answer`; their time is not looked at.
       here: device, versions and code that they were drawn with: `PROVENANCE`.
 
     Returns:
@@ -218,15 +200,21 @@ def _check_certified(record: dict[str, Any], rows: list[Row]) -> list[tuple[int,
 
 
 def _check_decided(record: dict[str, Any], rows: list[Row]) -> list[tuple[int, str]]:
-    """Where certified, the selected class at the radius of the record; else abstention."""
-    at = format_radius(number_from("radius", _recorded(record, "radius"), at_least=0))
+    """Decisions must be those of the test at the recorded votes; where certified, the selected class at the radius."""
+    radius = number_from("radius", _recorded(record, "radius"), at_least=0)
+    at, n = format_radius(decided_radius(radius)), whole_number("n", _recorded(record, "n"), at_least=1)
+    sigma, alpha = _recorded(record, "sigma"), _recorded(record, "alpha")
     found = []
     for row in rows:
         expected = (row["selected"], at) if row["decision"] == CERTIFIED else (ABSTAIN, format_radius(0.0))
-        if (row["predict"], str(row["radius"])) != expected:
+        if not (row["count"] <= row["votes"] and 1 <= row["votes"] <= n):
+            found.append((row["idx"], f"its counts cannot be with n={n}"))
+            continue
+        decided = sequential.decide(row["count"], row["votes"], radius=radius, sigma=sigma, alpha=alpha)
+        if WORDS[int(decided)] != row["decision"] or (decided == sequential.UNDECIDED and row["votes"] < n):
+            found.append((row["idx"], f"decision {row['decision']} does not follow from its votes"))
+        elif (row["predict"], str(row["radius"])) != expected:
             found.append((row["idx"], f"predict or radius is not that of a decision {row['decision']} at {at}"))
-        elif row["count"] > row["votes"]:
-            found.append((row["idx"], "its counts cannot be"))
     return found
 
 

@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 
-from rs_consistency import noise, sequential, voting
+from rs_consistency import noise, voting
 from rs_consistency.bounds import BOUNDS
 from rs_consistency.certification import conclude, most_of_others
 from rs_consistency.checks import number_from, one_of, probability
@@ -16,13 +16,11 @@ from rs_consistency.deciding import decide_images
 from rs_consistency.errors import UserError
 from rs_consistency.prediction import conclude_prediction
 from rs_consistency.rows import (
-    CERTIFIED,
     CERTIFY,
     DECIDE,
-    NOT_CERTIFIED,
     PREDICT,
     SCHEMAS,
-    UNDECIDED,
+    WORDS,
     Row,
     Schema,
     certify_rows,
@@ -32,11 +30,6 @@ from rs_consistency.rows import (
 
 FILES = {CERTIFY.name: "certificates", DECIDE.name: "decisions", PREDICT.name: "predictions"}
 _DEFAULT_N0 = 100
-_WORDS = {
-    sequential.CERTIFIED: CERTIFIED,
-    sequential.NOT_CERTIFIED: NOT_CERTIFIED,
-    sequential.UNDECIDED: UNDECIDED,
-}
 
 
 class Question(NamedTuple):
@@ -178,7 +171,7 @@ def _decisions(
         yield decide_rows(
             group.indices, labels[group.positions],
             count0=np.take_along_axis(group.counts0, group.selected[:, None], axis=1)[:, 0], count=group.hits,
-            votes=group.votes, selected=group.selected, decision=[_WORDS[one] for one in group.decision.tolist()],
+            votes=group.votes, selected=group.selected, decision=[WORDS[one] for one in group.decision.tolist()],
             radius=question.radius, seconds=clock.seconds_each(len(group.positions)),
         )  # fmt: skip
 

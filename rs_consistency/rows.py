@@ -34,10 +34,16 @@ from typing import Any, NamedTuple
 import numpy as np
 from numpy.typing import ArrayLike
 
-from rs_consistency.certification import ABSTAIN, Certification
+from rs_consistency import sequential
+from rs_consistency.certification import ABSTAIN, Certification, most_of_others
 
 FIELD_COLUMNS = ("idx", "label", "predict", "radius", "correct", "time")
 CERTIFIED, NOT_CERTIFIED, UNDECIDED = DECISIONS = ("certified", "not_certified", "undecided")
+WORDS = {
+    sequential.CERTIFIED: CERTIFIED,
+    sequential.NOT_CERTIFIED: NOT_CERTIFIED,
+    sequential.UNDECIDED: UNDECIDED,
+}  # of a decision, as it is written
 _RADIUS_UNIT = Decimal("0.000001")
 _TIME = re.compile(r"[0-9]{1,9}:[0-5][0-9]:[0-5][0-9]\.[0-9]{6}")
 
@@ -99,13 +105,11 @@ def certify_rows(indices: np.ndarray, labels: np.ndarray, result: Certification,
       seconds: spent on each image, or on each on average.
     """
     selected = result.counts0.argmax(axis=1)
-    others = result.counts.copy()
-    np.put_along_axis(others, selected[:, None], -1, axis=1)
     return _rows(
         idx=indices, label=labels, predict=result.prediction, radius=result.radius, time=seconds,
         count0=result.counts0.max(axis=1),
         count=np.take_along_axis(result.counts, selected[:, None], axis=1)[:, 0],
-        count_runner_up=np.maximum(others.max(axis=1), 0), selected=selected,
+        count_runner_up=most_of_others(result.counts, selected), selected=selected,
     )  # fmt: skip
 
 
@@ -137,7 +141,7 @@ def decide_rows(
     certified = np.asarray(decision) == CERTIFIED
     return _rows(
         idx=indices, label=labels, predict=np.where(certified, selected, ABSTAIN),
-        radius=np.where(certified, radius, 0.0), time=seconds,
+        radius=np.where(certified, decided_radius(radius), Decimal(0)), time=seconds,
         count0=count0, count=count, votes=votes, selected=selected, decision=decision,
     )  # fmt: skip
 
@@ -175,6 +179,11 @@ def _rows(**columns: ArrayLike) -> list[Row]:
     spread = {name: np.broadcast_to(np.asarray(values), (size,)).tolist() for name, values in columns.items()}
     rows = [dict(zip(spread, values, strict=True)) for values in zip(*spread.values(), strict=True)]
     return [{**row, "correct": int(row["predict"] == row["label"])} for row in rows]
+
+
+def decided_radius(radius: float) -> Decimal:
+    """The radius of a decision as the user wrote it: 0.3, not the float64 beside it, which is a little less."""
+    return Decimal(repr(float(radius)))
 
 
 def format_radius(radius: float | Decimal) -> str:

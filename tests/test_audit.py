@@ -10,8 +10,9 @@ import rs_consistency
 from rs_consistency import audit, noise, voting
 from rs_consistency.bounds import BOUNDS, certify_votes
 from rs_consistency.certificates import CertificateFile
-from rs_consistency.certification import Certification
+from rs_consistency.certification import Certification, conclude
 from rs_consistency.errors import UserError
+from rs_consistency.noise import bound_uniform
 from rs_consistency.rows import CERTIFY, DECIDE, PREDICT, certify_rows, decide_rows, predict_rows
 from rs_consistency.shards import Selection
 from rs_consistency.tables import read_table
@@ -65,7 +66,17 @@ def path(tmp_path):
 def verify(path, indices=INDICES[:10], *, votes=None, here=HERE):
     table = read_table(path)
     votes = drawn(indices) if votes is None else votes
-    return audit.compare(table, audit.redrawn_rows(table, indices, indices % 3, votes), here)
+    return audit.compare(table, redrawn_rows(table, indices, indices % 3, votes), here)
+
+
+def redrawn_rows(table, indices, labels, votes):
+    """The rows of fresh votes at the recorded settings."""
+    bound = table.record["bound"] if table.record.get("bound") in BOUNDS else BOUNDS[0]
+    result = conclude(
+        *votes, alpha=SETTINGS["alpha"], sigma=SETTINGS["sigma"], bound=bound,
+        uniform=bound_uniform(SETTINGS["seed"], indices),
+    )  # fmt: skip
+    return certify_rows(indices, labels, result, 0.0)
 
 
 def forge(path, index, *, with_digest=True, **cells):
@@ -113,7 +124,7 @@ def test_votes_of_a_model_reproduce_and_those_of_another_do_not(tmp_path):
             images[chosen // 2], chosen, settings=vote_settings, devices=jax.devices()[:1],
         )  # fmt: skip
         table = read_table(path)
-        report = audit.compare(table, audit.redrawn_rows(table, chosen, np.zeros(2, int), votes), HERE)
+        report = audit.compare(table, redrawn_rows(table, chosen, np.zeros(2, int), votes), HERE)
         assert report.ok == ok and report.reproduced == (2 if ok else 0)
 
 
@@ -205,18 +216,20 @@ def test_an_unfinished_file_is_told(path):
 
 def test_decisions_and_predictions(tmp_path):
     decided = decide_rows(
-        INDICES[:3], LABELS[:3], count0=[10, 8, 6], count=[90, 20, 50], votes=[95, 60, 100], selected=[1, 0, 2],
+        INDICES[:3], LABELS[:3], count0=[10, 8, 6], count=[160, 20, 280], votes=[160, 60, 300], selected=[1, 0, 2],
         decision=["certified", "not_certified", "undecided"], radius=0.75, seconds=1,
     )  # fmt: skip
     path = save(tmp_path / "d.tsv", DECIDE, {**SETTINGS, "radius": 0.75}, decided)
     assert audit.compare(read_table(path), decided, HERE).text() == "3 of 3 lines reproduce"
-    fewer = [{**decided[0], "votes": 94}, *decided[1:]]
-    assert "image 0: votes 95, drawn again 94" in audit.compare(read_table(path), fewer, HERE).text()
+    fewer = [{**decided[0], "votes": 144}, *decided[1:]]
+    assert "image 0: votes 160, drawn again 144" in audit.compare(read_table(path), fewer, HERE).text()
     forge(path, 0, radius="0.800000")
-    forge(path, 2, decision="certified")
+    forge(path, 4, decision="certified")
+    forge(path, 2, votes=16)
     text = audit.compare(read_table(path), decided, HERE).text()
     assert "image 0: predict or radius is not that of a decision certified at 0.750000" in text
-    assert "image 2: predict or radius is not that of a decision certified at 0.750000" in text
+    assert "image 2: its counts cannot be with n=300" in text
+    assert "image 4: decision certified does not follow from its votes" in text
 
     predicted = predict_rows(
         INDICES[:2], LABELS[:2], [1, -1], count=[90, 51], count_runner_up=[10, 49], p_value=[1e-17, 0.92], seconds=0

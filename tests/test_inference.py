@@ -149,9 +149,12 @@ def equations(function, *args):
     return jaxpr, [[v.aval.dtype for v in (*e.invars, *e.outvars)] for e in products]
 
 
-def test_what_depends_on_the_variables_alone_is_not_computed_again(case):
+def test_what_depends_on_the_variables_alone_is_not_computed_again(case, monkeypatch):
+    # Forms of convolutions, which have a test of their own, would hide what else changed.
+    monkeypatch.setattr("rs_consistency.models.inference.inference_convolution", jax.lax.conv_general_dilated)
     before, types_before = equations(case.original, case.variables, case.images)
-    after, types_after = equations(case.apply_fn, case.ready, case.images)
+    # A function of its own, since JAX keeps what it traced of the other, with the forms.
+    after, types_after = equations(lambda *args: case.apply_fn(*args), case.ready, case.images)
     assert types_after == types_before and len(types_after) >= 4
     assert "rsqrt" not in str(after) and ("rsqrt" in str(before)) == (case.name != "lenet")
     assert str(before).count(" div ") == str(after).count(" div ") + 1  # the input normalization

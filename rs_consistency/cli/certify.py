@@ -14,6 +14,7 @@ For every image: the class that the smoothed classifier predicts, and an l2 radi
 
 import math
 import platform
+import shlex
 import sys
 from collections.abc import Iterator, Sequence
 from datetime import UTC, datetime
@@ -82,6 +83,7 @@ def _parser() -> Parser:
 
 def _main(argv: Sequence[str] | None) -> None:
     args = _parser().parse_args(argv)
+    args.command = shlex.join(["python", "certify.py", *(sys.argv[1:] if argv is None else argv)])
     if args.merge:
         if args.output is None:
             raise UserError("merge needs the file to write: add --output=FILE.tsv")
@@ -164,7 +166,7 @@ def _answer_all(args: Any) -> None:
     output = _output(args, question.schema.name)
     file = CertificateFile(
         output, schema=question.schema, identity={**question.identity(), **classifier.binding},
-        about=_about(config, classifier.devices), selection=selection,
+        about={**_about(config, classifier.devices), "command": args.command}, selection=selection,
     )  # fmt: skip
     try:
         _fill(file, classifier.answers(question, file.remaining))

@@ -1,0 +1,79 @@
+"""Votes per decision of `certify.py --mode=decide`, beside the fixed number of the published protocol.
+
+    python certify.py --workdir=runs/mnist --skip=50
+    python benchmarks/decide.py --workdir=runs/mnist --skip=50
+
+Decides the same images at several radii and compares with the radii of the workdir's certificates.tsv: every image on
+which the two differ is named. Files go to WORKDIR/decisions-RADIUS.tsv; run again, it continues.
+"""
+
+import argparse
+import statistics
+from pathlib import Path
+from typing import Any
+
+from rs_consistency.cli import certify
+from rs_consistency.files import write_json
+from rs_consistency.tables import Table, read_table
+
+
+def _compare(fixed: Table, decided: Table, radius: float) -> dict[str, Any]:
+    """How many votes it took, and where the answers differ."""
+    rows = decided.rows
+    n = fixed.record["n"]
+    differing = []
+    for index, row in rows.items():
+        published = fixed.rows[index]
+        certified = float(published["radius"]) >= radius and published["predict"] >= 0
+        if certified != (row["decision"] == "certified"):
+            differing.append(
+                f"image {index}: {row['decision']} after {row['votes']} votes ({row['count']} of them),"
+                f" radius {published['radius']} from {published['count']} of {n}"
+            )
+    votes = [row["votes"] for row in rows.values()]
+    number = {word: sum(row["decision"] == word for row in rows.values()) for word in ("certified", "not_certified")}
+    return {
+        "radius": radius,
+        "images": len(rows),
+        **number,
+        "undecided": len(rows) - sum(number.values()),
+        "mean_votes": round(statistics.mean(votes), 1),
+        "median_votes": statistics.median(votes),
+        "mean_votes_of_decided": round(statistics.mean([one for one in votes if one < n] or [n]), 1),
+        "fixed_votes": n,
+        "differing": differing,
+    }
+
+
+def main() -> None:
+    """The command."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--workdir", type=Path, required=True, help="with the certificates.tsv of the same images")
+    parser.add_argument("--skip", type=int, default=1, help="as for certify.py (default: %(default)s)")
+    parser.add_argument("--max", type=int, help="as for certify.py")
+    parser.add_argument("--radii", nargs="+", type=float, default=[0.25, 0.5, 1.0, 1.5])
+    parser.add_argument("--json", type=Path, help="file for the results, a JSON list")
+    args = parser.parse_args()
+    fixed = read_table(args.workdir / "certificates.tsv")
+    results = []
+    for radius in args.radii:
+        output = args.workdir / f"decisions-{radius:g}.tsv"
+        command = [f"--workdir={args.workdir}", "--mode=decide", f"--radius={radius}", f"--skip={args.skip}"]
+        command += [f"--n={fixed.record['n']}", f"--output={output}"] + ([f"--max={args.max}"] if args.max else [])
+        certify.main(command)
+        results.append(_compare(fixed, read_table(output), radius))
+    print("radius  images  certified  not  undecided  mean votes  median  differing")
+    for one in results:
+        print(
+            f"{one['radius']:6g}  {one['images']:6d}  {one['certified']:9d}  {one['not_certified']:3d}"
+            f"  {one['undecided']:9d}  {one['mean_votes']:10.1f}  {one['median_votes']:6g}  {len(one['differing']):9d}"
+        )
+    for one in results:
+        for line in one["differing"]:
+            print(f"radius {one['radius']:g}: {line}")
+    if args.json:
+        write_json(args.json, results)
+
+
+if __name__ == "__main__":
+    main()
