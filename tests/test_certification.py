@@ -8,7 +8,7 @@ from scipy import special, stats
 
 from rs_consistency import ABSTAIN, UserError, certify, lower_confidence_bound
 from rs_consistency.certification import conclude
-from rs_consistency.voting import vote_settings
+from rs_consistency.voting import count_votes, vote_settings
 
 SHAPE = (4, 4, 1)
 WEIGHTS = np.random.default_rng(0).normal(size=16)
@@ -118,6 +118,37 @@ def test_votes_do_not_depend_on_devices_or_batch(several, votes, num_devices, ba
     )
     np.testing.assert_array_equal(got.counts, votes.counts[: len(chosen)])
     np.testing.assert_array_equal(got.counts0, votes.counts0[: len(chosen)])
+
+
+@pytest.mark.parametrize(("num_devices", "batches"), [(1, 4), (8, 3)])
+def test_votes_do_not_depend_on_the_batches_in_a_call(several, votes, num_devices, batches):
+    """On an accelerator a call computes several batches in a compiled loop."""
+    settings = vote_settings(
+        sigma=SIGMA, num_classes=2, n0=10, n=333, seed=7, batch_size=64, image_shape=SHAPE, platform="cpu"
+    )
+    groups = list(
+        count_votes(
+            lambda _, images: linear(images), (), np.float32(several), np.arange(7),
+            settings=settings, devices=jax.devices()[:num_devices], batches_per_call=batches,
+        )
+    )  # fmt: skip
+    np.testing.assert_array_equal(np.concatenate([group.counts for group in groups]), votes.counts)
+    np.testing.assert_array_equal(np.concatenate([group.counts0 for group in groups]), votes.counts0)
+
+
+def test_nothing_is_traced_again_for_other_images_seeds_and_sigmas(several):
+    traced = []
+
+    def counting(images):
+        traced.append(images.shape)
+        return linear(images)
+
+    settings = {"num_classes": 2, "n0": 10, "n": 333, "batch_size": 64, "devices": jax.devices()[:1]}
+    certify(counting, np.repeat(several, 20, axis=0), sigma=SIGMA, **settings)  # 140 images: several groups
+    first = len(traced)
+    assert first <= 2  # the check of the model, and the kernel
+    certify(counting, np.repeat(several, 30, axis=0), sigma=0.3, seed=5, **settings)
+    assert len(traced) == first
 
 
 def test_votes_depend_on_the_index_not_on_the_company(several, votes):
