@@ -255,6 +255,7 @@ def test_a_compiled_loop_over_the_parts_gives_the_same_step(examples, resnet8, m
     assert looped_history[0]["loss"] == pytest.approx(unrolled_history[0]["loss"], rel=1e-3)
 
 
+@pytest.mark.slow
 def test_parts_with_batch_norm_do_not_depend_on_the_devices(examples, resnet8):
     config = small_config(model="resnet8", accumulate_steps=2)
     one, _ = run_steps(config, examples, 1, 1)
