@@ -174,7 +174,6 @@ def _against_rival(name: str, dtype: str, args: argparse.Namespace) -> dict[str,
     device = "cuda" if torch.cuda.is_available() and jax.default_backend() == "gpu" else "cpu"
     rival = Rival(twin, image, 10, device)
     batch = rival.best_batch(args.seconds / 3)
-    # A twentieth of the published votes on each image: rounds of equal length for both.
     ours = Ours(apply_fn, variables, image, n=args.n, batch_size=None)
     print(f"{name} {dtype}: ours, rival at batch {batch}, ratio", file=sys.stderr)
     found = _in_turns(

@@ -9,12 +9,15 @@ which the two differ is named. Files go to WORKDIR/decisions-RADIUS.tsv; run aga
 
 import argparse
 import statistics
+import sys
 from pathlib import Path
 from typing import Any
 
 from rs_consistency.cli import certify
 from rs_consistency.files import write_json
 from rs_consistency.tables import Table, read_table
+
+_SETTINGS = ("sigma", "n0", "n", "alpha", "seed", "split", "dtype")  # those of the fixed number of votes
 
 
 def _compare(fixed: Table, decided: Table, radius: float) -> dict[str, Any]:
@@ -23,7 +26,9 @@ def _compare(fixed: Table, decided: Table, radius: float) -> dict[str, Any]:
     n = fixed.record["n"]
     differing = []
     for index, row in rows.items():
-        published = fixed.rows[index]
+        published = fixed.rows.get(index)
+        if published is None:
+            sys.exit(f"image {index} is not in {fixed.path}: certify it first, with the same --skip and --max")
         certified = float(published["radius"]) >= radius and published["predict"] >= 0
         if certified != (row["decision"] == "certified"):
             differing.append(
@@ -39,7 +44,9 @@ def _compare(fixed: Table, decided: Table, radius: float) -> dict[str, Any]:
         "undecided": len(rows) - sum(number.values()),
         "mean_votes": round(statistics.mean(votes), 1),
         "median_votes": statistics.median(votes),
-        "mean_votes_of_decided": round(statistics.mean([one for one in votes if one < n] or [n]), 1),
+        "mean_votes_of_decided": round(
+            statistics.mean([row["votes"] for row in rows.values() if row["decision"] != "undecided"] or [n]), 1
+        ),
         "fixed_votes": n,
         "differing": differing,
     }
@@ -59,7 +66,8 @@ def main() -> None:
     for radius in args.radii:
         output = args.workdir / f"decisions-{radius:g}.tsv"
         command = [f"--workdir={args.workdir}", "--mode=decide", f"--radius={radius}", f"--skip={args.skip}"]
-        command += [f"--n={fixed.record['n']}", f"--output={output}"] + ([f"--max={args.max}"] if args.max else [])
+        command += [f"--{name}={fixed.record[name]}" for name in _SETTINGS]
+        command += [f"--output={output}"] + ([f"--max={args.max}"] if args.max else [])
         certify.main(command)
         results.append(_compare(fixed, read_table(output), radius))
     print("radius  images  certified  not  undecided  mean votes  median  differing")

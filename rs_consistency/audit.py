@@ -12,10 +12,11 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from rs_consistency import noise, sequential
-from rs_consistency.bounds import certify_votes, upper_confidence_bound
+from rs_consistency.bounds import certify_votes, drawn_sigma, upper_confidence_bound
 from rs_consistency.certification import ABSTAIN
 from rs_consistency.checks import number_from, probability, whole_number
 from rs_consistency.errors import UserError
+from rs_consistency.prediction import p_value_of
 from rs_consistency.rows import CERTIFIED, CERTIFY, DECIDE, PREDICT, WORDS, Row, decided_radius, format_radius
 from rs_consistency.tables import Table, differing_places, provenances, record_of
 
@@ -80,7 +81,7 @@ def choose_lines(table: Table, k: int, seed: int | None = None) -> np.ndarray:
       UserError: for a k or seed outside its range, or a file without lines.
     """
     k = whole_number("verify", k, at_least=1)
-    seed = secrets.randbits(64) if seed is None else whole_number("seed", seed, at_least=0)
+    seed = secrets.randbits(64) if seed is None else whole_number("verify_seed", seed, at_least=0)
     if not table.rows:
         raise UserError(f"{table.path} has no images yet; certify some first")
     chosen = np.random.default_rng(seed).choice(list(table.rows), min(k, len(table.rows)), replace=False)
@@ -156,7 +157,7 @@ def _notes(table: Table, here: dict[str, Any]) -> list[str]:
         names = sorted({name for place in places for name in differing_places(here, place)})
         notes.append(
             f"made with another {', '.join(names)} ({_place(places[0])}) than drawn again now ({_place(here)}):"
-            " rounding can decide near-ties between classes differently"
+            " rounding can decide near-ties between classes differently, or change the last digit of a radius"
         )
     if table.missing:
         size = len(table.missing) + len(table.rows)
@@ -181,7 +182,7 @@ def _wrongly_correct(row: Row) -> bool:
 
 def _check_certified(record: dict[str, Any], rows: list[Row]) -> list[tuple[int, str]]:
     """Predictions and radii must be what the recorded bound gives."""
-    n0, n = (whole_number(name, _recorded(record, name), at_least=1) for name in ("n0", "n"))
+    n0, n = _numbers_of_votes(record)
     fields = ("idx", "count0", "count", "count_runner_up", "selected")
     index, count0, count, runner_up, selected = (np.asarray([row[name] for row in rows]) for name in fields)
     possible = (count0 <= n0) & (count + runner_up <= n)
@@ -199,16 +200,24 @@ def _check_certified(record: dict[str, Any], rows: list[Row]) -> list[tuple[int,
     return found
 
 
+def _numbers_of_votes(record: dict[str, Any]) -> tuple[int, int]:
+    """n0 and n."""
+    n0, n = (whole_number(name, _recorded(record, name), at_least=1) for name in ("n0", "n"))
+    return n0, n
+
+
 def _check_decided(record: dict[str, Any], rows: list[Row]) -> list[tuple[int, str]]:
     """Decisions must be those of the test at the recorded votes; where certified, the selected class at the radius."""
     radius = number_from("radius", _recorded(record, "radius"), at_least=0)
-    at, n = format_radius(decided_radius(radius)), whole_number("n", _recorded(record, "n"), at_least=1)
-    sigma, alpha = _recorded(record, "sigma"), _recorded(record, "alpha")
+    at, (n0, n) = format_radius(decided_radius(radius)), _numbers_of_votes(record)
+    sigma, alpha = drawn_sigma(_recorded(record, "sigma")), _recorded(record, "alpha")
+    look_every = whole_number("look_every", _recorded(record, "look_every"), at_least=1)
     found = []
     for row in rows:
         expected = (row["selected"], at) if row["decision"] == CERTIFIED else (ABSTAIN, format_radius(0.0))
-        if not (row["count"] <= row["votes"] and 1 <= row["votes"] <= n):
-            found.append((row["idx"], f"its counts cannot be with n={n}"))
+        looked = row["votes"] == n or (0 < row["votes"] < n and row["votes"] % look_every == 0)
+        if not (looked and row["count"] <= row["votes"] and row["count0"] <= n0):
+            found.append((row["idx"], f"its counts cannot be with n0={n0} and n={n}"))
             continue
         decided = sequential.decide(row["count"], row["votes"], radius=radius, sigma=sigma, alpha=alpha)
         if WORDS[int(decided)] != row["decision"] or (decided == sequential.UNDECIDED and row["votes"] < n):
@@ -221,14 +230,20 @@ def _check_decided(record: dict[str, Any], rows: list[Row]) -> list[tuple[int, s
 def _check_predicted(record: dict[str, Any], rows: list[Row]) -> list[tuple[int, str]]:
     """A prediction where the test rejects, and never a radius."""
     alpha = probability("alpha", _recorded(record, "alpha"))
+    n = whole_number("n", _recorded(record, "n"), at_least=1)
     found = []
     for row in rows:
+        if not (row["count_runner_up"] <= row["count"] and 1 <= row["count"] + row["count_runner_up"] <= n):
+            found.append((row["idx"], f"its counts cannot be with n={n}"))
+            continue
+        exact = float(p_value_of(row["count"], row["count_runner_up"]))
+        if not math.isclose(row["p_value"], exact, rel_tol=1e-9, abs_tol=1e-300):
+            found.append((row["idx"], f"p_value {row['p_value']}, its counts give {exact}"))
+            continue
         if (row["predict"] == ABSTAIN) != (row["p_value"] > alpha):
             found.append((row["idx"], f"predict {row['predict']} does not follow from its p_value at alpha={alpha}"))
         elif row["radius"]:
             found.append((row["idx"], "a prediction has no radius"))
-        elif row["count"] < row["count_runner_up"]:
-            found.append((row["idx"], "its counts cannot be"))
     return found
 
 

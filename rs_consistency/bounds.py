@@ -53,8 +53,7 @@ def upper_confidence_bound(count: ArrayLike, n: ArrayLike, alpha: ArrayLike) -> 
 
     Arguments, shapes and errors as for `lower_confidence_bound`. Always above 0.
     """
-    count, n, alpha = _checked(count, n, alpha)
-    return np.minimum(np.nextafter(1 - _lower(n - count, n, alpha), 2.0), 1.0)[()]
+    return _upper(*_checked(count, n, alpha))[()]
 
 
 def randomized_lower_bound(count: ArrayLike, n: ArrayLike, alpha: ArrayLike, uniform: ArrayLike) -> np.ndarray:
@@ -153,7 +152,7 @@ def certify_votes(
       runner_up: the most votes that any other class has; only `two_class` looks at it.
       n: all votes.
       alpha: error probability, in (0, 1), at least 1e-100.
-      sigma: standard deviation of the noise.
+      sigma: standard deviation of the noise, which was drawn in float32 (`drawn_sigma`).
       bound: one of `BOUNDS`.
       uniform: draws from (0, 1], for `randomized`: from `noise.bound_uniform`.
 
@@ -163,18 +162,20 @@ def certify_votes(
     Raises:
       UserError: for an argument outside its range, or an unknown bound.
     """
-    sigma = _checked_sigma(sigma)
+    sigma = drawn_sigma(_checked_sigma(sigma))
     if bound == "two_class":
         count, n, alpha = _checked(count, n, alpha)
         _, _, runner_up = np.broadcast_arrays(count, n, number_array("runner_up", runner_up))
         good = (runner_up >= 0) & (runner_up <= n - count) & (runner_up == np.floor(runner_up))
         check_all("runner_up", runner_up, good, "use whole numbers from 0 to n - count")
         lower = _lower(count, n, alpha / 2)
-        upper = np.minimum(upper_confidence_bound(runner_up, n, alpha / 2), 1 - lower)
+        upper = np.minimum(_upper(runner_up, n, alpha / 2), 1 - lower)
         certified = lower >= upper
         with np.errstate(invalid="ignore"):
-            radius = sigma / 2 * (special.ndtri(lower) - special.ndtri(upper))
-        radius = np.where(certified, np.maximum(radius * _SHRINK, 0.0), 0.0)
+            at_lower, at_upper = special.ndtri(lower), special.ndtri(upper)
+            rounding = (1 - _SHRINK) * (np.abs(at_lower) + np.abs(at_upper))
+            radius = sigma / 2 * (at_lower - at_upper - rounding)
+        radius = np.where(certified, np.maximum(radius, 0.0), 0.0)
         return Certified(certified, radius[()], lower)
     if bound == "clopper_pearson":
         lower = _lower(*_checked(count, n, alpha))
@@ -185,6 +186,11 @@ def certify_votes(
     else:
         raise UserError(f"bound={bound!r} is unknown; use one of {', '.join(BOUNDS)}")
     return Certified(lower >= 0.5, _radius(lower, sigma), lower)
+
+
+def drawn_sigma(sigma: ArrayLike) -> np.ndarray:
+    """The sigma that radii may be computed with: noise is drawn in float32, whose sigma may be a little smaller."""
+    return np.minimum(sigma, np.float64(np.float32(sigma)))
 
 
 def radius_ceiling(n: ArrayLike, *, alpha: ArrayLike, sigma: ArrayLike, bound: str = "clopper_pearson") -> np.ndarray:
@@ -215,6 +221,11 @@ def _lower(count: np.ndarray, n: np.ndarray, alpha: np.ndarray) -> np.ndarray:
         bound = np.where(too_high, np.maximum(bound - step, 0.0), bound)
         step = 2 * step
     return np.where(count == 0, 0.0, bound)
+
+
+def _upper(count: np.ndarray, n: np.ndarray, alpha: np.ndarray) -> np.ndarray:
+    """`upper_confidence_bound` of checked float64 arrays."""
+    return np.minimum(np.nextafter(1 - _lower(n - count, n, alpha), 2.0), 1.0)
 
 
 def _tail(count: np.ndarray, n: np.ndarray, p: np.ndarray) -> np.ndarray:

@@ -15,6 +15,7 @@ from rs_consistency.shards import Selection
 from rs_consistency.tables import (
     PROVENANCE,
     Progress,
+    check_record,
     check_replaceable,
     differing_places,
     finished_entry,
@@ -34,6 +35,7 @@ class CertificateFile:
 
     Attributes:
       path: of the `.tsv`.
+      schema: what its lines are.
       progress: what it holds.
       done: the image numbers that it holds.
     """
@@ -61,7 +63,7 @@ class CertificateFile:
           UserError: for a file with another identity (the differing keys are named), of another origin, or in use; for
             lines of other images, or twice of one; for a finished file that was changed.
         """
-        self.path, self._record_path, self._schema = path, record_of(path), schema
+        self.path, self._record_path, self.schema = path, record_of(path), schema
         self._wanted = set(selection.indices().tolist())
         identity = {"mode": schema.name, **identity, **selection.identity()}
         self._record = {**identity, "identity": list(identity), "max": selection.size, **about}
@@ -69,6 +71,7 @@ class CertificateFile:
             raise UserError(f"output={path}: its folder does not exist; create it, or choose another --output")
         if path.exists() and not path.is_file():
             raise UserError(f"output={path} is not a regular file; give the name of a .tsv file")
+        new, content = not path.exists(), b""
         self._file = _open_locked(path)
         try:
             content = self._file.read()
@@ -94,6 +97,8 @@ class CertificateFile:
             self.done = set(rows)
             self.progress = Progress().plus(rows.values())
         except BaseException:
+            if new and not content:  # nothing is left of a file that could not be begun
+                path.unlink(missing_ok=True)
             self._file.close()
             raise
 
@@ -108,8 +113,8 @@ class CertificateFile:
         Raises:
           ValueError: for an image that it holds already or is not to hold, or a value that its column cannot hold.
         """
-        lines = [self._schema.line(row) for row in rows]
-        parsed = [self._schema.parse(line[:-1]) for line in lines]
+        lines = [self.schema.line(row) for row in rows]
+        parsed = [self.schema.parse(line[:-1]) for line in lines]
         new = [row["idx"] for row in parsed]
         if len(set(new)) < len(new) or not self._wanted.issuperset(new) or not self.done.isdisjoint(new):
             raise ValueError(f"images {new}: not each one that the file lacks, once")
@@ -171,6 +176,7 @@ class CertificateFile:
                 f"{self.path} has no {self._record_path.name} that says how it was made; choose another --output"
             )
         recorded = read_json(self._record_path)
+        check_record(self._record_path, recorded)
         missing = [key for key in (*identity, "max") if key not in recorded]
         if missing:
             raise UserError(

@@ -1,6 +1,5 @@
 """Certification of a smoothed classifier as a library: for any JAX function."""
 
-import functools
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
@@ -93,7 +92,7 @@ def certify(
         sigma=sigma, num_classes=num_classes, n0=n0, n=n, seed=seed, batch_size=batch_size,
     )  # fmt: skip
     votes = task.all_votes(apply_fn, noise.Stream.CERTIFY, "certifying" if progress else None)
-    uniform = noise.bound_uniform(task.settings.seed, task.indices)
+    uniform = noise.bound_uniform(task.settings.seed, task.indices) if bound == "randomized" else None
     return conclude(*votes, alpha=alpha, sigma=task.settings.sigma, bound=bound, uniform=uniform)
 
 
@@ -117,7 +116,7 @@ class Task(NamedTuple):
     ) -> voting.Votes:
         """The counts of all images; `progress` is the name of a progress bar on stderr, if there is to be one."""
         groups = voting.count_votes(
-            without_variables(apply_fn), (), self.images, self.indices,
+            lambda _, batch: apply_fn(batch), (), self.images, self.indices,
             settings=self.settings, devices=self.devices, stream=stream,
         )  # fmt: skip
         found: list[voting.Votes] = []
@@ -130,12 +129,6 @@ class Task(NamedTuple):
             np.concatenate([none, *(votes.counts0 for votes in found)]),
             np.concatenate([none, *(votes.counts for votes in found)]),
         )
-
-
-@functools.lru_cache(maxsize=4)
-def without_variables(apply_fn: Callable[[jax.Array], jax.Array]) -> Callable[[Any, jax.Array], jax.Array]:
-    """The function of no variables and a batch; the same one for the same `apply_fn`, which then compiles once."""
-    return lambda _, batch: apply_fn(batch)
 
 
 def prepare(

@@ -10,9 +10,9 @@ import numpy as np
 from rs_consistency import noise, voting
 from rs_consistency.bounds import BOUNDS
 from rs_consistency.certification import conclude, most_of_others
-from rs_consistency.checks import number_from, one_of, probability
+from rs_consistency.checks import one_of, probability
 from rs_consistency.data import DatasetInfo
-from rs_consistency.deciding import decide_images
+from rs_consistency.deciding import LOOK_EVERY, check_radius, decide_images
 from rs_consistency.errors import UserError
 from rs_consistency.prediction import conclude_prediction
 from rs_consistency.rows import (
@@ -56,7 +56,7 @@ class Question(NamedTuple):
         if self.bound is not None:
             found["bound"] = self.bound
         if self.radius is not None:
-            found["radius"] = self.radius
+            found |= {"radius": self.radius, "look_every": LOOK_EVERY}
         return found
 
 
@@ -89,7 +89,7 @@ def make_question(
     if schema is DECIDE:
         if radius is None:
             raise UserError("mode=decide needs the radius to decide at: add --radius, such as --radius=0.5")
-        radius = number_from("radius", radius, at_least=0)
+        radius = check_radius(radius)
     elif schema is CERTIFY:
         bound = BOUNDS[0] if bound is None else bound
         one_of("bound", bound, BOUNDS)

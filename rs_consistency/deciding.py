@@ -13,7 +13,8 @@ selection and at the cap. The images of a *pool* on the devices take turns:
    thrown away.
 
 So the decision, and the number of votes it took, are a function of seed, image, index and settings, whatever the
-batch size, the devices and the company; only the order of the images that finish depends on them.
+batch size, the devices and the company, up to rounding in the model, which decides ties alone; only the order of the
+images that finish depends on them.
 """
 
 import bisect
@@ -28,13 +29,19 @@ from numpy.typing import ArrayLike
 from tqdm import tqdm
 
 from rs_consistency import noise, parallel, sequential, voting
-from rs_consistency.certification import prepare, without_variables
-from rs_consistency.checks import number_from, probability
+from rs_consistency.bounds import drawn_sigma
+from rs_consistency.certification import prepare
+from rs_consistency.checks import LARGEST, number_from, probability
 
 LOOK_EVERY = 16  # votes; part of the result's definition. A decision takes hundreds: 8 too many, on average, is little.
 _SLOTS_PER_BLOCK = 2  # one image in the batch that runs, one in the batch that is sent meanwhile
 _BATCHES_IN_FLIGHT = 2
 _BLOCKS_PER_REFILL = 8  # an image takes more than 8 blocks, selection included: mostly one refill for a batch
+
+
+def check_radius(radius: Any) -> float:
+    """The radius of a decision as a float; a `UserError` for one that cannot be."""
+    return abs(number_from("radius", radius, at_least=0, at_most=LARGEST))  # -0.0 is 0
 
 
 class Decisions(NamedTuple):
@@ -113,7 +120,7 @@ def decide(
         sigma=sigma, num_classes=num_classes, n0=n0, n=n, seed=seed, batch_size=batch_size,
     )  # fmt: skip
     groups = decide_images(
-        without_variables(apply_fn), (), task.images, task.indices,
+        lambda _, batch: apply_fn(batch), (), task.images, task.indices,
         settings=task.settings, radius=radius, alpha=alpha, devices=task.devices,
     )  # fmt: skip
     none = np.zeros(0, np.int64)
@@ -163,7 +170,7 @@ def decide_images(
       UserError: for a radius or alpha outside its range; when the model does not accept the images, does
         not give K logits, or gives NaN.
     """
-    radius = number_from("radius", radius, at_least=0)
+    radius = check_radius(radius)
     alpha = probability("alpha", alpha)
     num_devices, num_classes, shape = len(devices), settings.num_classes, images.shape[1:]
     per_device = max(1, settings.batch_size // (num_devices * LOOK_EVERY))  # blocks
@@ -313,7 +320,8 @@ class _Table:
         first = np.searchsorted(slot_m, slot_m)  # where the blocks of the slot begin
         hits = running - (running - hits)[first] + self._hits[slot_m]
         votes = np.minimum(LOOK_EVERY * (number_m - self._before + 1), self._settings.n)
-        decision = sequential.decide(hits, votes, radius=self._radius, sigma=self._settings.sigma, alpha=self._alpha)
+        sigma = drawn_sigma(self._settings.sigma)
+        decision = sequential.decide(hits, votes, radius=self._radius, sigma=sigma, alpha=self._alpha)
         ends = np.flatnonzero((decision != sequential.UNDECIDED) | (votes == self._settings.n))
         done, at_first = np.unique(slot_m[ends], return_index=True)
         ends = ends[at_first]

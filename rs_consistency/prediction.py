@@ -81,6 +81,13 @@ def predict(
     return conclude_prediction(votes.counts, alpha=alpha)
 
 
+def p_value_of(most: ArrayLike, runner_up: ArrayLike) -> np.ndarray:
+    """Of the two-sided binomial test at 1/2 between the two largest counts, `[B]` each, `most` at least 1."""
+    # P(X >= most) of X ~ Binomial(most + runner_up, 1/2), twice: at 1/2 the other tail is as large.
+    tail = special.betainc(most, np.asarray(runner_up) + 1, 0.5)
+    return np.where(np.equal(most, runner_up), 1.0, np.minimum(2 * tail, 1.0))
+
+
 def conclude_prediction(counts: ArrayLike, *, alpha: float) -> Prediction:
     """Prediction and p-value from the votes `[B, K]`; see `predict`.
 
@@ -106,6 +113,5 @@ def conclude_prediction(counts: ArrayLike, *, alpha: float) -> Prediction:
     check_all("votes of an image", counts.sum(axis=1), counts.sum(axis=1) >= 1, "use at least 1")
     two = np.sort(np.pad(counts, ((0, 0), (1, 0))), axis=1)[:, -2:]  # [B, 2], the runner-up first; 0 for K = 1
     runner_up, most = two.T.astype(np.float64)
-    # P(X >= most) of X ~ Binomial(most + runner_up, 1/2), twice: at 1/2 the other tail is as large.
-    p_value = np.where(most == runner_up, 1.0, np.minimum(2 * special.betainc(most, runner_up + 1, 0.5), 1.0))
+    p_value = p_value_of(most, runner_up)
     return Prediction(np.where(p_value <= alpha, counts.argmax(axis=1), ABSTAIN), p_value, counts)

@@ -105,8 +105,9 @@ def read_table(path: Path) -> Table:
     record = read_json(record_path)
     if "parameter_digest" in record and "mode" not in record:  # of the first version
         record = {"mode": "certify", "bound": "clopper_pearson", **record}
-    if record.get("mode") not in SCHEMAS:
+    if not isinstance(record.get("mode"), str) or record["mode"] not in SCHEMAS:
         raise UserError(f"{record_path} is no record of a certification that this version knows; give another file")
+    check_record(record_path, record)
     schema = SCHEMAS[record["mode"]]
     try:
         selection = Selection.of_record(record) if "split_size" in record else None
@@ -117,6 +118,27 @@ def read_table(path: Path) -> Table:
     rows = read_lines(path, whole, schema, None if selection is None else selection.admitted(), finished=False)
     changed = "finished" in record and not is_as_finished(path, record, content)
     return Table(path, record, schema, selection, rows, changed)
+
+
+def check_record(path: Path, record: dict[str, Any]) -> None:
+    """Raises a `UserError` for a record whose parts are not of the kind that this program writes."""
+
+    def are(kind: type, values: Any) -> bool:
+        return isinstance(values, list) and all(isinstance(value, kind) for value in values)
+
+    places = [record, *record["shards"]] if are(dict, record.get("shards")) else [record]
+    good = {
+        "identity": are(str, record.get("identity", [])),
+        "shards": are(dict, record.get("shards", [])),
+        "continued_with": all(are(dict, place.get("continued_with", [])) for place in places),
+        "versions": all(isinstance(place.get("versions", {}), dict) for place in places),
+        "finished": isinstance(record.get("finished", {}), dict),
+    }
+    if "finished" in record and good["finished"]:
+        good["finished"] = isinstance(record["finished"].get("images"), int)
+    damaged = [name for name, fine in good.items() if not fine]
+    if damaged:
+        raise UserError(f"{path} is damaged: {', '.join(damaged)} cannot be; restore it from a copy")
 
 
 def read_lines(

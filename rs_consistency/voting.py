@@ -1,6 +1,5 @@
 """The votes of a smoothed classifier, counted on the devices."""
 
-import functools
 import math
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple
@@ -10,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from rs_consistency import noise, parallel
-from rs_consistency.checks import number_above, whole_number
+from rs_consistency.checks import LARGEST, number_above, whole_number
 from rs_consistency.errors import UserError
 
 # A group of images is voted on together, and is at least so many calls: what its last call leaves unused is small.
@@ -19,6 +18,7 @@ _CALLS_IN_GROUP = 16
 _BATCH_SIZE = {"cpu": 256}
 _BATCH_SIZE_ELSEWHERE = 4096
 _BATCH_VALUES = 2**24  # pixel values in a batch at most, so that large images fit into memory: 111 of 224 x 224 x 3
+_GROUP_VALUES = 2**26  # pixel values in a group of images at most: 256 MiB
 # On the CPU convolutions in a compiled loop are slow, and a call costs little. An accelerator would wait for the host.
 _BATCHES_PER_CALL = {"cpu": 1}
 _BATCHES_PER_CALL_ELSEWHERE = 16
@@ -71,7 +71,7 @@ def vote_settings(
         usual = _BATCH_SIZE.get(platform, _BATCH_SIZE_ELSEWHERE)
         batch_size = max(1, min(usual, _BATCH_VALUES // max(1, math.prod(image_shape))))
     return VoteSettings(
-        sigma=number_above("sigma", sigma, 0),
+        sigma=number_above("sigma", sigma, 0, at_most=LARGEST),
         num_classes=whole_number("num_classes", num_classes, at_least=1),
         n0=whole_number("n0", n0, at_least=least_n0, at_most=_MOST_VOTES),
         n=whole_number("n", n, at_least=1, at_most=_MOST_VOTES),
@@ -135,7 +135,8 @@ def count_votes(
         batches_per_call = _BATCHES_PER_CALL.get(devices[0].platform, _BATCHES_PER_CALL_ELSEWHERE)
     rows_per_call = per_device * len(devices) * batches_per_call
     group = min(max(len(images), 1), -(-_CALLS_IN_GROUP * rows_per_call // per_image))
-    compiled = _compile(apply_fn, num_classes, per_device, batches_per_call, tuple(devices))
+    group = min(group, max(1, _GROUP_VALUES // max(1, math.prod(images.shape[1:]))))
+    compiled = _compile(apply_fn, num_classes, per_device, batches_per_call, devices)
     variables = parallel.replicate(variables, devices)
     numbers = np.int32([settings.n0, settings.n])
     key = noise.stream_key(settings.seed, stream)
@@ -163,16 +164,14 @@ def count_votes(
         yield Votes(found[0, :, :num_classes], found[1, :, :num_classes])
 
 
-# Kept between calls, so that a caller who certifies image by image compiles once; few, since each keeps its model.
-@functools.lru_cache(maxsize=4)
 def _compile(
     apply_fn: Callable[[Any, jax.Array], jax.Array],
     num_classes: int,
     per_device: int,
     batches: int,
-    devices: tuple[jax.Device, ...],
+    devices: Sequence[jax.Device],
 ) -> Callable[..., jax.Array]:
-    """The compiled votes of some batches; compiled anew for other shapes of images and groups alone."""
+    """The compiled votes of some batches of a group; of sigma, seed and images nothing is compiled in."""
     batch_size = per_device * len(devices)
 
     def some_batches(

@@ -13,6 +13,7 @@ from rs_consistency.certificates import CertificateFile
 from rs_consistency.certification import Certification, conclude
 from rs_consistency.errors import UserError
 from rs_consistency.noise import bound_uniform
+from rs_consistency.prediction import p_value_of
 from rs_consistency.rows import CERTIFY, DECIDE, PREDICT, certify_rows, decide_rows, predict_rows
 from rs_consistency.shards import Selection
 from rs_consistency.tables import read_table
@@ -200,7 +201,7 @@ def test_another_device_is_named_and_does_not_excuse(path):
     assert len(lines) == 3 and lines[0].startswith("image 6: ")
     assert lines[1] == (
         "note: made with another device, jax (8 x cpu, jax 1) than drawn again now (1 x gpu, jax 9): rounding can"
-        " decide near-ties between classes differently"
+        " decide near-ties between classes differently, or change the last digit of a radius"
     )
     assert lines[2] == "9 of 10 lines reproduce, largest difference 2 votes"
     assert verify(path, here=here).ok and "rounding" in verify(path, here=here).text()
@@ -216,10 +217,10 @@ def test_an_unfinished_file_is_told(path):
 
 def test_decisions_and_predictions(tmp_path):
     decided = decide_rows(
-        INDICES[:3], LABELS[:3], count0=[10, 8, 6], count=[160, 20, 280], votes=[160, 60, 300], selected=[1, 0, 2],
+        INDICES[:3], LABELS[:3], count0=[10, 8, 6], count=[160, 20, 280], votes=[160, 64, 300], selected=[1, 0, 2],
         decision=["certified", "not_certified", "undecided"], radius=0.75, seconds=1,
     )  # fmt: skip
-    path = save(tmp_path / "d.tsv", DECIDE, {**SETTINGS, "radius": 0.75}, decided)
+    path = save(tmp_path / "d.tsv", DECIDE, {**SETTINGS, "radius": 0.75, "look_every": 16}, decided)
     assert audit.compare(read_table(path), decided, HERE).text() == "3 of 3 lines reproduce"
     fewer = [{**decided[0], "votes": 144}, *decided[1:]]
     assert "image 0: votes 160, drawn again 144" in audit.compare(read_table(path), fewer, HERE).text()
@@ -228,14 +229,22 @@ def test_decisions_and_predictions(tmp_path):
     forge(path, 2, votes=16)
     text = audit.compare(read_table(path), decided, HERE).text()
     assert "image 0: predict or radius is not that of a decision certified at 0.750000" in text
-    assert "image 2: its counts cannot be with n=300" in text
+    assert "image 2: its counts cannot be with n0=20 and n=300" in text
     assert "image 4: decision certified does not follow from its votes" in text
 
     predicted = predict_rows(
-        INDICES[:2], LABELS[:2], [1, -1], count=[90, 51], count_runner_up=[10, 49], p_value=[1e-17, 0.92], seconds=0
+        INDICES[:2],
+        LABELS[:2],
+        [1, -1],
+        count=[90, 51],
+        count_runner_up=[10, 49],
+        p_value=p_value_of([90, 51], [10, 49]),
+        seconds=0,
     )
     path = save(tmp_path / "p.tsv", PREDICT, SETTINGS, predicted)
     assert audit.compare(read_table(path), predicted, HERE).ok
+    forge(path, 0, p_value="0.0001")
+    assert "image 0: p_value 0.0001, its counts give" in audit.compare(read_table(path), predicted, HERE).text()
     forge(path, 2, predict=2, correct=1)
     assert "does not follow from its p_value at alpha=0.001" in audit.compare(read_table(path), predicted, HERE).text()
 

@@ -221,6 +221,11 @@ def test_the_two_class_bound_certifies_below_one_half():
     assert not nothing.certified and nothing.radius == 0
 
 
+def test_the_smallest_alpha_works_with_every_bound():
+    for bound in BOUNDS:
+        assert certify_votes(1000, 0, 1000, alpha=1e-100, sigma=1.0, bound=bound, uniform=0.5).radius > 0
+
+
 @pytest.mark.parametrize("bound", BOUNDS)
 def test_the_ceiling_is_the_radius_of_all_votes(bound):
     for n in (1, 10, 100_000):

@@ -71,6 +71,16 @@ def test_winograd_of_five_taps_is_the_convolution(padding):
     assert_close(got, reference(images, kernel, (1, 1), padding), scale=4)
 
 
+@pytest.mark.parametrize("settings", [{"rhs_dilation": (2, 2)}, {"feature_group_count": 2}, {"lhs_dilation": (2, 1)}])
+def test_dilation_and_groups_are_not_lost(settings):
+    images, kernel = draw((2, 8, 8, 32), (3, 3, 32 // settings.get("feature_group_count", 1), 8))
+    arguments = (jnp.asarray(images), jnp.asarray(kernel), (1, 1), ((1, 1), (1, 1)))
+    settings = {**settings, "dimension_numbers": ("NHWC", "HWIO", "NHWC")}
+    np.testing.assert_array_equal(
+        inference_convolution(*arguments, **settings), jax.lax.conv_general_dilated(*arguments, **settings)
+    )
+
+
 @pytest.mark.parametrize(
     ("image_shape", "size", "strides"),
     [

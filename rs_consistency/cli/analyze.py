@@ -123,8 +123,10 @@ def _joint(summaries: list[dict[str, Any]]) -> list[list[str]]:
             ("these images", f"<= {summary['wrong_at_most']}", "certified_accuracy_lower"),
             ("new images", "-", "population_accuracy_lower"),
         ):
-            # Rounded down; 0.829 for 0.83, which is a little less in binary, would be too much of that.
-            shares = (f"{math.floor(round(1000 * share, 6)) / 1000:.3f}" for share in summary[key].values())
+            # Rounded down; 0.829 for a counted 0.83, which is a little less in binary, would be too much of that.
+            exact = [1000 * share for share in summary[key].values()]
+            whole = [round(share, 6) if key == "certified_accuracy_lower" else share for share in exact]
+            shares = (f"{math.floor(share) / 1000:.3f}" for share in whole)
             rows.append([summary["path"], of, f"{summary['delta']:g}", wrong, *shares])
     return rows
 

@@ -93,6 +93,8 @@ def _main(argv: Sequence[str] | None) -> None:
         return
     if args.workdir is None:
         raise UserError("workdir is missing: add --workdir=FOLDER of a run of train.py, or --merge")
+    if args.verify_seed is not None and args.verify is None:
+        raise UserError(f"verify_seed={args.verify_seed} chooses what is verified; add --verify=K")
     keep_compiled()
     if args.verify is not None:
         _verify(args)
@@ -188,7 +190,8 @@ def _fill(file: CertificateFile, answers: Iterator[list[Row]]) -> None:
     with bar:
         for rows in answers:
             file.append(rows)
-            bar.set_postfix(ACR=f"{file.progress.acr:.4f}", refresh=False)
+            if file.schema is CERTIFY:
+                bar.set_postfix(ACR=f"{file.progress.acr:.4f}", refresh=False)
             bar.update(len(rows))
 
 
@@ -212,10 +215,15 @@ def _summary(file: CertificateFile, question: Question) -> str:
 
 def _verify(args: Any) -> None:
     """Draws some lines of a file again, with the settings of its record."""
+    for name in ("sigma", "n0", "bound", "radius", "dtype"):
+        if getattr(args, name) is not None:
+            raise UserError(
+                f"{name}={getattr(args, name)}: verify takes the settings that the file names; leave it out"
+            )
     table = read_table(_output(args, args.mode))
     chosen = audit.choose_lines(table, args.verify, args.verify_seed)
     classifier = _Classifier(args, split=table.record.get("split", "test"))
-    if args.dtype is None and table.record.get("dtype") in DTYPES:
+    if table.record.get("dtype") in DTYPES:
         classifier.config.dtype = table.record["dtype"]
     question = question_of_record(
         table.record, info=classifier.info, platform=classifier.platform, batch_size=args.batch_size

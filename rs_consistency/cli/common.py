@@ -14,8 +14,8 @@ from absl import logging as absl_logging
 
 from rs_consistency.errors import UserError
 
-EXIT_NOT_REPRODUCED = 1
 EXIT_USER_ERROR = 2
+EXIT_NOT_REPRODUCED = 3
 EXIT_BROKEN_PIPE = 141
 EXIT_INTERRUPTED = 130
 

@@ -5,7 +5,7 @@ order of their terms.
 """
 
 import functools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -29,12 +29,17 @@ def convolution(columns: int) -> Callable[..., jax.Array]:
     def convolve(
         images: jax.Array, kernel: jax.Array, strides: Sequence[int], padding: Any, **settings: Any
     ) -> jax.Array:
-        plain = all(settings.get(name) in (None, 1, (1, 1)) for name in ("lhs_dilation", "rhs_dilation"))
-        if not plain or settings.get("feature_group_count", 1) != 1:
+        if not _is_plain(settings):
             raise ValueError(f"only for convolutions without dilation and groups, not {settings}")
         return as_matrix_product(images, kernel, strides=strides, padding=padding, columns=columns)
 
     return convolve
+
+
+def _is_plain(settings: Mapping[str, Any]) -> bool:
+    """Whether there is neither dilation nor groups in the settings of `jax.lax.conv_general_dilated`."""
+    plain = all(settings.get(name) in (None, 1, (1, 1)) for name in ("lhs_dilation", "rhs_dilation"))
+    return plain and settings.get("feature_group_count", 1) == settings.get("batch_group_count", 1) == 1
 
 
 def as_matrix_product(
@@ -102,7 +107,8 @@ def inference_convolution(
     convolution alone (batches of 16 to 64), LeNet 1.6 times (32 to 128). Elsewhere it is XLA's convolution.
     """
     channels, size = images.shape[-1], kernel.shape[:2]
-    if jax.default_backend() == "cpu" and images.dtype == jnp.float32 and tuple(strides) == (1, 1):
+    simple = _is_plain(settings) and images.dtype == jnp.float32 and tuple(strides) == (1, 1)
+    if jax.default_backend() == "cpu" and simple:
         pads = _pads(images, kernel, strides, padding)
         rows = images.shape[1] + sum(pads[0]) - size[0] + 1
         if size in _POINTS and channels > _FEW_CHANNELS and rows % _TILE == 0:

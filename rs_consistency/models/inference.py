@@ -11,6 +11,7 @@ import numpy as np
 from flax.traverse_util import flatten_dict, unflatten_dict
 from jax.ad_checkpoint import checkpoint_name
 
+from rs_consistency.models import convolution
 from rs_consistency.models.convolution import inference_convolution
 from rs_consistency.models.layers import ImageClassifier
 
@@ -75,7 +76,10 @@ def _replace(next_fun: Callable[..., Any], args: Any, kwargs: Any, context: Any)
     if method == "normalize" and isinstance(module, ImageClassifier) and module.mean:
         mean, std = np.float64(module.mean), np.float64(module.std)
         return _multiply_add(args[0], jnp.asarray(1 / std, jnp.float32), jnp.asarray(-mean / std, jnp.float32))
-    if method == "__call__" and type(module) is nn.Conv and module.conv_general_dilated is not inference_convolution:
+    given = module.conv_general_dilated if type(module) is nn.Conv else None
+    # What a model brings itself stays, unless it is this package's own.
+    ours = given is None or getattr(given, "__module__", None) == convolution.__name__
+    if method == "__call__" and type(module) is nn.Conv and ours and given is not inference_convolution:
         faster = module.clone(parent=None, conv_general_dilated=inference_convolution)
         return faster.apply({"params": module.variables["params"]}, *args, **kwargs)
     if method == "__call__" and type(module) is nn.BatchNorm:
