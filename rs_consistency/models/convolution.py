@@ -101,22 +101,18 @@ def inference_convolution(
 ) -> jax.Array:
     """What convolves in inference, for `flax.linen.Conv(conv_general_dilated=...)`, chosen by platform and shape.
 
-    On the CPU, float32 convolutions of stride 1 take another form where one is known to be faster: of 3 x 3, `in_pairs`
-    with up to 16 channels and `winograd_rows` with more; of 5 x 5, `as_matrix_product` and `winograd_rows`. One core
-    of an Intel Xeon, images classified in a second: ResNet-20 1.2 to 1.25 times as many as with XLA's
-    convolution alone (batches of 16 to 64), LeNet 1.6 times (32 to 128). Elsewhere it is XLA's convolution.
+    On the CPU, float32 5 x 5 convolutions of stride 1 take another form, `winograd_rows` or `as_matrix_product`: LeNet
+    classifies 1.6 times as many images a second as with XLA's convolution alone (one core of an Intel Xeon, batches of
+    32 to 128). All else is XLA's convolution: ResNet-20 ran 1.6 to 1.8 times slower with `winograd_rows` (two cores).
     """
     channels, size = images.shape[-1], kernel.shape[:2]
     simple = _is_plain(settings) and images.dtype == jnp.float32 and tuple(strides) == (1, 1)
-    if jax.default_backend() == "cpu" and simple:
+    if jax.default_backend() == "cpu" and simple and size == (5, 5):
         pads = _pads(images, kernel, strides, padding)
         rows = images.shape[1] + sum(pads[0]) - size[0] + 1
-        if size in _POINTS and channels > _FEW_CHANNELS and rows % _TILE == 0:
+        if channels > _FEW_CHANNELS and rows % _TILE == 0:
             return winograd_rows(images, kernel, padding=pads)
-        if size == (3, 3) and pads == ((1, 1), (1, 1)) and channels <= _FEW_CHANNELS and images.shape[2] % 2 == 0:
-            return in_pairs(images, kernel)
-        if size == (5, 5):
-            return as_matrix_product(images, kernel, strides=strides, padding=pads, columns=_TILE)
+        return as_matrix_product(images, kernel, strides=strides, padding=pads, columns=_TILE)
     return jax.lax.conv_general_dilated(images, kernel, strides, padding, **settings)
 
 
@@ -191,26 +187,3 @@ def _sum(weights: Sequence[float], arrays: Sequence[jax.Array]) -> jax.Array:
     pairs = zip(map(float, weights), arrays, strict=True)
     terms = [array if weight == 1 else weight * array for weight, array in pairs if weight]
     return sum(terms[1:], start=terms[0])
-
-
-def in_pairs(images: jax.Array, kernel: jax.Array) -> jax.Array:
-    """A 3 x 3 convolution that keeps the size, as one of half the width and twice the channels.
-
-    Two neighbouring pixels become one of 2C channels, without a copy but for the padding; the kernel `[3, 2, 2C, 2F]`
-    holds the given one twice, shifted, with zeros elsewhere: a third more multiplications, in a matrix product of a
-    better shape.
-
-    Args:
-      images: `[N, H, W, C]`, W even.
-      kernel: `[3, 3, C, F]`.
-
-    Returns:
-      `[N, H, W, F]`.
-    """
-    n, height, width, channels = images.shape
-    features = kernel.shape[-1]
-    padded = jnp.pad(images, ((0, 0), (0, 0), (1, 1), (0, 0))).reshape(n, height, width // 2 + 1, 2 * channels)
-    shifted = [jnp.pad(kernel, ((0, 0), (place, 1 - place), (0, 0), (0, 0))) for place in (0, 1)]
-    paired = jnp.stack(shifted, axis=3).reshape(3, 2, 2 * channels, 2 * features)
-    found = jax.lax.conv_general_dilated(padded, paired, (1, 1), ((1, 1), (0, 0)), dimension_numbers=_LAYOUT)
-    return found.reshape(n, height, width, features)
