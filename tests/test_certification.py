@@ -247,7 +247,13 @@ def test_bad_settings(several, arguments, message):
 
 @pytest.mark.parametrize(
     ("platform", "image_shape", "batch_size"),
-    [("cpu", (28, 28, 1), 256), ("gpu", (32, 32, 3), 4096), ("gpu", (224, 224, 3), 111), ("cpu", (224, 224, 3), 111)],
+    [
+        ("cpu", (28, 28, 1), 128),
+        ("cpu", (32, 32, 3), 64),
+        ("cpu", (224, 224, 3), 16),
+        ("gpu", (32, 32, 3), 4096),
+        ("gpu", (224, 224, 3), 111),
+    ],
 )
 def test_the_batch_is_chosen_by_platform_and_image(platform, image_shape, batch_size):
     settings = {"sigma": 1, "num_classes": 2, "n0": 1, "n": 1, "seed": 0, "batch_size": None}

@@ -1,4 +1,4 @@
-"""The models against float64 references of plain sums, their parameter counts, initial weights and batch norm."""
+"""The models against float64 references of plain sums, their parameter counts, initial weights, bfloat16."""
 
 import functools
 
@@ -10,27 +10,25 @@ import pytest
 
 from rs_consistency import UserError
 from rs_consistency.models import create_model
-from rs_consistency.models.cifar_resnet import CifarResNet
 from rs_consistency.models.layers import average_pool_2x2, max_pool_2x2
 from rs_consistency.models.wide_resnet import WideResNet
+from tests.references import (
+    Reference,
+    random_variables,
+    reference_cifar_resnet,
+    reference_densenet,
+    reference_lenet,
+    reference_resnet50,
+    reference_wide_resnet,
+    shapes,
+    small_model,
+)
 
 
 @pytest.fixture(scope="module")
 def lenet():
     model = create_model("lenet", num_classes=10)
     return model, jax.jit(model.init)(jax.random.key(0), jnp.zeros((1, 28, 28, 1)))
-
-
-def reference_lenet(params, x):
-    for name in ("Conv_0", "Conv_1"):
-        kernel, bias = np.float64(params[name]["kernel"]), np.float64(params[name]["bias"])
-        windows = np.lib.stride_tricks.sliding_window_view(x, (5, 5), axis=(1, 2))  # [N, H', W', C, 5, 5]
-        x = np.maximum(np.einsum("nhwcij,ijco->nhwo", windows, kernel) + bias, 0)
-        corners = [x[:, row::2, column::2] for row in (0, 1) for column in (0, 1)]
-        x = np.max(corners, axis=0)
-    x = x.reshape(len(x), -1)
-    x = np.maximum(x @ np.float64(params["Dense_0"]["kernel"]) + np.float64(params["Dense_0"]["bias"]), 0)
-    return x @ np.float64(params["Dense_1"]["kernel"]) + np.float64(params["Dense_1"]["bias"])
 
 
 def test_lenet_equals_the_reference(lenet):
@@ -79,15 +77,7 @@ def test_average_pool_leaves_out_the_odd_last_row_and_column():
     np.testing.assert_allclose(average_pool_2x2(jnp.asarray(x, jnp.float32)), want, atol=1e-6)  # rounding of four terms
 
 
-def small_model(**kwargs):
-    return CifarResNet(num_classes=4, depth=8, **kwargs)
-
-
 # --- parameter counts -------------------------------------------------------------------------------------------
-
-
-def shapes(model, image_shape):
-    return jax.eval_shape(model.init, jax.random.key(0), jnp.zeros((1, *image_shape)))
 
 
 def count(layers, classes):
@@ -155,117 +145,6 @@ def test_parameter_counts(name, image_shape, classes, layers, parameters):
 # --- forward passes against plain sums --------------------------------------------------------------------------
 
 
-def random_variables(model, image_shape, seed=0):
-    """Random parameters and batch statistics, of a size that keeps the activations near one."""
-    rng = np.random.default_rng(seed)
-
-    def draw(path, leaf):
-        name, shape = path[-1].key, leaf.shape
-        if name == "kernel":
-            value = rng.normal(size=shape) * np.sqrt(2 / np.prod(shape[:-1]))
-        elif name in ("scale", "var"):
-            value = rng.uniform(0.5, 1.5, size=shape)
-        else:
-            value = 0.3 * rng.normal(size=shape)
-        return jnp.asarray(value, jnp.float32)
-
-    return jax.tree_util.tree_map_with_path(draw, shapes(model, image_shape))
-
-
-class Reference:
-    """Layers in float64 that look up their variables by PyTorch-like names ("layer1_0/conv1")."""
-
-    def __init__(self, variables):
-        flat, _ = jax.tree_util.tree_flatten_with_path(variables)
-        self.leaves = {"/".join(key.key for key in path): np.float64(leaf) for path, leaf in flat}
-        self.used = set()
-
-    def get(self, name):
-        self.used.add(name)
-        return self.leaves[name]
-
-    def conv(self, x, name, stride=1):
-        kernel = self.get(f"params/{name}/kernel")
-        pad = kernel.shape[0] // 2
-        height, width = (-(-size // stride) for size in x.shape[1:3])
-        x = np.pad(x, ((0, 0), (pad, pad), (pad, pad), (0, 0)))
-        total = 0
-        for i, row in enumerate(kernel):
-            for j, matrix in enumerate(row):
-                total = total + x[:, i::stride, j::stride][:, :height, :width] @ matrix
-        return total
-
-    def norm(self, x, name):
-        mean, var = self.get(f"batch_stats/{name}/mean"), self.get(f"batch_stats/{name}/var")
-        scale, bias = self.get(f"params/{name}/scale"), self.get(f"params/{name}/bias")
-        return (x - mean) / np.sqrt(var + 1e-5) * scale + bias
-
-    def shortcut(self, x, name, stride):
-        if f"params/{name}/downsample_0/kernel" not in self.leaves:
-            return x
-        return self.norm(self.conv(x, f"{name}/downsample_0", stride), f"{name}/downsample_1")
-
-    def classify(self, x):
-        logits = x.mean(axis=(1, 2)) @ self.get("params/fc/kernel") + self.get("params/fc/bias")
-        assert self.used == set(self.leaves)  # nothing in the model that the reference does not have
-        return logits
-
-
-def relu(x):
-    return np.maximum(x, 0)
-
-
-def reference_cifar_resnet(net, x, depth):
-    x = relu(net.norm(net.conv(x, "conv1"), "bn1"))
-    for stage in (1, 2, 3):
-        for block in range((depth - 2) // 6):
-            name, stride = f"layer{stage}_{block}", 2 if stage > 1 and block == 0 else 1
-            y = relu(net.norm(net.conv(x, f"{name}/conv1", stride), f"{name}/bn1"))
-            y = net.norm(net.conv(y, f"{name}/conv2"), f"{name}/bn2")
-            x = relu(net.shortcut(x, name, stride) + y)
-    return net.classify(x)
-
-
-def reference_wide_resnet(net, x, depth):
-    x = net.conv(x, "conv1")
-    for stage in (1, 2, 3):
-        for block in range((depth - 4) // 6):
-            name, stride = f"layer{stage}_{block}", 2 if stage > 1 and block == 0 else 1
-            active = relu(net.norm(x, f"{name}/bn1"))
-            y = relu(net.norm(net.conv(active, f"{name}/conv1", stride), f"{name}/bn2"))
-            x = (net.conv(active, f"{name}/shortcut", stride) if block == 0 else x) + net.conv(y, f"{name}/conv2")
-    return net.classify(relu(net.norm(x, "bn1")))
-
-
-def reference_densenet(net, x):
-    x = net.conv(x, "conv1")
-    for block in (1, 2, 3):
-        if block > 1:
-            h, w = (size // 2 * 2 for size in x.shape[1:3])
-            x = (x[:, :h:2, :w:2] + x[:, 1:h:2, :w:2] + x[:, :h:2, 1:w:2] + x[:, 1:h:2, 1:w:2]) / 4
-        for layer in range(6):
-            name = f"dense{block}_{layer}"
-            y = net.conv(relu(net.norm(x, f"{name}/bn1")), f"{name}/conv1")
-            y = net.conv(relu(net.norm(y, f"{name}/bn2")), f"{name}/conv2")
-            x = np.concatenate([x, y], axis=-1)
-    return net.classify(relu(net.norm(x, "bn")))
-
-
-def reference_resnet50(net, x):
-    x = relu(net.norm(net.conv(x, "conv1", 2), "bn1"))
-    height, width = (-(-size // 2) for size in x.shape[1:3])
-    x = np.pad(x, ((0, 0), (1, 1), (1, 1), (0, 0)), constant_values=-np.inf)
-    x = np.max([x[:, i::2, j::2][:, :height, :width] for i in range(3) for j in range(3)], axis=0)
-    for stage, blocks in enumerate((3, 4, 6, 3), start=1):
-        for block in range(blocks):
-            name, stride = f"layer{stage}_{block}", 2 if stage > 1 and block == 0 else 1
-            y = relu(net.norm(net.conv(x, f"{name}/conv1"), f"{name}/bn1"))
-            y = relu(net.norm(net.conv(y, f"{name}/conv2", stride), f"{name}/bn2"))
-            y = net.norm(net.conv(y, f"{name}/conv3"), f"{name}/bn3")
-            x = relu(net.shortcut(x, name, stride) + y)
-    return net.classify(x)
-
-
 @pytest.mark.parametrize(
     ("model", "image_shape", "reference"),
     [
@@ -312,120 +191,6 @@ def test_convolutions_start_normal_and_batch_norm_as_the_identity():
     assert kernels == 9
 
 
-# --- batch normalization ----------------------------------------------------------------------------------------
-
-
-def train_pass(model, variables, images, weights):
-    """Weighted sum of the logits, its gradient, the logits and the new batch statistics."""
-
-    def loss(params):
-        logits, new = model.apply({**variables, "params": params}, images, train=True, mutable=["batch_stats"])
-        return (weights * logits).sum(), (logits, new["batch_stats"])
-
-    (_, (logits, stats)), gradient = jax.value_and_grad(loss, has_aux=True)(variables["params"])
-    return logits, stats, gradient
-
-
-def test_training_updates_the_running_averages_and_uses_the_batch():
-    model = small_model()
-    variables = random_variables(model, (8, 8, 3))
-    images = np.random.default_rng(1).normal(size=(6, 8, 8, 3)).astype(np.float32)
-    _, new = jax.jit(functools.partial(model.apply, train=True, mutable=["batch_stats"]))(variables, images)
-
-    net, inputs = Reference(variables), np.float64(images)
-    for convolution, norm in (("conv1", "bn1"), ("layer1_0/conv1", "layer1_0/bn1")):
-        x = net.conv(inputs, convolution)
-        mean, var = x.mean(axis=(0, 1, 2)), x.var(axis=(0, 1, 2))
-        module = new["batch_stats"]
-        for part in norm.split("/"):
-            module = module[part]
-        for kind, batch in (("mean", mean), ("var", var)):
-            want = 0.9 * net.get(f"batch_stats/{norm}/{kind}") + 0.1 * batch
-            np.testing.assert_allclose(module[kind], want, atol=2e-6)  # float32 sums of 384 values
-        scale, bias = net.get(f"params/{norm}/scale"), net.get(f"params/{norm}/bias")
-        inputs = relu((x - mean) / np.sqrt(var + 1e-5) * scale + bias)
-
-
-def test_epsilon_counts_where_the_variance_is_small():
-    model = small_model()
-    variables = random_variables(model, (8, 8, 3))
-    variables["batch_stats"] = jax.tree.map(lambda leaf: leaf * 1e-5, variables["batch_stats"])
-    images = np.random.default_rng(1).normal(size=(2, 8, 8, 3)).astype(np.float32)
-    got = jax.jit(model.apply)(variables, images)
-    want = reference_cifar_resnet(Reference(variables), np.float64(images), depth=8)
-    np.testing.assert_allclose(got, want, atol=5e-6 * np.abs(want).max())  # as above
-
-
-@pytest.fixture(scope="module")
-def shared_batch():
-    """Eight devices times two copies of two images, and what the flattened batch of 32 gives."""
-    rng = np.random.default_rng(5)
-    images = jnp.asarray(rng.normal(size=(8, 2, 2, 8, 8, 3)), jnp.float32)  # [D, M, B, H, W, C]
-    images = images * jnp.arange(1.0, 9).reshape(8, 1, 1, 1, 1, 1)  # devices that differ in their statistics
-    weights = jnp.asarray(rng.normal(size=(8, 2, 2, 4)), jnp.float32)
-    variables = random_variables(small_model(), (8, 8, 3))
-    flat = images.reshape(32, 8, 8, 3), weights.reshape(32, 4)  # [D, M, B, ...] -> [D*M*B, ...]
-    want = jax.jit(functools.partial(train_pass, small_model()))(variables, *flat)
-    return variables, images, weights, want
-
-
-def assert_same(got, want):
-    logits, stats, gradient = got
-    # Float32 sums in another order through 8 layers; a ReLU near zero may turn, hence the gradient's wider limit.
-    np.testing.assert_allclose(logits.reshape(32, 4), want[0], atol=5e-6 * np.abs(want[0]).max())
-    assert relative_distance(stats, want[1]) < 2e-6
-    assert relative_distance(gradient, want[2]) < 2e-5
-
-
-def relative_distance(tree, other):
-    """The largest of the leaves' norm of the difference over norm."""
-    distances = jax.tree.map(lambda a, b: np.linalg.norm(a - b) / np.linalg.norm(b), tree, other)
-    return max(jax.tree.leaves(distances))
-
-
-def copies_pass(model, variables, images, weights):
-    """As `train_pass` on `[M, B, ...]`, by vmap over the copies."""
-
-    def loss(params):
-        def one_copy(images):
-            return model.apply({**variables, "params": params}, images, train=True, mutable=["batch_stats"])
-
-        # out_axes=None: shared statistics are the same for all copies, and vmap checks that they are not mapped.
-        logits, new = jax.vmap(one_copy, axis_name="copies", out_axes=(0, None))(images)
-        return (weights * logits).sum(), (logits, new["batch_stats"])
-
-    (_, (logits, stats)), gradient = jax.value_and_grad(loss, has_aux=True)(variables["params"])
-    return logits, stats, gradient
-
-
-def test_batch_norm_under_vmap_is_that_of_the_flattened_batch(shared_batch):
-    variables, images, weights, want = shared_batch
-    model = small_model(axis_name=("copies",))
-    images, weights = images.reshape(16, 2, 8, 8, 3), weights.reshape(16, 2, 4)  # [D, M, B, ...] -> [D*M, B, ...]
-    assert_same(jax.jit(functools.partial(copies_pass, model))(variables, images, weights), want)
-
-
-def test_batch_norm_under_pmap_and_vmap_is_that_of_the_flattened_batch(shared_batch):
-    variables, images, weights, want = shared_batch
-    model = small_model(axis_name=("devices", "copies"))
-
-    @functools.partial(jax.pmap, axis_name="devices", in_axes=(None, 0, 0), out_axes=(0, None, None))
-    def device_pass(variables, images, weights):
-        logits, stats, gradient = copies_pass(model, variables, images, weights)
-        return logits, stats, jax.lax.psum(gradient, "devices")
-
-    assert_same(device_pass(variables, images, weights), want)
-
-
-def test_batch_norm_of_single_devices_is_another_one(shared_batch):
-    """The broken twin: without the devices' axis the comparison above must fail."""
-    variables, images, weights, want = shared_batch
-    first = jax.jit(lambda *args: copies_pass(small_model(axis_name=("copies",)), *args)[:2])
-    logits, stats = first(variables, images[0], weights[0])
-    assert np.abs(logits.reshape(4, 4) - want[0][:4]).max() > 0.1 * np.abs(want[0]).max()
-    assert relative_distance(stats, want[1]) > 0.01  # a tenth of the difference of the batches
-
-
 # --- bfloat16 ---------------------------------------------------------------------------------------------------
 
 
@@ -442,13 +207,6 @@ def test_bfloat16_is_for_the_activations_alone(name, image_shape):
     assert 1e-4 < np.linalg.norm(got - want) / np.linalg.norm(want) < 0.03
     # The last layer is float32: logits in bfloat16 would be unchanged by this.
     assert (np.asarray(got) != np.asarray(jnp.asarray(got, jnp.bfloat16), np.float32)).mean() > 0.9
-
-
-def test_bfloat16_keeps_float32_batch_statistics():
-    model = small_model(dtype=jnp.bfloat16)
-    variables, images = shapes(model, (8, 8, 3)), jnp.zeros((4, 8, 8, 3))
-    logits, stats, gradient = jax.eval_shape(functools.partial(train_pass, model), variables, images, jnp.ones((4, 4)))
-    assert {leaf.dtype for leaf in jax.tree.leaves((logits, stats, gradient))} == {jnp.dtype("float32")}
 
 
 # --- what a model cannot take -----------------------------------------------------------------------------------

@@ -118,20 +118,19 @@ def inference_convolution(
 
 _FEW_CHANNELS = 16
 _TILE = 4  # output rows, or columns, at a time
-_LAYOUT = ("NHWC", "HWIO", "NHWC")
-_POINTS = {(3, 3): (0, 1, -1, 2, -2), (5, 5): (0, 1, -1, 2, -2, 0.5, -0.5)}  # and infinity
+_TAPS = 5
+_POINTS = (0, 1, -1, 2, -2, 0.5, -0.5)  # and infinity
 
 
 def winograd_rows(images: jax.Array, kernel: jax.Array, *, padding: Sequence[Sequence[int]]) -> jax.Array:
-    """A 3 x 3 or 5 x 5 convolution of stride 1, four output rows at a time with half the multiplications, or 2/5.
+    """A 5 x 5 convolution of stride 1, four output rows at a time with 2/5 of the multiplications.
 
-    Along the height Winograd's F(4, 3) or F(4, 5): six 1 x 3 convolutions of sums of rows instead of twelve of rows,
-    eight 1 x 5 ones instead of twenty. Along the width it stays a convolution, so that all sums are of whole rows,
-    which lie side by side in memory.
+    Along the height Winograd's F(4, 5): eight 1 x 5 convolutions of sums of rows instead of twenty of rows. Along the
+    width it stays a convolution, so that all sums are of whole rows, which lie side by side in memory.
 
     Args:
       images: `[N, H, W, C]`.
-      kernel: `[3, 3, C, F]` or `[5, 5, C, F]`.
+      kernel: `[5, 5, C, F]`.
       padding: (before, after) for rows and columns; the number of output rows H' must be a multiple of 4.
 
     Returns:
@@ -139,22 +138,18 @@ def winograd_rows(images: jax.Array, kernel: jax.Array, *, padding: Sequence[Seq
 
     Source: Lavin and Gray, Fast algorithms for convolutional neural networks (CVPR 2016).
     """
-    size, features = kernel.shape[0], kernel.shape[-1]
     padded = jnp.pad(images, ((0, 0), *map(tuple, padding), (0, 0)))
-    height = padded.shape[1] - size + 1
-    transforms = _cook_toom(size, _POINTS[kernel.shape[:2]])
+    height = padded.shape[1] - _TAPS + 1
+    transforms = _cook_toom(_TAPS, _POINTS)
     # Row i of every tile: [N, H'/4, W, C].
-    rows = [padded[:, row : row + height - _TILE + 1 : _TILE] for row in range(_TILE + size - 1)]
+    rows = [padded[:, row : row + height - _TILE + 1 : _TILE] for row in range(_TILE + _TAPS - 1)]
     kernels = jnp.einsum("ti,ijcf->tjcf", jnp.asarray(transforms.kernel, kernel.dtype), kernel)
     products = []
     for point, weights in enumerate(transforms.images):
-        row, tap = _sum(weights, rows), kernels[point, None]
-        if size == 3:
-            products.append(jax.lax.conv_general_dilated(row, tap, (1, 1), ((0, 0), (0, 0)), dimension_numbers=_LAYOUT))
-        else:
-            products.append(as_matrix_product(row, tap, strides=(1, 1), padding="VALID", columns=2))
+        row = _sum(weights, rows)
+        products.append(as_matrix_product(row, kernels[point, None], strides=(1, 1), padding="VALID", columns=2))
     tiles = jnp.stack([_sum(weights, products) for weights in transforms.outputs], axis=2)  # [N, H'/4, 4, W', F]
-    return tiles.reshape(len(images), height, tiles.shape[3], features)
+    return tiles.reshape(len(images), height, tiles.shape[3], kernel.shape[-1])
 
 
 class _Transforms(NamedTuple):
