@@ -17,6 +17,7 @@ from rs_consistency import data, runs, training, voting
 from rs_consistency.checkpoints import digest
 from rs_consistency.errors import note
 from rs_consistency.files import replace_atomically
+from rs_consistency.models.inference import for_inference
 from rs_consistency.noise import Stream
 
 FILE = "smoothed_predictions.npz"
@@ -90,11 +91,11 @@ def _vote(
         sigma=run.config.sigma, num_classes=info.num_classes, n0=0, n=num_votes, seed=config.seed, batch_size=None,
         image_shape=info.image_shape, platform=devices[0].platform, least_n0=0,
     )  # fmt: skip
-    model = training.make_model(run.config)
+    apply_fn, variables = for_inference(training.make_model(run.config), run.variables, image_shape=info.image_shape)
     done, total = len(kept.counts), len(split.labels)
     groups = voting.count_votes(
-        lambda variables, images: model.apply(variables, images, train=False),
-        run.variables,
+        apply_fn,
+        variables,
         split.images[done:],
         np.arange(done, total),
         settings=settings,

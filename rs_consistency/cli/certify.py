@@ -48,6 +48,11 @@ _SECONDS_BETWEEN_LINES = 30  # of the progress, where stderr is a file
 _VALUES_AT_ONCE = 2**28  # pixel values of the images that are read at once: 1,783 of 224 x 224 x 3
 
 
+# Kept out of argparse, so that it is known what the user named.
+_DEFAULTS = {"n": 100_000, "alpha": 0.001, "skip": 1, "split": "test", "seed": 0}
+_KEPT_IN_THE_RECORD = ("sigma", "n0", "bound", "radius", "dtype", "max", *_DEFAULTS)
+
+
 def _parser() -> Parser:
     parser = Parser(prog="certify.py", description=__doc__)
     add = parser.add_argument
@@ -56,15 +61,15 @@ def _parser() -> Parser:
     add("--radius", type=float, help="of --mode=decide")
     add("--bound", help=f"of --mode=certify: {', '.join(BOUNDS)} (default: {BOUNDS[0]})")
     add("--n0", type=whole, help="votes that choose the class (default: 100)")
-    add("--n", type=whole, default=100_000, help="further votes, in mode decide at most so many (default: %(default)s)")
-    add("--alpha", type=float, default=0.001, help="error probability of a certificate (default: %(default)s)")
+    add("--n", type=whole, help="further votes, in mode decide at most so many (default: 100,000)")
+    add("--alpha", type=float, help="error probability of a certificate (default: 0.001)")
     add("--sigma", type=float, help="standard deviation of the noise (default: the one used in training)")
     add("--dtype", help=f"what the model computes in: {', '.join(DTYPES)} (default: as in training)")
-    add("--skip", type=whole, default=1, help="certify every SKIP-th image (default: %(default)s)")
+    add("--skip", type=whole, help="certify every SKIP-th image (default: 1)")
     add("--max", type=whole, help="certify at most so many images (default: all)")
     add("--shard", help="I/K: only share I of K of these images")
-    add("--split", default="test", help="train or test (default: %(default)s)")
-    add("--seed", type=whole, default=0, help="of the noise (default: %(default)s)")
+    add("--split", help="train or test (default: test)")
+    add("--seed", type=whole, help="of the noise (default: 0)")
     add("--batch_size", type=whole, help="noisy images at a time; no effect on the votes (default: by device)")
     add(
         "--num_devices",
@@ -147,6 +152,9 @@ class _Classifier:
 
 
 def _answer_all(args: Any) -> None:
+    for name, value in _DEFAULTS.items():
+        if getattr(args, name) is None:
+            setattr(args, name, value)
     classifier = _Classifier(args, split=args.split)
     config = classifier.config
     question = make_question(
@@ -215,7 +223,7 @@ def _summary(file: CertificateFile, question: Question) -> str:
 
 def _verify(args: Any) -> None:
     """Draws some lines of a file again, with the settings of its record."""
-    for name in ("sigma", "n0", "bound", "radius", "dtype"):
+    for name in _KEPT_IN_THE_RECORD:
         if getattr(args, name) is not None:
             raise UserError(
                 f"{name}={getattr(args, name)}: verify takes the settings that the file names; leave it out"
