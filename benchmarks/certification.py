@@ -10,7 +10,6 @@ counts, at the batch size that was best for it in a first trial. Needs PyTorch: 
 
 import argparse
 import itertools
-import os
 import statistics
 import sys
 import time
@@ -19,42 +18,17 @@ from pathlib import Path
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 import torch
-import torch_models
+from common import DATASETS, device_name, in_turns, make_network, show, to_torch, torch_device
 
-from rs_consistency import data, models, parallel, voting
-from rs_consistency.files import write_json
+from rs_consistency import parallel, voting
 from rs_consistency.models.inference import for_inference
 
 SIGMA = 0.5
-DATASETS = {"lenet": "mnist", "resnet20": "cifar10", "resnet110": "cifar10"}
 RIVAL_BATCHES = {"cpu": (32, 64, 128, 256, 400, 1000), "cuda": (1000, 2000, 4000, 8000)}
 _VOTES_IN_ROUND = 2000
 MANY = 10**6  # images that no benchmark reaches the end of
-
-
-def _network(name: str, dtype: str) -> tuple[Any, Any, torch.nn.Module, tuple[int, ...]]:
-    """A flax model with variables, its twin in PyTorch, and the image shape. Weights are random, statistics too."""
-    info = data.dataset_info(DATASETS[name])
-    model = models.create_model(
-        name, num_classes=info.num_classes, mean=info.mean, std=info.std, dtype=jnp.dtype(dtype)
-    )
-    variables = jax.jit(model.init)(jax.random.key(0), jnp.zeros((1, *info.image_shape)))
-    rng = np.random.default_rng(0)
-    if "batch_stats" in variables:
-        draw = {"mean": lambda shape: rng.normal(0, 0.1, shape), "var": lambda shape: rng.uniform(0.5, 2, shape)}
-        variables = {
-            **variables,
-            "batch_stats": jax.tree.map_with_path(
-                lambda path, leaf: np.float32(draw[path[-1].key](leaf.shape)), variables["batch_stats"]
-            ),
-        }
-    twin = torch_models.LeNet() if name == "lenet" else torch_models.CifarResNet(int(name[6:]), info.mean, info.std)
-    twin.load(variables)
-    twin.eval()
-    return model, variables, twin, info.image_shape
 
 
 def _check_twins(
@@ -63,7 +37,7 @@ def _check_twins(
     images = np.random.default_rng(1).normal(0.5, SIGMA, (64, *shape)).astype(np.float32)
     mine = np.asarray(jax.jit(apply_fn)(variables, images), np.float64)
     with torch.no_grad():
-        theirs = twin(torch.from_numpy(images.transpose(0, 3, 1, 2).copy())).numpy().astype(np.float64)
+        theirs = twin(to_torch(images)).numpy().astype(np.float64)
     difference = np.abs(mine - theirs).max() / theirs.std()
     if difference > tolerance:
         sys.exit(f"the two networks differ: logits by {difference:.1e} of their standard deviation")
@@ -75,7 +49,7 @@ class Rival:
     def __init__(self, model: torch.nn.Module, image: np.ndarray, num_classes: int, device: str) -> None:
         self.device, self.num_classes = device, num_classes
         self.model = model.to(device)
-        self.image = torch.from_numpy(image.transpose(2, 0, 1).copy()).to(device)
+        self.image = to_torch(image).to(device)
 
     @torch.no_grad()
     def count(self, n: int, batch_size: int) -> np.ndarray:
@@ -139,68 +113,37 @@ def _speed_of_ours(ours: Ours, seconds: float) -> float:
     return done / (time.perf_counter() - start)
 
 
-def _in_turns(a: Callable[[], float], b: Callable[[], float], rounds: int) -> dict[str, float]:
-    """Medians of both, and of the rounds' ratios; every other round begins with the other."""
-    pairs = []
-    for turn in range(rounds):
-        if turn % 2:
-            second, first = b(), a()
-        else:
-            first, second = a(), b()
-        pairs.append((first, second))
-        print(f"    {first:10.0f} {second:10.0f}  {first / second:.2f}", file=sys.stderr, flush=True)
-    ratios = sorted(first / second for first, second in pairs)
-    return {
-        "ours": round(statistics.median(first for first, _ in pairs)),
-        "rival": round(statistics.median(second for _, second in pairs)),
-        "ratio": round(statistics.median(ratios), 3),
-        "ratio_range": [round(ratios[0], 3), round(ratios[-1], 3)],
-    }
-
-
-def _device_name() -> str:
-    device = jax.devices()[0]
-    if device.platform != "cpu":
-        return device.device_kind
-    with open("/proc/cpuinfo", encoding="utf-8") as file:
-        names = [line.split(":")[1].strip() for line in file if line.startswith("model name")]
-    return f"{len(os.sched_getaffinity(0))} cores of {names[0] if names else 'a CPU'}"
-
-
 def _against_rival(name: str, dtype: str, args: argparse.Namespace) -> dict[str, Any]:
-    model, variables, twin, shape = _network(name, dtype)
+    model, variables, twin, shape = make_network(name, dtype)
     apply_fn, variables = for_inference(model, variables, image_shape=shape)
     _check_twins(apply_fn, variables, twin, shape, tolerance=1e-3 if dtype == "float32" else 0.3)
     image = np.random.default_rng(2).uniform(size=shape).astype(np.float32)
-    device = "cuda" if torch.cuda.is_available() and jax.default_backend() == "gpu" else "cpu"
-    rival = Rival(twin, image, 10, device)
+    rival = Rival(twin, image, 10, torch_device())
     batch = rival.best_batch(args.seconds / 3)
     # Few votes on each image keep the rounds short; that many cost no more is what `_overhead` measures.
     ours = Ours(apply_fn, variables, image, n=_VOTES_IN_ROUND, batch_size=None)
     print(f"{name} {dtype}: ours, rival at batch {batch}, ratio", file=sys.stderr)
-    found = _in_turns(
+    found = in_turns(
         lambda: _speed_of_ours(ours, args.seconds),
         lambda: _speed(lambda n: rival.count(n, batch), batch, args.seconds),
         args.rounds,
     )
     case = name if dtype == "float32" else f"{name} {dtype}"
-    return {"case": case, "device": _device_name(), **found, "rival_batch": batch}
+    return {"case": case, "device": device_name(), **found, "rival_batch": batch}
 
 
 def _overhead(name: str, args: argparse.Namespace) -> dict[str, Any]:
     """One image with n votes against n / 1000 images with 1,000: ours both."""
-    model, variables, _, shape = _network(name, "float32")
+    model, variables, _, shape = make_network(name, "float32")
     apply_fn, variables = for_inference(model, variables, image_shape=shape)
     image = np.random.default_rng(2).uniform(size=shape).astype(np.float32)
     n = args.n if name == "lenet" else args.n // 20  # a round would take a minute
     one = Ours(apply_fn, variables, image, n=n, batch_size=None)
     many = Ours(apply_fn, variables, image, n=1000, batch_size=None)
     print(f"{name}: n = {n} on one image, n = 1,000 on many, ratio", file=sys.stderr)
-    found = _in_turns(
-        lambda: _speed_of_ours(one, args.seconds), lambda: _speed_of_ours(many, args.seconds), args.rounds
-    )
+    found = in_turns(lambda: _speed_of_ours(one, args.seconds), lambda: _speed_of_ours(many, args.seconds), args.rounds)
     case = f"{name}: n={n} (ours) beside n=1000 (rival)"
-    return {"case": case, "device": _device_name(), **found}
+    return {"case": case, "device": device_name(), **found}
 
 
 def main() -> None:
@@ -223,12 +166,7 @@ def main() -> None:
         if args.bfloat16:
             results.append(_against_rival(name, "bfloat16", args))
         results.append(_overhead(name, args))
-    width = max(len(result["case"]) for result in results)
-    print(f"{'case'.ljust(width)}  {'ours':>9}  {'rival':>9}  ratio   (votes per second; {_device_name()})")
-    for result in results:
-        print(f"{result['case'].ljust(width)}  {result['ours']:>9}  {result['rival']:>9}  {result['ratio']:.2f}")
-    if args.json:
-        write_json(args.json, results)
+    show(results, "votes per second", args.json)
 
 
 if __name__ == "__main__":

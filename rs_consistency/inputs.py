@@ -34,9 +34,11 @@ class Inputs(Protocol):
 
     Attributes:
       num_test_examples: number of test examples.
+      same_feed: whether all steps of an epoch have the same feed.
     """
 
     num_test_examples: int
+    same_feed: bool
 
     def feeds(self, first_step: int, end_step: int) -> Generator[Feed, None, None]:
         """One `Feed` for each of the steps, which lie in one epoch."""
@@ -61,6 +63,8 @@ class Inputs(Protocol):
 
 class ArrayInputs:
     """Whole arrays, replicated on the devices, which pick their examples themselves: nothing crosses from the host."""
+
+    same_feed = True
 
     def __init__(
         self,

@@ -17,6 +17,8 @@ _AHEAD = 2  # batches that wait on the devices, so that copying them overlaps wi
 class StreamInputs:
     """streaming.Batches that worker processes decode, copied to the devices while the step before is computed."""
 
+    same_feed = False
+
     def __init__(
         self,
         config: ConfigDict,

@@ -15,6 +15,7 @@ from ml_collections import ConfigDict
 from tqdm import tqdm
 
 from rs_consistency import data, methods, parallel, runs, training
+from rs_consistency.backend import steps_per_call
 from rs_consistency.checkpoints import Checkpoints
 from rs_consistency.config import flatten, validate
 from rs_consistency.errors import UserError, note
@@ -24,7 +25,7 @@ from rs_consistency.workdir import CONFIG_FILE, open_for_training
 
 # Steps between two looks at the metrics. Scalars of the steps between stay on the device, so it never waits.
 _LOOK_EVERY = 50
-# Steps that may be under way at once: more only hold memory, and keep an interruption waiting.
+# Calls of steps that may be under way at once: more only hold memory, and keep an interruption waiting.
 _IN_FLIGHT = 8
 _SECONDS_BETWEEN_LINES = 60  # of the progress, where stderr is a file
 
@@ -92,13 +93,15 @@ class _Run:
         apply_fn = training.make_model(config).apply
         self._schedule = training.make_schedule(config, sizes.steps)
         self._eval_step = training.make_eval_step(config, apply_fn=apply_fn, inputs=inputs, devices=devices)
-        self._train_step = training.make_train_step(
+        self._steps_per_call = steps_per_call(devices[0].platform) if inputs.same_feed else 1
+        self._train_steps = training.make_train_steps(
             config,
             apply_fn=apply_fn,
             optimizer=training.make_optimizer(config, sizes.steps),
             sizes=sizes,
             inputs=inputs,
             devices=devices,
+            steps_per_call=self._steps_per_call,
         )
 
     def epoch(self, state: training.TrainState, epoch: int) -> training.TrainState:
@@ -131,7 +134,7 @@ class _Run:
         """The steps of an epoch that remain, and the sums of the metrics of all its steps."""
         config, every = self._config, self._config.checkpoint_every_steps
         sums = self._writer.sums_of_part(first_step)
-        pending: list[dict[str, jax.Array]] = []
+        pending: list[tuple[int, dict[str, jax.Array]]] = []  # of each call, how many steps it took
         bar = tqdm(
             total=self._sizes.steps * config.batch_size,
             initial=(first_step - epoch * self._sizes.steps) * config.batch_size,
@@ -144,13 +147,21 @@ class _Run:
             delay=0 if sys.stderr.isatty() else _SECONDS_BETWEEN_LINES,
         )
         with bar, closing(self._inputs.feeds(first_step, end_step)) as feeds:
-            for step, feed in enumerate(feeds, start=first_step + 1):
-                state, metrics = self._train_step(state, *feed.args, **feed.parts)
-                pending.append(metrics)
-                jax.block_until_ready(pending[-_IN_FLIGHT:][0])
+            step = first_step
+            for feed in feeds:
+                stop = min(step + self._steps_per_call, end_step)
+                if every > 0:
+                    stop = min(stop, (step // every + 1) * every)
+                number = stop - step
+                state, metrics = self._train_steps(state, np.int32(number), *feed.args, **feed.parts)
+                for _ in range(number - 1):
+                    next(feeds)
+                step = stop
+                pending.append((number, metrics))
+                jax.block_until_ready(pending[-_IN_FLIGHT:][0][1])
                 save = every > 0 and step % every == 0 and step < end_step
-                if save or len(pending) == _LOOK_EVERY or step == end_step:
-                    fetched = jax.device_get(pending)
+                if save or sum(number for number, _ in pending) >= _LOOK_EVERY or step == end_step:
+                    fetched = _by_step(pending)
                     _check_finite(config, fetched, step - len(fetched))
                     for one in fetched:
                         sums.add({name: value for name, value in one.items() if name != "param_norm"})
@@ -208,6 +219,16 @@ def _start_state(
     if step < config.num_epochs * sizes.steps:
         note(f"continuing after step {step}")
     return state
+
+
+def _by_step(calls: list[tuple[int, dict[str, jax.Array]]]) -> list[dict[str, np.ndarray]]:
+    """The metrics of every step, from those `[S]` of calls that took so many steps."""
+    fetched = jax.device_get(calls)
+    return [
+        {name: values[index] for name, values in metrics.items()}
+        for number, metrics in fetched
+        for index in range(number)
+    ]
 
 
 def _check_finite(config: ConfigDict, fetched: list[Mapping[str, np.ndarray]], first_step: int) -> None:

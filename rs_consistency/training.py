@@ -18,8 +18,8 @@ from rs_consistency.parallel import AXIS, replicated_sharding, spread, sum_over_
 
 COPIES = "copies"  # the vmap axis of the M noisy copies
 
-# (state, feed) -> (state, metrics)
-TrainStep = Callable[..., tuple["TrainState", dict[str, jax.Array]]]
+# (state, number of steps, feed) -> (state, metrics of the steps)
+TrainSteps = Callable[..., tuple["TrainState", dict[str, jax.Array]]]
 
 
 class TrainState(struct.PyTreeNode):
@@ -51,7 +51,7 @@ def step_sizes(config: ConfigDict, num_examples: int) -> StepSizes:
 
 
 def make_model(config: ConfigDict) -> Any:
-    """The flax module of a configuration, for its dataset: for `make_train_step`, and anywhere in inference."""
+    """The flax module of a configuration, for its dataset: for `make_train_steps`, and anywhere in inference."""
     info = data.dataset_info(config.dataset.name)
     return models.create_model(
         config.model, num_classes=info.num_classes, mean=info.mean, std=info.std, dtype=jnp.dtype(config.dtype),
@@ -142,7 +142,7 @@ class _Totals(NamedTuple):
     model_state: Any
 
 
-def make_train_step(
+def make_train_steps(
     config: ConfigDict,
     *,
     apply_fn: Callable[..., Any],
@@ -150,8 +150,9 @@ def make_train_step(
     sizes: StepSizes,
     inputs: Inputs,
     devices: Sequence[jax.Device],
-) -> TrainStep:
-    """Compiles one optimizer step on M noisy copies of a batch, drawn on the devices.
+    steps_per_call: int = 1,
+) -> TrainSteps:
+    """Compiles optimizer steps, each on M noisy copies of a batch, drawn on the devices.
 
     Args:
       config: the run's configuration.
@@ -160,11 +161,14 @@ def make_train_step(
       sizes: from `step_sizes`.
       inputs: hands out the examples of a step.
       devices: which share the batch; the result does not depend on their number but for rounding.
+      steps_per_call: S, the most steps that one call can take, with the same feed: in a compiled loop, so that the
+        device does not wait for the host between them.
 
     Returns:
-      `train_step(state, *feed.args, **feed.parts) -> (state, metrics)`; `state` is consumed. `metrics` are scalars:
-      `loss` and every loss term, averaged over the batch, and `param_norm`, the l2 norm of the new parameters and batch
-      statistics, which is not finite exactly when the step ruined them.
+      `train_steps(state, number, *feed.args, **feed.parts) -> (state, metrics)`, which takes that number of steps, 1
+      to S; `state` is consumed. `metrics` are arrays `[S]`, of which the first `number` count: `loss` and every loss
+      term, averaged over the batch, and `param_norm`, the l2 norm of the new parameters and batch statistics, which is
+      not finite exactly when the step ruined them.
     """
     objective = methods.make_objective(config)
     augment = AUGMENTATIONS[config.dataset.augment]
@@ -219,8 +223,23 @@ def make_train_step(
         new_state = TrainState(step=state.step + 1, params=params, model_state=totals.model_state, opt_state=opt_state)
         return new_state, metrics
 
+    def train_steps(
+        shard: jax.Array, state: TrainState, number: jax.Array, *args: Any, **parts: Any
+    ) -> tuple[TrainState, dict[str, jax.Array]]:
+        if steps_per_call == 1:
+            state, metrics = train_step(shard, state, *args, **parts)
+            return state, jax.tree.map(lambda value: value[None], metrics)
+
+        def one_more(index: jax.Array, done: tuple[TrainState, Any]) -> tuple[TrainState, Any]:
+            state, metrics = train_step(shard, done[0], *args, **parts)
+            return state, jax.tree.map(lambda kept, value: kept.at[index].set(value), done[1], metrics)
+
+        shapes = jax.eval_shape(lambda: train_step(shard, state, *args, **parts)[1])
+        nothing = jax.tree.map(lambda leaf: jnp.zeros((steps_per_call, *leaf.shape), leaf.dtype), shapes)
+        return jax.lax.fori_loop(0, number, one_more, (state, nothing))
+
     return spread(
-        train_step,
+        train_steps,
         devices=devices,
         donate=(0,),
         compiler_options=training_compiler_options(devices[0].platform),

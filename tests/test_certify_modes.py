@@ -187,8 +187,11 @@ def test_another_dtype_is_another_function_and_recorded(program, trained, tmp_pa
         (["--dtype=float16"], "dtype='float16' is unknown"),
         (["--verify=0", "--output={certified}"], "verify=0: use a whole number of at least 1"),
         (["--verify=3", "--output=/nowhere/c.tsv"], "/nowhere/c.tsv does not exist"),
-        (["--verify=3", "--sigma=1"], "sigma=1.0: verify takes the settings that the file names"),
-        (["--verify=3", "--seed=0"], "seed=0: verify takes the settings that the file names"),
+        (
+            ["--verify=3", "--sigma=1", "--output={certified}"],
+            "sigma=1.0: verify takes the settings that the file names (sigma: 0.5); leave it out",
+        ),
+        (["--verify=3", "--seed=9", "--output={certified}"], "seed=9: verify takes the settings that the file names"),
         (["--verify_seed=3"], "verify_seed=3 chooses what is verified; add --verify=K"),
         (["--mode=decide", "--radius=1e30"], "radius=1e+30: use a number of at least 0 and at most 1e+06"),
         (["--sigma=1e23"], "sigma=1e+23: use a number greater than 0 and at most 1e+06"),

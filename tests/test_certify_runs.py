@@ -107,7 +107,7 @@ def test_other_splits_sigmas_and_devices(program, trained, tmp_path):
 
 
 def test_a_killed_certification_continues_to_the_same_file(program, trained, tmp_path):
-    command = [f"--workdir={trained}", "--n0=20", "--n=3000", "--batch_size=128"]
+    command = [f"--workdir={trained}", "--n0=20", "--n=1000", "--batch_size=128"]
     whole, killed = tmp_path / "whole.tsv", tmp_path / "killed.tsv"
     program.succeeds("cli.certify", *command, f"--output={whole}")
     process = start("certify.py", *command, f"--output={killed}")

@@ -279,15 +279,15 @@ def one_step(config, num_examples=8, num_devices=2):
     sizes = training.step_sizes(config, num_examples)
     optimizer = training.make_optimizer(config, sizes.steps)
     arrays = inputs.ArrayInputs(config, split, split, extra=extra, sizes=sizes, devices=devices)
-    step = training.make_train_step(
+    steps = training.make_train_steps(
         config, apply_fn=training.make_model(config).apply, optimizer=optimizer, sizes=sizes, inputs=arrays,
         devices=devices,
     )  # fmt: skip
     before = initial_state(config.model)
     state = parallel.replicate(jax.tree.map(jnp.array, before), devices)
     (feed,) = arrays.feeds(0, 1)
-    state, metrics = step(state, *feed.args, **feed.parts)
-    return before, jax.device_get(state), jax.device_get(metrics)
+    state, metrics = steps(state, np.int32(1), *feed.args, **feed.parts)
+    return before, jax.device_get(state), jax.tree.map(lambda values: np.asarray(values)[0], metrics)
 
 
 # Smoothmix attacks, trains, and uses labels of its own predictions: all that any method does but the clean batch of

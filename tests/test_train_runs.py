@@ -11,7 +11,7 @@ import optax
 import pytest
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from rs_consistency import metrics, training
+from rs_consistency import metrics, train_loop, training
 from rs_consistency.checkpoints import digest
 from rs_consistency.cli.common import EXIT_INTERRUPTED
 from tests.helpers import TINY, count_lines, damage_checkpoint, final_params, kill_when, start, write_tfds
@@ -71,6 +71,17 @@ def test_a_killed_run_resumes_to_the_same_parameters(program, tmp_path):
     assert [event.step for event in events.Scalars("loss")] == list(range(7, 26 * 7, 7))
     # The newest two are kept, whatever happened between.
     assert sorted(int(path.name) for path in (killed / "checkpoints").iterdir()) == [24 * 7, 25 * 7]
+
+
+def test_a_run_with_several_steps_in_a_call_is_the_same_run(program, trained, tmp_path, monkeypatch):
+    monkeypatch.setattr(train_loop, "steps_per_call", lambda _: 4)
+    run = tmp_path / "run"
+    program.succeeds("cli.train", *TINY, "--config.checkpoint_every_steps=3", f"--workdir={run}")
+    assert sorted(int(path.name) for path in (run / "checkpoints").iterdir()) == [9, 12, 14]  # keeps three
+    for one, other in zip(jax.tree.leaves(final_params(run)), jax.tree.leaves(final_params(trained)), strict=True):
+        np.testing.assert_allclose(one, other, atol=1e-5)  # 14 steps, compiled in another way
+    for one, other in zip(records(run), records(trained), strict=True):
+        assert one["step"] == other["step"] and one["loss"] == pytest.approx(other["loss"], rel=1e-4)
 
 
 def test_a_run_on_one_device_continues_on_eight(program, tmp_path, trained):

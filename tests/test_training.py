@@ -34,21 +34,26 @@ def examples():
     return data.Split(split.images[:NUM_EXAMPLES], split.labels[:NUM_EXAMPLES])
 
 
-def run_steps(config, examples, num_devices, num_steps, extra=None):
+def run_steps(config, examples, num_devices, num_steps, extra=None, steps_per_call=1):
     devices = jax.devices()[:num_devices]
     sizes = training.step_sizes(config, NUM_EXAMPLES)
     optimizer = training.make_optimizer(config, sizes.steps)
     apply_fn = training.make_model(config).apply
     inputs = ArrayInputs(config, examples, examples, extra=extra or {}, sizes=sizes, devices=devices)
-    step = training.make_train_step(
-        config, apply_fn=apply_fn, optimizer=optimizer, sizes=sizes, inputs=inputs, devices=devices
-    )
+    steps = training.make_train_steps(
+        config, apply_fn=apply_fn, optimizer=optimizer, sizes=sizes, inputs=inputs, devices=devices,
+        steps_per_call=steps_per_call,
+    )  # fmt: skip
     state = parallel.replicate(training.create_state(config, optimizer), devices)
-    history = []
-    for i in range(num_steps):
-        (feed,) = inputs.feeds(i, i + 1)
-        state, metrics = step(state, *feed.args, **feed.parts)
-        history.append(jax.device_get(metrics))
+    history, step = [], 0
+    while step < num_steps:
+        in_epoch = sizes.steps - step % sizes.steps
+        number = min(steps_per_call, num_steps - step, in_epoch)
+        (feed,) = inputs.feeds(step, step + 1)
+        state, metrics = steps(state, np.int32(number), *feed.args, **feed.parts)
+        assert {len(values) for values in metrics.values()} == {steps_per_call}
+        history += [jax.tree.map(lambda values, i=i: np.asarray(values)[i], metrics) for i in range(number)]
+        step += number
     return jax.device_get(state), history
 
 
@@ -59,27 +64,27 @@ def reference_steps(config, examples, num_steps):
     model = training.make_model(config)
     params = training.create_state(config, training.make_optimizer(config, steps)).params
     momentum = jax.tree.map(jnp.zeros_like, params)
-    history = []
-    for i in range(num_steps):
-        order = make_order(config, NUM_EXAMPLES)(i // steps)
-        chosen = [int(order[(i % steps * batch + j) % NUM_EXAMPLES]) for j in range(batch)]
-        images, labels = examples.images[chosen] / np.float32(255), examples.labels[chosen]
-        key = noise.stream_key(config.seed, noise.Stream.TRAIN)
+    key = noise.stream_key(config.seed, noise.Stream.TRAIN)
+    draw = jax.jit(lambda *address: jax.random.normal(noise.fold(key, *address), SHAPE))
 
-        noisy = [
-            images
-            + config.sigma * jnp.stack([jax.random.normal(noise.fold(key, i, j, m), SHAPE) for j in range(batch)])
-            for m in range(num_noise)
-        ]
-
-        def loss_fn(params, noisy=noisy, labels=labels):
+    @jax.jit
+    def loss_and_gradient(params, noisy, labels):
+        def loss_fn(params):
             logits = jnp.stack([model.apply({"params": params}, copy, train=True) for copy in noisy])
             loss = losses.cross_entropy(logits, labels)
             if config.consistency.lbd:
                 loss = loss + losses.consistency(logits, lbd=config.consistency.lbd, eta=config.consistency.eta)
             return loss.mean()
 
-        loss, grads = jax.value_and_grad(loss_fn)(params)
+        return jax.value_and_grad(loss_fn)(params)
+
+    history = []
+    for i in range(num_steps):
+        order = make_order(config, NUM_EXAMPLES)(i // steps)
+        chosen = [int(order[(i % steps * batch + j) % NUM_EXAMPLES]) for j in range(batch)]
+        images, labels = examples.images[chosen] / np.float32(255), examples.labels[chosen]
+        noisy = [images + config.sigma * jnp.stack([draw(i, j, m) for j in range(batch)]) for m in range(num_noise)]
+        loss, grads = loss_and_gradient(params, noisy, labels)
         lr = config.optimizer.lr * config.optimizer.lr_gamma ** (i // (steps * config.optimizer.lr_step_size))
         grads = jax.tree.map(lambda g, p: g + config.optimizer.weight_decay * p, grads, params)
         momentum = jax.tree.map(lambda m, g: config.optimizer.momentum * m + g, momentum, grads)
@@ -112,6 +117,16 @@ def test_steps_equal_the_reference(examples, changes):
     moved = training.create_state(config, training.make_optimizer(config, 3)).params
     assert max(np.abs(a - b).max() for a, b in zip(*map(jax.tree.leaves, (state.params, moved)), strict=True)) > 5e-3
     assert int(state.step) == 5
+
+
+@pytest.mark.parametrize(("num_devices", "steps_per_call"), [(1, 2), (2, 4)])
+def test_steps_in_one_call_are_the_steps_one_by_one(examples, num_devices, steps_per_call):
+    config = small_config(**FAST)
+    one, one_history = run_steps(config, examples, num_devices, 5)
+    other, history = run_steps(config, examples, num_devices, 5, steps_per_call=steps_per_call)
+    assert int(other.step) == 5
+    assert_close(one_history, history, atol=1e-4)  # compiled in another way: as for devices
+    assert_close(one.params, other.params, atol=2e-6)
 
 
 @pytest.mark.parametrize("num_devices", [2, 8])
@@ -246,7 +261,7 @@ def test_a_step_in_parts_is_the_same_step(examples, num_devices):
 
 def test_a_compiled_loop_over_the_parts_gives_the_same_step(examples, resnet8, monkeypatch):
     # Accelerators loop where the CPU unrolls.
-    config = small_config(model="resnet8", accumulate_steps=4, method="smoothadv")
+    config = small_config(model="resnet8", accumulate_steps=2, method="smoothadv")
     config.smoothadv.update({"num_steps": 2, "warmup_epochs": 0})
     unrolled, unrolled_history = run_steps(config, examples, 2, 1)
     monkeypatch.setattr(jax, "default_backend", lambda: "gpu")

@@ -50,7 +50,7 @@ _VALUES_AT_ONCE = 2**28  # pixel values of the images that are read at once: 1,7
 
 # Kept out of argparse, so that it is known what the user named.
 _DEFAULTS = {"n": 100_000, "alpha": 0.001, "skip": 1, "split": "test", "seed": 0}
-_KEPT_IN_THE_RECORD = ("sigma", "n0", "bound", "radius", "dtype", "max", *_DEFAULTS)
+_KEPT_IN_THE_RECORD = ("sigma", "n0", "bound", "radius", "dtype", *_DEFAULTS)
 
 
 def _parser() -> Parser:
@@ -61,7 +61,7 @@ def _parser() -> Parser:
     add("--radius", type=float, help="of --mode=decide")
     add("--bound", help=f"of --mode=certify: {', '.join(BOUNDS)} (default: {BOUNDS[0]})")
     add("--n0", type=whole, help="votes that choose the class (default: 100)")
-    add("--n", type=whole, help="further votes, in mode decide at most so many (default: 100,000)")
+    add("--n", type=whole, help="further votes, in mode decide at most so many (default: 100000)")
     add("--alpha", type=float, help="error probability of a certificate (default: 0.001)")
     add("--sigma", type=float, help="standard deviation of the noise (default: the one used in training)")
     add("--dtype", help=f"what the model computes in: {', '.join(DTYPES)} (default: as in training)")
@@ -223,12 +223,14 @@ def _summary(file: CertificateFile, question: Question) -> str:
 
 def _verify(args: Any) -> None:
     """Draws some lines of a file again, with the settings of its record."""
-    for name in _KEPT_IN_THE_RECORD:
-        if getattr(args, name) is not None:
-            raise UserError(
-                f"{name}={getattr(args, name)}: verify takes the settings that the file names; leave it out"
-            )
     table = read_table(_output(args, args.mode))
+    for name in _KEPT_IN_THE_RECORD:
+        named = getattr(args, name)
+        if named is not None and named != table.record.get(name):
+            raise UserError(
+                f"{name}={named}: verify takes the settings that the file names ({name}:"
+                f" {table.record.get(name)}); leave it out"
+            )
     chosen = audit.choose_lines(table, args.verify, args.verify_seed)
     classifier = _Classifier(args, split=table.record.get("split", "test"))
     if table.record.get("dtype") in DTYPES:
