@@ -146,6 +146,13 @@ def _digest_array(state: Any) -> np.ndarray:
 
 def _reason(error: Exception) -> str:
     """What the operating system says, where TensorStore quotes it; else the first line, without its own details."""
-    quoted = re.search(r": ([^:]+) \[os_error_code", str(error))
+    cause: BaseException | None = error
+    while cause is not None:
+        quoted = re.search(r": ([^:]+) \[os_error_code", str(cause))
+        if quoted:
+            return quoted[1]
+        if isinstance(cause, OSError) and cause.strerror:
+            return cause.strerror
+        cause = cause.__cause__ or cause.__context__
     first_line = (str(error).strip() or type(error).__name__).splitlines()[0]
-    return quoted[1] if quoted else first_line.split(" See full TensorStore details")[0][:160]
+    return first_line.split(" See full TensorStore details")[0][:160]

@@ -13,6 +13,8 @@ from tensorboardX.proto.summary_pb2 import Summary
 from rs_consistency.errors import UserError, note
 from rs_consistency.files import naming, read_json, replace_atomically, write_json
 
+TENSORBOARD_FOLDER = "tensorboard"
+
 
 class Sums:
     """Sums of the metrics of some steps, added one after the other: an interruption does not change them."""
@@ -50,7 +52,7 @@ class MetricsWriter:
         kept = [line for line in read_lines(self._path) if line["epoch"] <= finished_epochs]
         with replace_atomically(self._path) as temporary:
             temporary.write_text("".join(json.dumps(line) + "\n" for line in kept), encoding="utf-8")
-        self._folder = workdir / "tensorboard"
+        self._folder = workdir / TENSORBOARD_FOLDER
         self._folder.mkdir(exist_ok=True)
         # The plain writer, not SummaryWriter: its thread and exit hook print tracebacks when the disk is full.
         self._tensorboard = EventsWriter(str(self._folder / "events"), filename_suffix=f".{time.time_ns()}")

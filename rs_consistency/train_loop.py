@@ -20,7 +20,8 @@ from rs_consistency.checkpoints import Checkpoints
 from rs_consistency.config import flatten, validate
 from rs_consistency.errors import UserError, note
 from rs_consistency.inputs import Inputs, StepSizes, open_inputs
-from rs_consistency.metrics import MetricsWriter, Sums
+from rs_consistency.metrics import TENSORBOARD_FOLDER, MetricsWriter, Sums
+from rs_consistency.profiling import Profile, profile_steps
 from rs_consistency.workdir import CONFIG_FILE, open_for_training
 
 # Steps between two looks at the metrics. Scalars of the steps between stay on the device, so it never waits.
@@ -46,15 +47,7 @@ def train(config: ConfigDict, workdir: Path) -> training.TrainState:
       UserError: a setting that cannot work, another config in the workdir, no readable checkpoint, or a loss
         that is not finite (the checkpoints before it stay).
     """
-    devices = parallel.choose_devices(config.num_devices)
-    validate(config, num_devices=len(devices))
-    _resolve_sources(config)
-    if not (workdir / CONFIG_FILE).exists():
-        _check_sources(config)
-    source = {"data_dir": config.dataset.data_dir, "cache_dir": config.dataset.cache_dir}
-    train_split = data.open_split(config.dataset.name, "train", **source)
-    test_split = data.open_split(config.dataset.name, "test", **source)
-    sizes = training.step_sizes(config, len(train_split))
+    devices, train_split, test_split, sizes = _open(config, workdir)
     with (
         open_for_training(workdir, config, data_digest=train_split.digest(), num_examples=len(train_split)),
         closing(Checkpoints(workdir, keep=config.checkpoint_keep)) as checkpoints,
@@ -74,6 +67,42 @@ def train(config: ConfigDict, workdir: Path) -> training.TrainState:
                 state = run.epoch(state, epoch)
         checkpoints.wait()
         return state
+
+
+def profile(config: ConfigDict, workdir: Path, *, num_steps: int) -> Profile:
+    """Traces some steps from initial parameters, into `tensorboard/` of a workdir; trains nothing.
+
+    Args:
+      config: as for `train`.
+      workdir: a run's folder, or one that will be.
+      num_steps: how many steps.
+
+    Raises:
+      UserError: as `train`, and for a number of steps that an epoch does not have.
+    """
+    devices, train_split, test_split, sizes = _open(config, workdir)
+    (workdir / TENSORBOARD_FOLDER).mkdir(parents=True, exist_ok=True)
+    extra = _prepare(config, train_split, devices, workdir)
+    optimizer = training.make_optimizer(config, sizes.steps)
+    state = parallel.replicate(training.create_state(config, optimizer), devices)
+    with closing(open_inputs(config, train_split, test_split, extra=extra, sizes=sizes, devices=devices)) as inputs:
+        return profile_steps(
+            config, state=state, inputs=inputs, sizes=sizes, devices=devices, num_steps=num_steps,
+            folder=workdir / TENSORBOARD_FOLDER,
+        )  # fmt: skip
+
+
+def _open(config: ConfigDict, workdir: Path) -> tuple[list[jax.Device], data.OpenSplit, data.OpenSplit, StepSizes]:
+    """Checks the config, and opens what it names: devices, training and test split, sizes of a step."""
+    devices = parallel.choose_devices(config.num_devices)
+    validate(config, num_devices=len(devices))
+    _resolve_sources(config)
+    if not (workdir / CONFIG_FILE).exists():
+        _check_sources(config)
+    source = {"data_dir": config.dataset.data_dir, "cache_dir": config.dataset.cache_dir}
+    train_split = data.open_split(config.dataset.name, "train", **source)
+    test_split = data.open_split(config.dataset.name, "test", **source)
+    return devices, train_split, test_split, training.step_sizes(config, len(train_split))
 
 
 class _Run:

@@ -213,9 +213,8 @@ def test_a_full_disk_is_one_line_and_the_run_can_go_on(program, trained, tmp_pat
     _, err = process.communicate(timeout=120)
     assert process.returncode == 2
     assert "Traceback" not in err
-    assert err.splitlines()[-1].startswith(
-        f"error: a checkpoint could not be written to {tmp_path}/checkpoints: File too"
-    )
+    assert err.splitlines()[-1].startswith(f"error: a checkpoint could not be written to {tmp_path}/checkpoints: "), err
+    assert "File too large; free space or make it writable" in err, err
     program.succeeds("cli.train", *TINY, f"--workdir={tmp_path}")
     assert_same_params(tmp_path, trained)
     assert sorted(path.name for path in (tmp_path / "checkpoints").iterdir()) == ["14", "7"]
@@ -247,3 +246,18 @@ def test_train_from_another_folder(tmp_path):
     )
     assert out.splitlines()[1].startswith("epoch 1/1 ")
     assert (tmp_path / "run" / "checkpoints" / "7").is_dir()
+
+
+def test_a_profile_names_operations_and_leaves_the_run_alone(program, trained, tmp_path):
+    run = tmp_path / "run"
+    shutil.copytree(trained, run)
+    before = {path: path.read_bytes() for path in run.rglob("*") if path.is_file()}
+    lines = program.succeeds("cli.train", *TINY, "--config.num_devices=1", f"--workdir={run}", "--profile=2").out
+    assert "noisy images/s" in lines and "Conv_1" in lines
+    shares = [float(line.split("%")[0]) for line in lines.splitlines() if line.lstrip()[:1].isdigit() and "%" in line]
+    assert 99 < sum(shares) < 101
+    new = {path for path in run.rglob("*") if path.is_file()} - set(before)
+    assert [path.name.split(".", 1)[1] for path in sorted(new)] == ["trace.json.gz", "xplane.pb"]
+    assert all(path.read_bytes() == content for path, content in before.items())
+    message = "profile=5: use a number of steps from 1 to 4, which one epoch has"
+    assert message in program.fails("cli.train", *TINY, f"--workdir={run}", "--profile=5")

@@ -24,9 +24,13 @@ def _main(argv: Sequence[str] | None) -> None:
     if not values.workdir:
         raise UserError(f"--workdir is missing: {_EXAMPLE}")
     # After the flags, so that a mistake in them is told at once.
-    from rs_consistency.train_loop import train
+    from rs_consistency.train_loop import profile, train
 
-    train(values.config, Path(values.workdir).expanduser())
+    workdir = Path(values.workdir).expanduser()
+    if values.profile is not None:
+        print(profile(values.config, workdir, num_steps=values.profile).text(values.config))
+    else:
+        train(values.config, workdir)
 
 
 def _parse(argv: Sequence[str]) -> flags.FlagValues:
@@ -42,6 +46,12 @@ def _parse(argv: Sequence[str]) -> flags.FlagValues:
         flag_values=values,
     )
     flags.DEFINE_string("workdir", None, "Folder of the run: config, metrics, checkpoints.", flag_values=values)
+    flags.DEFINE_integer(
+        "profile",
+        None,
+        "Trace so many steps for TensorBoard, print which operations took longest, and train nothing.",
+        flag_values=values,
+    )
     flags.DEFINE_bool("help", False, "Show this text.", short_name="h", flag_values=values)
     try:
         rest = values(["train.py", *argv])[1:]
