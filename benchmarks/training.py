@@ -11,7 +11,6 @@ seconds to the first finished step (ours: compilation, nothing cached) and peak 
 
 import argparse
 import json
-import resource
 import subprocess
 import sys
 import time
@@ -27,7 +26,7 @@ from ml_collections import ConfigDict
 from torch_methods import Trainer
 
 from rs_consistency import data, methods, parallel, training
-from rs_consistency.backend import steps_per_call
+from rs_consistency.backend import keep_memory, steps_per_call
 from rs_consistency.inputs import ArrayInputs
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
@@ -218,7 +217,9 @@ def _peak_bytes(side: str) -> int:
     """Of the accelerator, or of this process."""
     device = jax.devices()[0]
     if device.platform == "cpu":
-        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+        # Not getrusage, whose maximum a process inherits from the one that started it.
+        status = Path("/proc/self/status").read_text(encoding="utf-8")
+        return 1024 * next(int(line.split()[1]) for line in status.splitlines() if line.startswith("VmHWM:"))
     return device.memory_stats()["peak_bytes_in_use"] if side == "ours" else torch.cuda.max_memory_allocated()
 
 
@@ -236,6 +237,8 @@ def main() -> None:
     unknown = [name for name in names if name not in CASES]
     if unknown:
         parser.error(f"cases={args.cases}: {unknown[0]!r} is unknown; use some of {', '.join(CASES)}")
+    if args.alone != "rival":
+        keep_memory()  # as train.py does; a rival in the same process has it, too
     if args.alone:
         print(json.dumps(_measure_alone(args.alone, names[0], args.dtype)))
         return

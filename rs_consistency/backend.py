@@ -1,5 +1,6 @@
 """What differs between backends: compiler options, each with its measured gain."""
 
+import ctypes
 import functools
 import hashlib
 import os
@@ -56,6 +57,23 @@ def repeat(body: Callable[[Any, Any], Any], times: int, start: Any) -> Any:
     for index in range(times):
         value = body(index, value)
     return value
+
+
+def keep_memory() -> None:
+    """Lets the C library keep the memory that XLA frees on the CPU, instead of giving it back and asking for it again.
+
+    glibc maps every large buffer anew, and the kernel clears its pages one by one at first use: with each step, or
+    batch of votes. Kept, LeNet trains on 1.36 times as many noisy images a second (2 cores, 256 in a step, medians of
+    3), and counts 1.4 times as many votes at 256 in a batch. The process then holds on to the largest memory that it
+    ever needed. Without effect under other C libraries, and on accelerators. To be called before the first computation.
+    """
+    if jax.default_backend() == "cpu" and platform.libc_ver()[0] == "glibc":
+        mallopt = ctypes.CDLL(None).mallopt
+        mallopt(_M_MMAP_MAX, 0)
+        mallopt(_M_TRIM_THRESHOLD, 2**31 - 1)
+
+
+_M_TRIM_THRESHOLD, _M_MMAP_MAX = -1, -4  # of glibc's malloc.h
 
 
 def keep_compiled() -> None:

@@ -27,7 +27,7 @@ from ml_collections import ConfigDict
 from tqdm import tqdm
 
 from rs_consistency import audit, data, parallel, runs, training
-from rs_consistency.backend import keep_compiled
+from rs_consistency.backend import keep_compiled, keep_memory
 from rs_consistency.bounds import BOUNDS
 from rs_consistency.certificates import CertificateFile
 from rs_consistency.certify_run import FILES, Question, answer, make_question, question_of_record
@@ -101,6 +101,7 @@ def _main(argv: Sequence[str] | None) -> None:
     if args.verify_seed is not None and args.verify is None:
         raise UserError(f"verify_seed={args.verify_seed} chooses what is verified; add --verify=K")
     keep_compiled()
+    keep_memory()
     if args.verify is not None:
         _verify(args)
     else:

@@ -24,8 +24,10 @@ def _main(argv: Sequence[str] | None) -> None:
     if not values.workdir:
         raise UserError(f"--workdir is missing: {_EXAMPLE}")
     # After the flags, so that a mistake in them is told at once.
+    from rs_consistency.backend import keep_memory
     from rs_consistency.train_loop import profile, train
 
+    keep_memory()
     workdir = Path(values.workdir).expanduser()
     if values.profile is not None:
         print(profile(values.config, workdir, num_steps=values.profile).text(values.config))
