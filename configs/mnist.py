@@ -31,8 +31,8 @@ CAT-RS (Jeong et al., AAAI 2023) released 0.933 / 1.700 / 1.831; its settings fo
 `:method=gaussian,sigma=...` and set --config.method=catrs --config.num_noise=4 --config.catrs.teacher=WORKDIR; the rest
 of `config.catrs` is by default as published for CIFAR-10 at sigma 0.25.
 
-On two CPU cores a LeNet trains at about 5,000 noisy images a second: 90 epochs of gaussian take 18 minutes, of
-consistency 36.
+On two CPU cores a LeNet trains at 3,000 to 5,000 noisy images a second: 90 epochs of gaussian take 18 to 30 minutes,
+of consistency 36 to 60.
 """
 
 from typing import Any
