@@ -1,5 +1,6 @@
 """Checkpoints of a run, through Orbax: saved in the background, the newest k kept, damaged ones stepped over."""
 
+import errno
 import hashlib
 import re
 import shutil
@@ -144,6 +145,10 @@ def _digest_array(state: Any) -> np.ndarray:
     return np.frombuffer(bytes.fromhex(digest(state)), np.uint8)
 
 
+# An OSError of another kind, such as a file that is not there, may be a mere step on the way to the failure.
+_OF_THE_DISK = (errno.EACCES, errno.EDQUOT, errno.EFBIG, errno.ENOSPC, errno.EROFS)
+
+
 def _reason(error: Exception) -> str:
     """What the operating system says, where TensorStore quotes it; else the first line, without its own details."""
     cause: BaseException | None = error
@@ -151,7 +156,7 @@ def _reason(error: Exception) -> str:
         quoted = re.search(r": ([^:]+) \[os_error_code", str(cause))
         if quoted:
             return quoted[1]
-        if isinstance(cause, OSError) and cause.strerror:
+        if isinstance(cause, OSError) and cause.errno in _OF_THE_DISK:
             return cause.strerror
         cause = cause.__cause__ or cause.__context__
     first_line = (str(error).strip() or type(error).__name__).splitlines()[0]
