@@ -15,6 +15,8 @@ import jax
 # them and 5,260 without (2 cores, 256 images). They help a forward pass alone, so only training turns them off.
 _CPU_TRAINING = {"xla_cpu_experimental_ynn_fusion_type": ""}
 
+_M_TRIM_THRESHOLD, _M_MMAP_MAX = -1, -4  # of glibc's malloc.h
+
 
 @functools.cache
 def training_compiler_options(platform: str) -> dict[str, str] | None:
@@ -71,9 +73,6 @@ def keep_memory() -> None:
         mallopt = ctypes.CDLL(None).mallopt
         mallopt(_M_MMAP_MAX, 0)
         mallopt(_M_TRIM_THRESHOLD, 2**31 - 1)
-
-
-_M_TRIM_THRESHOLD, _M_MMAP_MAX = -1, -4  # of glibc's malloc.h
 
 
 def keep_compiled() -> None:

@@ -179,7 +179,7 @@ def test_types_and_names_of_the_variables(case):
     assert set(params) == {p for p in flatten_dict(case.variables["params"]) if p[:-1] not in norms}
 
 
-@pytest.mark.parametrize("dtype", ["float32", pytest.param("bfloat16", marks=pytest.mark.slow)])
+@pytest.mark.parametrize("dtype", ROUNDING)
 def test_votes_of_a_certification_change_at_ties_alone(dtype):
     """Every vote is counted as one of: the same, a tie of the model within rounding, another one."""
     case = Case.get("cifar_resnet", dtype)

@@ -290,10 +290,9 @@ def one_step(config, num_examples=8, num_devices=2):
     return before, jax.device_get(state), jax.tree.map(lambda values: np.asarray(values)[0], metrics)
 
 
-# Smoothmix attacks, trains, and uses labels of its own predictions: all that any method does but the clean batch of
-# stability, which the first two models cover.
+# Between them, smoothmix and stability use a model in every way that any method does.
 _COMBINATIONS = [
-    pytest.param(method, model, marks=() if few or method == "smoothmix" else pytest.mark.slow)
+    pytest.param(method, model, marks=() if few or method in ("smoothmix", "stability") else pytest.mark.slow)
     for model, few in {
         "lenet": True,
         "resnet8": True,

@@ -213,8 +213,9 @@ def test_a_full_disk_is_one_line_and_the_run_can_go_on(program, trained, tmp_pat
     _, err = process.communicate(timeout=120)
     assert process.returncode == 2
     assert "Traceback" not in err
-    assert err.splitlines()[-1].startswith(f"error: a checkpoint could not be written to {tmp_path}/checkpoints: "), err
-    assert "File too large; free space or make it writable" in err, err
+    assert err.splitlines()[-1].startswith(
+        f"error: a checkpoint could not be written to {tmp_path}/checkpoints: File too large; free space or"
+    ), err
     program.succeeds("cli.train", *TINY, f"--workdir={tmp_path}")
     assert_same_params(tmp_path, trained)
     assert sorted(path.name for path in (tmp_path / "checkpoints").iterdir()) == ["14", "7"]

@@ -261,7 +261,7 @@ def test_a_step_in_parts_is_the_same_step(examples, num_devices):
 
 def test_a_compiled_loop_over_the_parts_gives_the_same_step(examples, resnet8, monkeypatch):
     # Accelerators loop where the CPU unrolls.
-    config = small_config(model="resnet8", accumulate_steps=2, method="smoothadv")
+    config = small_config(model="resnet8", accumulate_steps=4, method="smoothadv")
     config.smoothadv.update({"num_steps": 2, "warmup_epochs": 0})
     unrolled, unrolled_history = run_steps(config, examples, 2, 1)
     monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
@@ -270,7 +270,6 @@ def test_a_compiled_loop_over_the_parts_gives_the_same_step(examples, resnet8, m
     assert looped_history[0]["loss"] == pytest.approx(unrolled_history[0]["loss"], rel=1e-3)
 
 
-@pytest.mark.slow
 def test_parts_with_batch_norm_do_not_depend_on_the_devices(examples, resnet8):
     config = small_config(model="resnet8", accumulate_steps=2)
     one, _ = run_steps(config, examples, 1, 1)

@@ -1,0 +1,29 @@
+"""What is set up for a backend."""
+
+import ctypes
+import subprocess
+import sys
+
+import pytest
+
+_PROGRAM = """
+import ctypes, sys
+from rs_consistency import backend
+class Info(ctypes.Structure):
+    _fields_ = [(name, ctypes.c_size_t) for name in
+                "arena ordblks smblks hblks hblkhd usmblks fsmblks uordblks fordblks keepcost".split()]
+libc = ctypes.CDLL(None)
+libc.mallinfo2.restype, libc.malloc.restype, libc.malloc.argtypes = Info, ctypes.c_void_p, [ctypes.c_size_t]
+if sys.argv[1] == "kept":
+    backend.keep_memory()
+before = libc.mallinfo2().hblks
+assert libc.malloc(2**28)
+print(libc.mallinfo2().hblks - before)
+"""
+
+
+@pytest.mark.skipif(not hasattr(ctypes.CDLL(None), "mallinfo2"), reason="needs glibc 2.33")
+@pytest.mark.parametrize(("how", "mapped"), [("kept", "0"), ("usual", "1")])
+def test_large_memory_is_kept_and_not_mapped_anew(how, mapped):
+    done = subprocess.run([sys.executable, "-c", _PROGRAM, how], capture_output=True, text=True, timeout=60, check=True)
+    assert done.stdout.strip() == mapped
