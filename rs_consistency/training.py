@@ -10,7 +10,7 @@ from flax import struct
 from ml_collections import ConfigDict
 
 from rs_consistency import data, methods, models, noise
-from rs_consistency.backend import repeat, training_compiler_options
+from rs_consistency.backend import pieces_of, repeat, training_compiler_options
 from rs_consistency.data.augment import AUGMENTATIONS
 from rs_consistency.errors import UserError
 from rs_consistency.inputs import Inputs, StepSizes, part_positions
@@ -204,18 +204,24 @@ def make_train_steps(
         return _Totals(grads, sums, model_state)
 
     def train_step(shard: jax.Array, state: TrainState, *args: Any, **parts: Any) -> tuple[TrainState, dict[str, Any]]:
-        positions = jnp.asarray(part_positions(config.accumulate_steps, sizes, len(devices)))[:, shard]  # [P, B]
+        per_device = sizes.examples // config.accumulate_steps // len(devices)
+        pieces = 1 if state.model_state else pieces_of(per_device, config.num_noise, devices[0].platform)
+        positions = jnp.asarray(part_positions(config.accumulate_steps * pieces, sizes, len(devices)))[
+            :, shard
+        ]  # [P, B]
         examples = inputs.examples(state.step, positions.reshape(-1), *args, **parts)
         examples = jax.tree.map(lambda rows: rows.reshape(*positions.shape, *rows.shape[1:]), examples)
 
-        first = one_part(state, 0, positions, examples)
-
         def add_part(part: jax.Array, totals: _Totals) -> _Totals:
-            new = one_part(state.replace(model_state=totals.model_state), part + 1, positions, examples)
+            new = one_part(state.replace(model_state=totals.model_state), part, positions, examples)
             grads, metrics = jax.tree.map(jnp.add, (totals.grads, totals.metrics), (new.grads, new.metrics))
             return _Totals(grads, metrics, new.model_state)
 
-        totals = repeat(add_part, config.accumulate_steps - 1, first)
+        shapes = jax.eval_shape(lambda: one_part(state, 0, positions, examples))
+        nothing = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), shapes)
+        totals = repeat(
+            add_part, len(positions), nothing._replace(model_state=state.model_state), compiled=not state.model_state
+        )
         grads, metrics = sum_over_devices((totals.grads, totals.metrics))
         updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
         params = optax.apply_updates(state.params, updates)

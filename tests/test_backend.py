@@ -6,6 +6,8 @@ import sys
 
 import pytest
 
+from rs_consistency.backend import pieces_of
+
 _PROGRAM = """
 import ctypes, sys
 from rs_consistency import backend
@@ -27,3 +29,19 @@ print(libc.mallinfo2().hblks - before)
 def test_large_memory_is_kept_and_not_mapped_anew(how, mapped):
     done = subprocess.run([sys.executable, "-c", _PROGRAM, how], capture_output=True, text=True, timeout=60, check=True)
     assert done.stdout.strip() == mapped
+
+
+@pytest.mark.parametrize(
+    ("examples", "num_noise", "platform", "pieces"),
+    [
+        (256, 1, "cpu", 1),
+        (64, 4, "cpu", 1),
+        (256, 16, "gpu", 1),
+        (256, 16, "cpu", 64),
+        (96, 16, "cpu", 24),
+        (7, 128, "cpu", 7),
+    ],
+)
+def test_only_a_large_step_on_the_cpu_goes_in_pieces(examples, num_noise, platform, pieces):
+    assert pieces_of(examples, num_noise, platform) == pieces
+    assert examples % pieces == 0

@@ -259,6 +259,25 @@ def test_a_step_in_parts_is_the_same_step(examples, num_devices):
             assert one[name] == pytest.approx(other[name], rel=1e-5)
 
 
+@pytest.mark.parametrize("num_devices", [1, 2])
+def test_a_step_in_pieces_is_the_same_step(examples, monkeypatch, num_devices):
+    config = small_config(**FAST, num_noise=4)
+    whole, whole_history = run_steps(config, examples, num_devices, 3)
+    asked = []
+
+    def pieces_of(*sizes):
+        asked.append(sizes)
+        return 4
+
+    monkeypatch.setattr(training, "pieces_of", pieces_of)
+    pieces, pieces_history = run_steps(config, examples, num_devices, 3)
+    assert asked[0] == (8 // num_devices, 4, "cpu")
+    assert_close(whole.params, pieces.params, atol=2e-6)  # sums in another order
+    for one, other in zip(whole_history, pieces_history, strict=True):
+        for name in one:
+            assert one[name] == pytest.approx(other[name], rel=1e-5)
+
+
 def test_a_compiled_loop_over_the_parts_gives_the_same_step(examples, resnet8, monkeypatch):
     # Accelerators loop where the CPU unrolls.
     config = small_config(model="resnet8", accumulate_steps=4, method="smoothadv")
