@@ -14,6 +14,13 @@ setup(
     python_requires=">=3.11,<3.14",
     packages=find_packages(include=["rs_consistency", "rs_consistency.*"]),
     package_data={"rs_consistency.data": ["embedded/*"]},
+    entry_points={
+        "console_scripts": [
+            "rs-train = rs_consistency.cli.train:run",
+            "rs-certify = rs_consistency.cli.certify:run",
+            "rs-analyze = rs_consistency.cli.analyze:run",
+        ]
+    },
     install_requires=[
         "absl-py>=2.1,<3",
         "array-record>=0.8,<0.9",

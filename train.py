@@ -1,7 +1,6 @@
 """Command line: `python train.py --config=configs/mnist.py --workdir=DIR`; see `rs_consistency.cli.train`."""
 
-from rs_consistency.cli.common import run_program
-from rs_consistency.cli.train import main
+from rs_consistency.cli.train import run
 
 if __name__ == "__main__":
-    run_program(main)
+    run()

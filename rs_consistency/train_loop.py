@@ -2,6 +2,7 @@
 
 import math
 import sys
+import tempfile
 import time
 from collections.abc import Mapping
 from contextlib import closing
@@ -19,15 +20,17 @@ from rs_consistency.backend import steps_per_call
 from rs_consistency.checkpoints import Checkpoints
 from rs_consistency.config import flatten, validate
 from rs_consistency.errors import UserError, note
+from rs_consistency.estimates import count_parameters, duration, measure_steps, size
 from rs_consistency.inputs import Inputs, StepSizes, open_inputs
 from rs_consistency.metrics import TENSORBOARD_FOLDER, MetricsWriter, Sums
 from rs_consistency.profiling import Profile, profile_steps
-from rs_consistency.workdir import CONFIG_FILE, open_for_training
+from rs_consistency.workdir import CONFIG_FILE, check_claim, open_for_training
 
 # Steps between two looks at the metrics. Scalars of the steps between stay on the device, so it never waits.
 _LOOK_EVERY = 50
 # Calls of steps that may be under way at once: more only hold memory, and keep an interruption waiting.
 _IN_FLIGHT = 8
+_FEW = 10  # training images that a dry run asks a method's preparation about
 _SECONDS_BETWEEN_LINES = 60  # of the progress, where stderr is a file
 
 
@@ -83,13 +86,60 @@ def profile(config: ConfigDict, workdir: Path, *, num_steps: int) -> Profile:
     devices, train_split, test_split, sizes = _open(config, workdir)
     (workdir / TENSORBOARD_FOLDER).mkdir(parents=True, exist_ok=True)
     extra = _prepare(config, train_split, devices, workdir)
-    optimizer = training.make_optimizer(config, sizes.steps)
-    state = parallel.replicate(training.create_state(config, optimizer), devices)
+    state = _initial_state(config, sizes, devices)
     with closing(open_inputs(config, train_split, test_split, extra=extra, sizes=sizes, devices=devices)) as inputs:
         return profile_steps(
             config, state=state, inputs=inputs, sizes=sizes, devices=devices, num_steps=num_steps,
             folder=workdir / TENSORBOARD_FOLDER,
         )  # fmt: skip
+
+
+def dry_run(config: ConfigDict, workdir: Path) -> str:
+    """Says what `train` would do with the same arguments, from a few measured steps; writes nothing.
+
+    Returns:
+      Lines for people: plan, shapes, parameters, memory, time.
+
+    Raises:
+      UserError: as `train`.
+    """
+    devices, train_split, test_split, sizes = _open(config, workdir)
+    check_claim(workdir, config, data_digest=train_split.digest())
+    with closing(Checkpoints(workdir)) as checkpoints:
+        done = max(checkpoints.steps(), default=0)
+    state = _initial_state(config, sizes, devices)
+    parameters, shape = count_parameters(state.variables), data.dataset_info(config.dataset.name).image_shape
+    extra = {}
+    if methods.METHODS[config.method].prepare:  # what it would find out about every example, from a few of them
+        few = data.Split(*(rows[:_FEW] for rows in train_split.arrays))
+        with tempfile.TemporaryDirectory() as folder:
+            found = methods.METHODS[config.method].prepare(config, few, devices, Path(folder))
+        extra = {name: np.resize(rows, (len(train_split), *rows.shape[1:])) for name, rows in found.items()}
+    with closing(open_inputs(config, train_split, test_split, extra=extra, sizes=sizes, devices=devices)) as inputs:
+        cost = measure_steps(config, state=state, inputs=inputs, sizes=sizes, devices=devices)
+    last = config.num_epochs * sizes.steps
+    seconds = (last - done) * (cost.seconds + cost.evaluation_seconds / config.eval_every_epochs / sizes.steps)
+    copies = f"{sizes.examples} examples x {config.num_noise} noisy copies of {' x '.join(map(str, shape))}"
+    left = max(last - done, 0)
+    lines = [
+        _describe(config, sizes),
+        f"data: {len(train_split):,} training and {len(test_split):,} test images; a step takes {copies}",
+        f"model: {config.model}, {parameters:,} parameters, {config.dtype}",
+        f"devices: {len(devices)} x {devices[0].device_kind} ({devices[0].platform}), {size(cost.bytes_per_device)}"
+        " each for a step, data included",
+        f"speed: {config.batch_size / cost.seconds:,.0f} noisy images a second, {cost.seconds * 1000:.1f} ms a step;"
+        f" {cost.compile_seconds:.0f} s to compile",
+        f"workdir: {workdir}, {f'at step {done:,}' if done else 'new'}; {left:,} of {last:,} steps to do",
+        f"time: about {duration(seconds + cost.compile_seconds if left else 0)}, with evaluation",
+    ]
+    if extra:
+        lines.append(f"not in it: what {config.method} finds out about every training image first")
+    return "\n".join([*lines, "dry run: nothing was written"])
+
+
+def _initial_state(config: ConfigDict, sizes: StepSizes, devices: list[jax.Device]) -> training.TrainState:
+    optimizer = training.make_optimizer(config, sizes.steps)
+    return parallel.replicate(training.create_state(config, optimizer), devices)
 
 
 def _open(config: ConfigDict, workdir: Path) -> tuple[list[jax.Device], data.OpenSplit, data.OpenSplit, StepSizes]:
@@ -240,8 +290,7 @@ def _start_state(
 ) -> training.TrainState:
     restored = checkpoints.restore_newest(training.restore_target(config, devices), note=note)
     if restored is None:
-        optimizer = training.make_optimizer(config, sizes.steps)
-        state = parallel.replicate(training.create_state(config, optimizer), devices)
+        state = _initial_state(config, sizes, devices)
         return runs.start_from(state, Path(config.init_from), devices) if config.init_from else state
     step, state = restored
     checkpoints.set_aside_after(step)

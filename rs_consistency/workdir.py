@@ -32,8 +32,7 @@ def open_for_training(workdir: Path, config: ConfigDict, *, data_digest: str, nu
       UserError: when the folder holds another config (the differing keys are named), a run on other data, or
         checkpoints without a config, or when another process trains in it.
     """
-    if workdir.exists() and not workdir.is_dir():
-        raise UserError(f"workdir={workdir} is a file; choose a folder")
+    _check_folder(workdir)
     workdir.mkdir(parents=True, exist_ok=True)
     descriptor = os.open(workdir, os.O_RDONLY)
     try:
@@ -51,7 +50,24 @@ def finished_step(workdir: Path, config: ConfigDict) -> int | None:
     return None if num_examples is None else config.num_epochs * step_sizes(config, num_examples).steps
 
 
+def check_claim(workdir: Path, config: ConfigDict, *, data_digest: str) -> None:
+    """Whether a run could start or go on in the folder: arguments and errors of `open_for_training`; writes nothing."""
+    _check_folder(workdir)
+    _check(workdir, json.loads(config.to_json()), data_digest)
+
+
+def _check_folder(workdir: Path) -> None:
+    if workdir.exists() and not workdir.is_dir():
+        raise UserError(f"workdir={workdir} is a file; choose a folder")
+
+
 def _claim(workdir: Path, mine: dict[str, Any], data_digest: str, num_examples: int) -> None:
+    _check(workdir, mine, data_digest)
+    write_json(workdir / DATA_FILE, {"train_digest": data_digest, "train_examples": num_examples})
+    write_json(workdir / CONFIG_FILE, mine)
+
+
+def _check(workdir: Path, mine: dict[str, Any], data_digest: str) -> None:
     path, data_path = workdir / CONFIG_FILE, workdir / DATA_FILE
     if path.exists():
         recorded = read_json(path)
@@ -68,8 +84,6 @@ def _claim(workdir: Path, mine: dict[str, Any], data_digest: str, num_examples: 
             )
     elif (workdir / "checkpoints").exists():
         raise UserError(f"workdir={workdir} has checkpoints but no {CONFIG_FILE}; choose another --workdir")
-    write_json(data_path, {"train_digest": data_digest, "train_examples": num_examples})
-    write_json(path, mine)
 
 
 def read_config(workdir: Path, *, name: str = "workdir") -> ConfigDict:

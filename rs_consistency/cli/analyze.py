@@ -19,7 +19,7 @@ from typing import Any
 from rs_consistency.analysis import DEFAULT_RADII, summarize
 from rs_consistency.bounds import BOUNDS
 from rs_consistency.checks import probability
-from rs_consistency.cli.common import Parser, run_main
+from rs_consistency.cli.common import Parser, run_main, run_program
 from rs_consistency.errors import UserError
 from rs_consistency.joint import DEFAULT_DELTA, joint_statement
 from rs_consistency.reanalysis import load, summarize_votes
@@ -200,3 +200,8 @@ _FORMATS = {"json": _json, "text": _text, "csv": _csv, "markdown": _markdown}
 def main(argv: Sequence[str] | None = None) -> None:
     """The command."""
     run_main(_main, argv)
+
+
+def run() -> None:
+    """The command, as all that its process does."""
+    run_program(main)

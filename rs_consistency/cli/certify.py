@@ -33,8 +33,9 @@ from rs_consistency.certificates import CertificateFile
 from rs_consistency.certify_run import FILES, Question, answer, make_question, question_of_record
 from rs_consistency.checkpoints import digest
 from rs_consistency.checks import one_of, whole_number
-from rs_consistency.cli.common import EXIT_NOT_REPRODUCED, Parser, run_main, whole
+from rs_consistency.cli.common import EXIT_NOT_REPRODUCED, Parser, run_main, run_program, whole
 from rs_consistency.errors import UserError, note
+from rs_consistency.estimates import count_parameters, duration, measure_votes, size
 from rs_consistency.merging import merge
 from rs_consistency.models import DTYPES
 from rs_consistency.models.inference import for_inference
@@ -80,6 +81,11 @@ def _parser() -> Parser:
     add("--data_dir", default="", help="folder of the prepared dataset (default: as in training)")
     add("--cache_dir", default="", help="folder of decoded images (default: as in training)")
     add("--output", type=Path, help="the file to write, or to verify (default: by mode and shard, in the workdir)")
+    add(
+        "--dry_run",
+        action="store_true",
+        help="print plan, shapes, parameters, memory and a measured estimate of the time; write nothing",
+    )
     add("--verify", type=whole, metavar="K", help="draw K random lines of the file again, with the settings it names")
     add("--verify_seed", type=whole, help="which lines (default: nobody can know)")
     add("--merge", nargs="+", type=Path, metavar="FILE", help="put the files of all shards together, into --output")
@@ -102,6 +108,8 @@ def _main(argv: Sequence[str] | None) -> None:
         raise UserError(f"verify_seed={args.verify_seed} chooses what is verified; add --verify=K")
     keep_compiled()
     keep_memory()
+    if args.verify is not None and args.dry_run:
+        raise UserError("dry_run says what answering would take; leave out --verify, or --dry_run")
     if args.verify is not None:
         _verify(args)
     else:
@@ -129,7 +137,7 @@ class _Classifier:
             data_dir=args.data_dir or places.data_dir, cache_dir=args.cache_dir or places.cache_dir,
         )  # fmt: skip
         run = runs.restore(self.workdir, self.devices)
-        self.step = run.step
+        self.step, self.parameters = run.step, count_parameters(run.variables)
         self.binding = {
             "dataset": places.name, "split": self._split, "data_digest": self.split.digest(),
             "model": self.config.model, "dtype": self.config.dtype, "checkpoint_step": run.step,
@@ -145,6 +153,30 @@ class _Classifier:
             part = indices[first : first + at_once]
             images, labels = self.split.read(part)
             yield from answer(question, self._apply_fn, self._variables, images, part, labels, devices=self.devices)
+
+    def plan(self, question: Question, selection: Selection, output: Path) -> str:
+        """What answering would take, for people; `read` comes first. Writes nothing."""
+        wanted = selection.indices()
+        done = len(set(wanted.tolist()) & set(read_table(output).rows)) if output.exists() else 0
+        images, _ = self.split.read(wanted[:1])
+        votes = question.votes
+        cost = measure_votes(self._apply_fn, self._variables, images, settings=votes, devices=self.devices)
+        seconds = (len(wanted) - done) * (votes.n0 + votes.n) / cost.per_second
+        place = self.devices[0]
+        return "\n".join([
+            f"model: {self.config.model}, {self.parameters:,} parameters, {self.config.dtype}, step {self.step:,};"
+            f" sigma {votes.sigma:g}",
+            f"images: {len(wanted):,} of {len(self.split):,} of {self.config.dataset.name}, {self._split}, of shape"
+            f" {' x '.join(map(str, images.shape[1:]))}; {done:,} done before",
+            f"votes: {votes.n0:,} + {'at most ' if question.schema is DECIDE else ''}{votes.n:,} an image, in batches"
+            f" of {votes.batch_size:,}",
+            f"devices: {len(self.devices)} x {place.device_kind} ({place.platform}), {size(cost.bytes_per_device)} each"
+            " for a batch",
+            f"output: {output}",
+            f"time: {'at most ' if question.schema is DECIDE else 'about '}{duration(seconds)} at"
+            f" {cost.per_second:,.0f} votes a second",
+            "dry run: nothing was written",
+        ])  # fmt: skip
 
     @property
     def platform(self) -> str:
@@ -175,6 +207,9 @@ def _answer_all(args: Any) -> None:
         )
     selection = Selection(len(classifier.split), skip, most, shard)
     output = _output(args, question.schema.name)
+    if args.dry_run:
+        print(classifier.plan(question, selection, output))
+        return
     file = CertificateFile(
         output, schema=question.schema, identity={**question.identity(), **classifier.binding},
         about={**_about(config, classifier.devices), "command": args.command}, selection=selection,
@@ -275,3 +310,8 @@ def _about(config: ConfigDict, devices: list[jax.Device]) -> dict[str, Any]:
 def main(argv: Sequence[str] | None = None) -> None:
     """The command."""
     run_main(_main, argv)
+
+
+def run() -> None:
+    """The command, as all that its process does."""
+    run_program(main)

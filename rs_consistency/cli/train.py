@@ -10,7 +10,7 @@ from pathlib import Path
 from absl import flags
 from ml_collections import config_flags
 
-from rs_consistency.cli.common import run_main
+from rs_consistency.cli.common import run_main, run_program
 from rs_consistency.errors import UserError
 
 _EXAMPLE = "python train.py --config=configs/mnist.py --workdir=runs/mnist"
@@ -25,11 +25,13 @@ def _main(argv: Sequence[str] | None) -> None:
         raise UserError(f"--workdir is missing: {_EXAMPLE}")
     # After the flags, so that a mistake in them is told at once.
     from rs_consistency.backend import keep_memory
-    from rs_consistency.train_loop import profile, train
+    from rs_consistency.train_loop import dry_run, profile, train
 
     keep_memory()
     workdir = Path(values.workdir).expanduser()
-    if values.profile is not None:
+    if values.dry_run:
+        print(dry_run(values.config, workdir))
+    elif values.profile is not None:
         print(profile(values.config, workdir, num_steps=values.profile).text(values.config))
     else:
         train(values.config, workdir)
@@ -48,6 +50,12 @@ def _parse(argv: Sequence[str]) -> flags.FlagValues:
         flag_values=values,
     )
     flags.DEFINE_string("workdir", None, "Folder of the run: config, metrics, checkpoints.", flag_values=values)
+    flags.DEFINE_bool(
+        "dry_run",
+        False,
+        "Print plan, shapes, parameters, memory and a measured estimate of the time; write nothing.",
+        flag_values=values,
+    )
     flags.DEFINE_integer(
         "profile",
         None,
@@ -83,3 +91,8 @@ def _explain(error: Exception) -> UserError:
 def main(argv: Sequence[str] | None = None) -> None:
     """The command."""
     run_main(_main, sys.argv[1:] if argv is None else argv)
+
+
+def run() -> None:
+    """The command, as all that its process does."""
+    run_program(main)
