@@ -7,7 +7,7 @@ DEMO ?= runs/demo
 DEMO_SKIP ?= 10
 DEMO_N ?= 10000
 
-.PHONY: demo test test-all lint format clean
+.PHONY: demo test test-all docs lint format clean
 
 $(VENV)/installed: setup.py constraints.txt
 	$(PYTHON) -c 'import sys; v = sys.version_info[:2]; sys.exit(None if (3, 11) <= v <= (3, 13) else f"error: Python {v[0]}.{v[1]} at {sys.executable}: use 3.11 to 3.13, make PYTHON=python3.11")'
@@ -31,6 +31,10 @@ test: $(VENV)/installed
 test-all: $(VENV)/installed
 	$(RUN) -m pytest -n 2 --dist loadfile -m ""
 
+# The documentation, to docs/_build/html/index.html.
+docs: $(VENV)/installed
+	$(RUN) -m sphinx -W --keep-going -q -b html docs docs/_build/html
+
 # The one gate: format, lint, types on public functions.
 lint: $(VENV)/installed
 	$(RUN) -m ruff format --check .
@@ -41,4 +45,4 @@ format: $(VENV)/installed
 	$(RUN) -m ruff check --fix .
 
 clean:
-	rm -rf $(VENV) runs/demo build *.egg-info
+	rm -rf $(VENV) runs/demo docs/_build build *.egg-info

@@ -4,6 +4,9 @@ from pathlib import Path
 
 from setuptools import find_packages, setup
 
+_NOTEBOOKS = ["ipykernel>=6.29,<8", "nbclient>=0.10,<0.12", "nbformat>=5.10,<6"]
+_DOCS = ["furo>=2024.8", "myst-parser>=4,<6", "sphinx>=8,<10"]
+
 setup(
     name="rs-consistency",
     version="0.1.0",
@@ -46,7 +49,18 @@ setup(
         "prepare": ["tensorflow-cpu>=2.18,<3"],
         # What benchmarks/ compares with.
         "benchmarks": ["torch>=2.6,<3"],
-        "dev": ["pytest>=8,<10", "pytest-xdist>=3.6,<4", "ruff>=0.14,<0.18", "tensorboard>=2.18,<3"],
+        # To run notebooks/ outside Colab.
+        "notebooks": _NOTEBOOKS,
+        # To build docs/.
+        "docs": _DOCS,
+        "dev": [
+            "pytest>=8,<10",
+            "pytest-xdist>=3.6,<4",
+            "ruff>=0.14,<0.18",
+            "tensorboard>=2.18,<3",
+            *_NOTEBOOKS,
+            *_DOCS,
+        ],
     },
     classifiers=[
         "Intended Audience :: Science/Research",

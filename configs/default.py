@@ -67,17 +67,17 @@ def get_config() -> ConfigDict:
     # Parts of a batch that are computed one after the other: less memory, the same step. But batch norm, where a model
     # has it, sees each part by itself, and its running averages move once for every part.
     config.accumulate_steps = 1
-    config.num_epochs = 90
+    config.num_epochs = 90  # passes over the training set; M times as many steps as with M = 1
     config.optimizer = ConfigDict()  # SGD, as published
-    config.optimizer.lr = 0.01
+    config.optimizer.lr = 0.01  # learning rate of the first epochs
     config.optimizer.lr_step_size = 30  # epochs between two drops of the learning rate
     config.optimizer.lr_gamma = 0.1  # factor of a drop
-    config.optimizer.momentum = 0.9
+    config.optimizer.momentum = 0.9  # not Nesterov
     config.optimizer.weight_decay = 1e-4  # coupled: added to the gradient, all parameters
 
     config.eval_batch_size = 1000  # test images in an evaluation step
-    config.eval_every_epochs = 1
-    config.checkpoint_every_epochs = 1
+    config.eval_every_epochs = 1  # epochs between two accuracies on one noisy copy of every test image
+    config.checkpoint_every_epochs = 1  # epochs between two checkpoints
     config.checkpoint_every_steps = 0  # within an epoch, too; 0: only at its end
     config.checkpoint_keep = 3  # newest checkpoints that stay on disk
     config.num_devices = 0  # 0: all

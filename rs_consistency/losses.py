@@ -72,7 +72,7 @@ def consistency(logits: jax.Array, *, lbd: float, eta: float = 0.5, form: str = 
     | `default` | `lbd * KL + eta * H` |
     | `xent` | `lbd * (KL + H)`, the cross entropy between Fbar and the copies |
     | `kl` | `lbd * KL` |
-    | `mse` | `lbd * ||F_1 - F_2||^2`, of the first two copies |
+    | `mse` | `lbd * sum_c (F_1c - F_2c)^2`, of the first two copies |
 
     Args:
       logits: `[M, B, K]` floating point.
