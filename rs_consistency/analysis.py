@@ -4,6 +4,8 @@ Reads the field's format: tab-separated, with at least the columns idx, label, p
 wrote it. Source of the measures: Cohen, Rosenfeld, Kolter (ICML 2019); Zhai et al. (ICLR 2020) for ACR.
 """
 
+import gzip
+import zlib
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -68,14 +70,14 @@ def certificate_path(path: Path) -> Path:
 
 
 def read_certificates(path: Path) -> Certificates:
-    """Reads a certificate file, or that of a workdir.
+    """Reads a certificate file, or that of a workdir; also one that gzip packed.
 
     Raises:
       UserError: naming the file and the line: a column is missing, a value is no number, a radius is NaN, infinite or
         negative, `correct` contradicts the prediction, an image appears twice, or there is no line at all.
     """
     path = certificate_path(path)
-    text = path.read_text(encoding="utf-8-sig", errors="replace")
+    text = _read_bytes(path).decode("utf-8-sig", errors="replace")
     if not text.strip():
         raise UserError(f"{path} is empty; certify some images, or leave it out")
     header, *lines = text.splitlines()
@@ -112,6 +114,15 @@ def read_certificates(path: Path) -> Certificates:
     )
     _check(path, table)
     return table
+
+
+def _read_bytes(path: Path) -> bytes:
+    if path.suffix != ".gz":
+        return path.read_bytes()
+    try:
+        return gzip.decompress(path.read_bytes())
+    except (OSError, EOFError, zlib.error) as error:
+        raise UserError(f"{path} cannot be unpacked: {error}; restore it from a copy") from None
 
 
 def _check(path: Path, table: Certificates) -> None:

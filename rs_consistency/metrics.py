@@ -13,6 +13,7 @@ from tensorboardX.proto.summary_pb2 import Summary
 from rs_consistency.errors import UserError, note
 from rs_consistency.files import naming, read_json, replace_atomically, write_json
 
+METRICS_FILE = "metrics.jsonl"
 TENSORBOARD_FOLDER = "tensorboard"
 
 
@@ -46,7 +47,7 @@ class MetricsWriter:
           steps_per_epoch: a record is made after so many.
         """
         finished_epochs = finished_steps // steps_per_epoch
-        self._path = workdir / "metrics.jsonl"
+        self._path = workdir / METRICS_FILE
         self._part_path = workdir / "metrics_of_unfinished_epoch.json"
         self._steps_per_epoch = steps_per_epoch
         kept = [line for line in read_lines(self._path) if line["epoch"] <= finished_epochs]

@@ -50,6 +50,12 @@ _TIME = re.compile(r"[0-9]{1,9}:[0-5][0-9]:[0-5][0-9]\.[0-9]{6}")
 Row = dict[str, Any]  # column -> value; radius in units of the images, time in seconds
 
 
+def seconds_of(time: str) -> float:
+    """Of a `time` column's value, h:mm:ss.ffffff."""
+    hours, minutes, seconds = time.split(":")
+    return int(hours) * 3600 + int(minutes) * 60 + float(seconds)
+
+
 class Schema(NamedTuple):
     """A kind of certificate file.
 

@@ -8,21 +8,22 @@ from collections.abc import Mapping
 from contextlib import closing
 from datetime import timedelta
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import numpy as np
 from ml_collections import ConfigDict
 from tqdm import tqdm
 
-from rs_consistency import data, methods, parallel, runs, training
+from rs_consistency import data, methods, parallel, runs, training, voting
 from rs_consistency.backend import steps_per_call
 from rs_consistency.checkpoints import Checkpoints
 from rs_consistency.config import flatten, validate
 from rs_consistency.errors import UserError, note
-from rs_consistency.estimates import count_parameters, duration, measure_steps, size
+from rs_consistency.estimates import count_parameters, duration, measure_steps, measure_votes, size
 from rs_consistency.inputs import Inputs, StepSizes, open_inputs
 from rs_consistency.metrics import TENSORBOARD_FOLDER, MetricsWriter, Sums
+from rs_consistency.models.inference import for_inference
 from rs_consistency.profiling import Profile, profile_steps
 from rs_consistency.workdir import CONFIG_FILE, check_claim, open_for_training
 
@@ -94,11 +95,24 @@ def profile(config: ConfigDict, workdir: Path, *, num_steps: int) -> Profile:
         )  # fmt: skip
 
 
-def dry_run(config: ConfigDict, workdir: Path) -> str:
-    """Says what `train` would do with the same arguments, from a few measured steps; writes nothing.
+class Plan(NamedTuple):
+    """What `plan` found.
 
-    Returns:
-      Lines for people: plan, shapes, parameters, memory, time.
+    Attributes:
+      text: for people, in lines: data, shapes, parameters, memory, speed, time.
+      seconds: that the training would take.
+      epoch_seconds: of one epoch, with its evaluation.
+      votes_per_second: when the model is certified here.
+    """
+
+    text: str
+    seconds: float
+    epoch_seconds: float
+    votes_per_second: float
+
+
+def plan(config: ConfigDict, workdir: Path) -> Plan:
+    """What `train` would do with the same arguments, from a few measured steps; writes nothing.
 
     Raises:
       UserError: as `train`.
@@ -107,8 +121,14 @@ def dry_run(config: ConfigDict, workdir: Path) -> str:
     check_claim(workdir, config, data_digest=train_split.digest())
     with closing(Checkpoints(workdir)) as checkpoints:
         done = max(checkpoints.steps(), default=0)
-    state = _initial_state(config, sizes, devices)
-    parameters, shape = count_parameters(state.variables), data.dataset_info(config.dataset.name).image_shape
+    state, info = _initial_state(config, sizes, devices), data.dataset_info(config.dataset.name)
+    parameters = count_parameters(state.variables)
+    votes = voting.vote_settings(
+        sigma=config.sigma, num_classes=info.num_classes, n=1, seed=config.seed, batch_size=None,
+        image_shape=info.image_shape, n0=1, platform=devices[0].platform,
+    )  # fmt: skip
+    apply_fn, variables = for_inference(training.make_model(config), state.variables, image_shape=info.image_shape)
+    voted = measure_votes(apply_fn, variables, test_split.read(np.arange(1))[0], settings=votes, devices=devices)
     extra = {}
     if methods.METHODS[config.method].prepare:  # what it would find out about every example, from a few of them
         few = data.Split(*(rows[:_FEW] for rows in train_split.arrays))
@@ -118,9 +138,11 @@ def dry_run(config: ConfigDict, workdir: Path) -> str:
     with closing(open_inputs(config, train_split, test_split, extra=extra, sizes=sizes, devices=devices)) as inputs:
         cost = measure_steps(config, state=state, inputs=inputs, sizes=sizes, devices=devices)
     last = config.num_epochs * sizes.steps
-    seconds = (last - done) * (cost.seconds + cost.evaluation_seconds / config.eval_every_epochs / sizes.steps)
-    copies = f"{sizes.examples} examples x {config.num_noise} noisy copies of {' x '.join(map(str, shape))}"
     left = max(last - done, 0)
+    epoch_seconds = sizes.steps * cost.seconds + cost.evaluation_seconds / config.eval_every_epochs
+    seconds = left / sizes.steps * epoch_seconds + (cost.compile_seconds if left else 0)
+    shape = " x ".join(map(str, info.image_shape))
+    copies = f"{sizes.examples} examples x {config.num_noise} noisy copies of {shape}"
     lines = [
         _describe(config, sizes),
         f"data: {len(train_split):,} training and {len(test_split):,} test images; a step takes {copies}",
@@ -130,11 +152,13 @@ def dry_run(config: ConfigDict, workdir: Path) -> str:
         f"speed: {config.batch_size / cost.seconds:,.0f} noisy images a second, {cost.seconds * 1000:.1f} ms a step;"
         f" {cost.compile_seconds:.0f} s to compile",
         f"workdir: {workdir}, {f'at step {done:,}' if done else 'new'}; {left:,} of {last:,} steps to do",
-        f"time: about {duration(seconds + cost.compile_seconds if left else 0)}, with evaluation",
+        f"time: about {duration(seconds)}, with evaluation; certify.py then counts about {voted.per_second:,.0f} votes"
+        " a second",
     ]
     if extra:
         lines.append(f"not in it: what {config.method} finds out about every training image first")
-    return "\n".join([*lines, "dry run: nothing was written"])
+    text = "\n".join([*lines, "dry run: nothing was written"])
+    return Plan(text, seconds, epoch_seconds, voted.per_second)
 
 
 def _initial_state(config: ConfigDict, sizes: StepSizes, devices: list[jax.Device]) -> training.TrainState:

@@ -17,7 +17,7 @@ _EXAMPLE = "python train.py --config=configs/mnist.py --workdir=runs/mnist"
 
 
 def _main(argv: Sequence[str] | None) -> None:
-    values = _parse([] if argv is None else argv)
+    values = parse([] if argv is None else argv)
     if values.help:
         print(f"{__doc__}\nFlags:\n{values.get_help()}\n\nconfigs/default.py names every key of a configuration.")
         return
@@ -25,19 +25,20 @@ def _main(argv: Sequence[str] | None) -> None:
         raise UserError(f"--workdir is missing: {_EXAMPLE}")
     # After the flags, so that a mistake in them is told at once.
     from rs_consistency.backend import keep_memory
-    from rs_consistency.train_loop import dry_run, profile, train
+    from rs_consistency.train_loop import plan, profile, train
 
     keep_memory()
     workdir = Path(values.workdir).expanduser()
     if values.dry_run:
-        print(dry_run(values.config, workdir))
+        print(plan(values.config, workdir).text)
     elif values.profile is not None:
         print(profile(values.config, workdir, num_steps=values.profile).text(values.config))
     else:
         train(values.config, workdir)
 
 
-def _parse(argv: Sequence[str]) -> flags.FlagValues:
+def parse(argv: Sequence[str]) -> flags.FlagValues:
+    """The flags of a command line; a `UserError` for a mistake in them."""
     if not any(arg.lstrip("-").split("=")[0] in ("config", "help", "h") for arg in argv):
         raise UserError(f"--config is missing: {_EXAMPLE}")
     values = flags.FlagValues()

@@ -1,0 +1,182 @@
+"""Reproduces a published table: trains and certifies what is missing of it, and puts the numbers side by side.
+
+    python reproduce.py --table=mnist --images=500 --workdir=runs/mnist --dry_run    the plan, and how long it takes
+    python reproduce.py --table=mnist --images=500 --workdir=runs/mnist              all of it; run again, it continues
+    python reproduce.py --table=mnist --render                                       only the table, from results/
+
+Every cell of the table is a run in a workdir of its own. Interrupt it, kill it, or let a cell fail: the others go on,
+and the same command does what is left. Several machines share a table by --shard=1/3, 2/3, 3/3 and a common folder.
+"""
+
+import os
+import subprocess
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from rs_consistency.checks import whole_number
+from rs_consistency.cli.common import Parser, run_main, run_program, whole
+from rs_consistency.errors import UserError
+from rs_consistency.estimates import duration
+from rs_consistency.reproduction.plan import PUBLISHED_N, Cell, Options, deviations, make_plan, share_of
+from rs_consistency.reproduction.published import TABLES
+from rs_consistency.shards import parse_shard
+
+EXIT_FAILED_CELLS = 1
+
+
+def _names(text: str) -> list[str]:
+    return [name for name in text.split(",") if name]
+
+
+def _numbers(text: str) -> list[float]:
+    return [float(number) for number in text.split(",") if number]
+
+
+_numbers.__name__ = "list of numbers"
+
+
+def _parser() -> Parser:
+    parser = Parser(prog="reproduce.py", description=__doc__)
+    add = parser.add_argument
+    add("--table", default="mnist", help=f"{', '.join(TABLES)} (default: %(default)s)")
+    add("--workdir", type=Path, help="folder of the runs; shared by all machines that work on the table")
+    add("--results", type=Path, default=Path("results"), help="folder of what stays (default: %(default)s)")
+    add("--methods", type=_names, help="rows, such as gaussian,consistency (default: those of the published table)")
+    add("--sigmas", type=_numbers, help="columns, such as 0.25,0.5 (default: all)")
+    add("--seeds", type=whole, default=1, help="runs of every cell, with seeds 0, 1, ... (default: %(default)s)")
+    add("--images", type=whole, help="certified, spread evenly over the test set (default: as published)")
+    add("--n", type=whole, default=PUBLISHED_N, help="votes of an image (default: %(default)s)")
+    add("--epochs", type=whole, help="shorter or longer training; its schedules follow (default: as published)")
+    add("--dataset", help="another dataset with such images, such as mnist_subset (default: as published)")
+    add("--model", help="another model, such as resnet20 (default: as published)")
+    add("--config", action="append", default=[], metavar="KEY=VALUE", help="any other key of all configurations")
+    add("--jobs", type=whole, help="runs at a time (default: one for each processor core on a CPU, else 1)")
+    add("--shard", help="I/K: only share I of K of the cells, for one of several machines")
+    add("--dry_run", action="store_true", help="print cells and estimated time; train nothing")
+    add("--render", action="store_true", help="only write tables and pictures, from the results")
+    return parser
+
+
+def _main(argv: Sequence[str] | None) -> None:
+    args = _parser().parse_args(argv)
+    results = args.results.expanduser()
+    if args.render:
+        _render(args.table, results)
+        return
+    if args.workdir is None:
+        raise UserError("workdir is missing: add --workdir=FOLDER for the runs, or --render")
+    folder = args.workdir.expanduser().resolve()
+    cells = share_of(make_plan(args.table, _options(args), workdir=folder), args.shard and parse_shard(args.shard))
+    if not cells:
+        raise UserError(f"shard={args.shard}: the plan has fewer cells; use fewer shards")
+    from rs_consistency.reproduction.results import keep
+    from rs_consistency.reproduction.runner import Runner
+
+    platform = _platform()
+    jobs = _jobs(args.jobs, platform)
+    finished: list[Cell] = []
+
+    def on_finished(cell: Cell) -> None:
+        keep(cell, folder / cell.name, results)
+        finished.append(cell)
+
+    runner = Runner(folder, root=_root(), jobs=jobs, pin=platform == "cpu", finished=on_finished)
+    states = {cell.name: runner.look(cell) for cell in cells}
+    runner.measure([cell for cell in cells if not states[cell.name].certified])
+    print(_plan(cells, states, runner, jobs), flush=True)
+    if args.dry_run:
+        return
+    outcome = runner.run(cells)
+    for name, reason in outcome.failed.items():
+        print(f"failed: {name}: {reason}", file=sys.stderr)
+    for cell in outcome.elsewhere:
+        print(f"note: {cell.name}: another process is at it", file=sys.stderr)
+    if finished:
+        _render(args.table, results)
+    if outcome.failed:
+        print(f"{len(outcome.failed)} of {len(cells)} cells failed; the same command tries them again", file=sys.stderr)
+        raise SystemExit(EXIT_FAILED_CELLS)
+
+
+def _options(args: Any) -> Options:
+    settings = {}
+    for text in args.config:
+        key, separator, value = text.partition("=")
+        if not separator or key in ("seed", "sigma", "method", "num_epochs", "dataset.name", "model"):
+            raise UserError(f"config={text}: write KEY=VALUE, for a key that has no option of its own here")
+        settings[key] = _value(value)
+    return Options(
+        methods=args.methods, sigmas=args.sigmas, seeds=args.seeds, images=args.images, n=args.n, epochs=args.epochs,
+        dataset=args.dataset, model=args.model, settings=settings,
+    )  # fmt: skip
+
+
+def _value(text: str) -> Any:
+    for kind in (int, float):
+        try:
+            return kind(text)
+        except ValueError:
+            continue
+    return {"True": True, "False": False}.get(text, text)
+
+
+def _platform() -> str:
+    """That of JAX here, asked in a process of its own: this one must not hold an accelerator."""
+    code = "import jax; print(jax.default_backend())"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    return done.stdout.strip() or "cpu"
+
+
+def _jobs(wanted: int | None, platform: str) -> int:
+    if wanted is not None:
+        return whole_number("jobs", wanted, at_least=1, at_most=1024)
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    return cores if platform == "cpu" else 1
+
+
+def _root() -> Path:
+    """The folder with `configs/`."""
+    import configs
+
+    return Path(configs.__path__[0]).parent
+
+
+def _plan(cells: Sequence[Cell], states: dict[str, Any], runner: Any, jobs: int) -> str:
+    """A line for each cell, and the time of all together."""
+    lines = []
+    width = max(len(cell.name) for cell in cells)
+    for cell in cells:
+        state = states[cell.name]
+        if state.certified:
+            what = "finished"
+        else:
+            seconds = runner.speeds.seconds_left(cell, state)
+            left = "time not known" if seconds is None else f"about {duration(seconds)}"
+            what = (
+                f"epoch {state.epochs}/{cell.config().num_epochs}, image {state.images}/{cell.selection.size}, {left}"
+            )
+        notes = f"  (not as published: {', '.join(deviations(cell))})" if deviations(cell) else ""
+        lines.append(f"{cell.name:{width}}  {what}{notes}")
+    total = runner.seconds_left([cell for cell in cells if not states[cell.name].certified])
+    number = sum(not state.certified for state in states.values())
+    left = "time not known" if total is None else f"about {duration(total)}"
+    lines.append(f"{len(cells)} cells, {number} to do, {jobs} at a time: {left}")
+    return "\n".join(lines)
+
+
+def _render(table: str, results: Path) -> None:
+    from rs_consistency.reproduction.render import render  # matplotlib is slow to import
+
+    print(render(table, results))
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """The command."""
+    run_main(_main, argv)
+
+
+def run() -> None:
+    """The command, as all that its process does."""
+    run_program(main)

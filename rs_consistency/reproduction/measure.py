@@ -1,0 +1,30 @@
+"""Measures how fast a configuration trains and certifies here: `python -m ...reproduction.measure --config=...`.
+
+Prints JSON: `epoch_seconds`, of an epoch with its evaluation, and `votes_per_second`. A process of its own, so that a
+plan does not hold the accelerator that its runs want.
+"""
+
+import json
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from rs_consistency.cli import train
+from rs_consistency.cli.common import run_main
+
+
+def _main(argv: Sequence[str] | None) -> None:
+    values = train.parse(argv or [])
+    from rs_consistency.train_loop import plan
+
+    found = plan(values.config, Path(values.workdir))
+    print(json.dumps({"epoch_seconds": found.epoch_seconds, "votes_per_second": found.votes_per_second}))
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """The command."""
+    run_main(_main, sys.argv[1:] if argv is None else argv)
+
+
+if __name__ == "__main__":
+    main()
