@@ -28,6 +28,7 @@ _POLL_SECONDS = 0.5
 _SECONDS_BETWEEN_LINES = 60  # of the progress, where stderr is a file
 _PATIENCE_SECONDS = 60  # for runs to end after Ctrl-C
 _MEASURE_SECONDS = 900
+_MOST_CRASHES = 2  # of a run by a signal, such as for want of memory, before its cell counts as failed
 _N0 = 100
 
 
@@ -264,7 +265,7 @@ class _Run:
         self.cell, self.slot = cell, slot
         self.process: subprocess.Popen[bytes] | None = None
         self.state = State()
-        self._runner, self._program = runner, ""
+        self._runner, self._program, self._crashes = runner, "", 0
         self._stack = contextlib.ExitStack()
 
     def step(self, outcome: Outcome) -> bool:
@@ -282,9 +283,15 @@ class _Run:
                 self.state = glance(cell, workdir)
                 runner.speeds.learn(cell, epoch_seconds=self.state.epoch_seconds)
                 return True
+            elif self.process.returncode < 0 and self._crashes < _MOST_CRASHES:
+                self._crashes += 1
+                note(f"{cell.name}: {self._program} ended by signal {-self.process.returncode}; starting it again")
+                self._program = ""
             elif self.process.returncode:
                 log = runner.log(cell)
                 reason = _last_line(log.read_text(encoding="utf-8", errors="replace"))
+                if self.process.returncode < 0:
+                    reason = f"ended by signal {-self.process.returncode}, after: {reason}"
                 outcome.failed[cell.name] = f"{self._program}: {reason} (log: {log})"
                 return False
             self.state = inspect(cell, workdir)
