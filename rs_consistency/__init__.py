@@ -12,12 +12,14 @@ from rs_consistency.certification import ABSTAIN, Certification, certify
 from rs_consistency.deciding import Decisions, decide
 from rs_consistency.errors import UserError
 from rs_consistency.prediction import Prediction, predict
+from rs_consistency.smoothed_classifier import SmoothedClassifier
 
 __all__ = [
     "ABSTAIN",
     "Certification",
     "Decisions",
     "Prediction",
+    "SmoothedClassifier",
     "UserError",
     "certified_radius",
     "certify",

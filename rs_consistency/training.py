@@ -172,6 +172,7 @@ def make_train_steps(
     """
     objective = methods.make_objective(config)
     augment = AUGMENTATIONS[config.dataset.augment]
+    quick_in_loops = config.model in models.QUICK_IN_LOOPS
     train_key, method_key, augment_key = (
         noise.stream_key(config.seed, stream)
         for stream in (noise.Stream.TRAIN, noise.Stream.METHOD, noise.Stream.AUGMENT)
@@ -205,10 +206,9 @@ def make_train_steps(
 
     def train_step(shard: jax.Array, state: TrainState, *args: Any, **parts: Any) -> tuple[TrainState, dict[str, Any]]:
         per_device = sizes.examples // config.accumulate_steps // len(devices)
-        pieces = 1 if state.model_state else pieces_of(per_device, config.num_noise, devices[0].platform)
-        positions = jnp.asarray(part_positions(config.accumulate_steps * pieces, sizes, len(devices)))[
-            :, shard
-        ]  # [P, B]
+        pieces = pieces_of(per_device, config.num_noise, devices[0].platform) if quick_in_loops else 1
+        parts_of_step = config.accumulate_steps * pieces
+        positions = jnp.asarray(part_positions(parts_of_step, sizes, len(devices)))[:, shard]  # [P, B]
         examples = inputs.examples(state.step, positions.reshape(-1), *args, **parts)
         examples = jax.tree.map(lambda rows: rows.reshape(*positions.shape, *rows.shape[1:]), examples)
 
@@ -217,11 +217,14 @@ def make_train_steps(
             grads, metrics = jax.tree.map(jnp.add, (totals.grads, totals.metrics), (new.grads, new.metrics))
             return _Totals(grads, metrics, new.model_state)
 
-        shapes = jax.eval_shape(lambda: one_part(state, 0, positions, examples))
-        nothing = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), shapes)
-        totals = repeat(
-            add_part, len(positions), nothing._replace(model_state=state.model_state), compiled=not state.model_state
-        )
+        if len(positions) == 1:
+            totals = one_part(state, 0, positions, examples)
+        else:
+            shapes = jax.eval_shape(lambda: one_part(state, 0, positions, examples))
+            nothing = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), shapes)._replace(
+                model_state=state.model_state
+            )
+            totals = repeat(add_part, len(positions), nothing, compiled=quick_in_loops)
         grads, metrics = sum_over_devices((totals.grads, totals.metrics))
         updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
         params = optax.apply_updates(state.params, updates)

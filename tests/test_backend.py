@@ -34,14 +34,16 @@ def test_large_memory_is_kept_and_not_mapped_anew(how, mapped):
 @pytest.mark.parametrize(
     ("examples", "num_noise", "platform", "pieces"),
     [
-        (256, 1, "cpu", 1),
-        (64, 4, "cpu", 1),
+        (256, 1, "cpu", 4),
+        (128, 2, "cpu", 4),
+        (64, 1, "cpu", 1),
+        (12, 4, "cpu", 1),
         (256, 16, "gpu", 1),
         (256, 16, "cpu", 64),
         (96, 16, "cpu", 24),
         (7, 128, "cpu", 7),
     ],
 )
-def test_only_a_large_step_on_the_cpu_goes_in_pieces(examples, num_noise, platform, pieces):
+def test_a_step_goes_in_pieces_on_the_cpu_alone(examples, num_noise, platform, pieces):
     assert pieces_of(examples, num_noise, platform) == pieces
     assert examples % pieces == 0

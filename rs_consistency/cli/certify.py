@@ -10,9 +10,10 @@ For every image: the class that the smoothed classifier predicts, and an l2 radi
     python certify.py --workdir=runs/mnist --verify=20                    draws 20 lines of the file again
     python certify.py --workdir=runs/mnist --shard=2/5                    one fifth, on one of five machines
     python certify.py --merge certificates-?-of-5.tsv --output=all.tsv    the fifths together
+
+    python certify.py --torch_checkpoint=checkpoint.pth.tar --config=configs/cifar10.py --output=theirs.tsv
 """
 
-import math
 import platform
 import shlex
 import sys
@@ -22,23 +23,20 @@ from pathlib import Path
 from typing import Any
 
 import jax
-import numpy as np
 from ml_collections import ConfigDict
 from tqdm import tqdm
 
-from rs_consistency import audit, data, parallel, runs, training
+from rs_consistency import audit
 from rs_consistency.backend import keep_compiled, keep_memory
 from rs_consistency.bounds import BOUNDS
 from rs_consistency.certificates import CertificateFile
-from rs_consistency.certify_run import FILES, Question, answer, make_question, question_of_record
-from rs_consistency.checkpoints import digest
+from rs_consistency.certify_run import FILES, Question, make_question, question_of_record
 from rs_consistency.checks import one_of, whole_number
+from rs_consistency.cli.classifier import Classifier
 from rs_consistency.cli.common import EXIT_NOT_REPRODUCED, Parser, run_main, run_program, whole
 from rs_consistency.errors import UserError, note
-from rs_consistency.estimates import count_parameters, duration, measure_votes, size
 from rs_consistency.merging import merge
 from rs_consistency.models import DTYPES
-from rs_consistency.models.inference import for_inference
 from rs_consistency.rows import CERTIFY, DECIDE, SCHEMAS, Row
 from rs_consistency.shards import Selection, parse_shard
 from rs_consistency.tables import PROVENANCE, read_table
@@ -46,7 +44,6 @@ from rs_consistency.version import code_version, package_version
 from rs_consistency.workdir import finished_step
 
 _SECONDS_BETWEEN_LINES = 30  # of the progress, where stderr is a file
-_VALUES_AT_ONCE = 2**28  # pixel values of the images that are read at once: 1,783 of 224 x 224 x 3
 
 
 # Kept out of argparse, so that it is known what the user named.
@@ -58,6 +55,12 @@ def _parser() -> Parser:
     parser = Parser(prog="certify.py", description=__doc__)
     add = parser.add_argument
     add("--workdir", type=Path, help="folder of a run of train.py")
+    add(
+        "--torch_checkpoint",
+        type=Path,
+        metavar="FILE",
+        help="instead of a run: a checkpoint of the published PyTorch code; needs --config=FILE and --output",
+    )
     add("--mode", default=CERTIFY.name, help=f"{', '.join(SCHEMAS)} (default: %(default)s)")
     add("--radius", type=float, help="of --mode=decide")
     add("--bound", help=f"of --mode=certify: {', '.join(BOUNDS)} (default: {BOUNDS[0]})")
@@ -93,7 +96,10 @@ def _parser() -> Parser:
 
 
 def _main(argv: Sequence[str] | None) -> None:
-    args = _parser().parse_args(argv)
+    named = sys.argv[1:] if argv is None else list(argv)
+    # A configuration is named as for train.py: --config=FILE:CELL --config.KEY=VALUE.
+    args = _parser().parse_args([word for word in named if not word.startswith(("--config=", "--config."))])
+    args.config = [word for word in named if word.startswith(("--config=", "--config."))]
     args.command = shlex.join(["python", "certify.py", *(sys.argv[1:] if argv is None else argv)])
     if args.merge:
         if args.output is None:
@@ -102,8 +108,7 @@ def _main(argv: Sequence[str] | None) -> None:
         done = merge([path.expanduser() for path in args.merge], output)
         print(f"{output}: {done.images} images of {len(args.merge)} shards\nnext: python analyze.py {output}")
         return
-    if args.workdir is None:
-        raise UserError("workdir is missing: add --workdir=FOLDER of a run of train.py, or --merge")
+    _check_source(args)
     if args.verify_seed is not None and args.verify is None:
         raise UserError(f"verify_seed={args.verify_seed} chooses what is verified; add --verify=K")
     keep_compiled()
@@ -116,79 +121,29 @@ def _main(argv: Sequence[str] | None) -> None:
         _answer_all(args)
 
 
-class _Classifier:
-    """The classifier of a run and the data to ask it about."""
-
-    def __init__(self, args: Any, *, split: str) -> None:
-        self.workdir = args.workdir.expanduser()
-        self.config = runs.read_valid_config(self.workdir)
-        if args.dtype is not None:
-            one_of("dtype", args.dtype, DTYPES)
-            self.config.dtype = args.dtype
-        self.info = data.dataset_info(self.config.dataset.name)
-        self.devices = parallel.choose_devices(args.num_devices)
-        self._args, self._split = args, split
-
-    def read(self) -> None:
-        """Reads checkpoint and data; separate, since whatever can be wrong with the settings is told first."""
-        places, args = self.config.dataset, self._args
-        self.split = data.open_split(
-            places.name, self._split,
-            data_dir=args.data_dir or places.data_dir, cache_dir=args.cache_dir or places.cache_dir,
-        )  # fmt: skip
-        run = runs.restore(self.workdir, self.devices)
-        self.step, self.parameters = run.step, count_parameters(run.variables)
-        self.binding = {
-            "dataset": places.name, "split": self._split, "data_digest": self.split.digest(),
-            "model": self.config.model, "dtype": self.config.dtype, "checkpoint_step": run.step,
-            "parameter_digest": digest(run.variables),
-        }  # fmt: skip
-        model = training.make_model(self.config)
-        self._apply_fn, self._variables = for_inference(model, run.variables, image_shape=self.info.image_shape)
-
-    def answers(self, question: Question, indices: np.ndarray) -> Iterator[list[Row]]:
-        """Rows about the images, which are read a part at a time."""
-        at_once = max(1, _VALUES_AT_ONCE // math.prod(self.info.image_shape))
-        for first in range(0, len(indices), at_once):
-            part = indices[first : first + at_once]
-            images, labels = self.split.read(part)
-            yield from answer(question, self._apply_fn, self._variables, images, part, labels, devices=self.devices)
-
-    def plan(self, question: Question, selection: Selection, output: Path) -> str:
-        """What answering would take, for people; `read` comes first. Writes nothing."""
-        wanted = selection.indices()
-        done = len(set(wanted.tolist()) & set(read_table(output).rows)) if output.exists() else 0
-        images, _ = self.split.read(wanted[:1])
-        votes = question.votes
-        cost = measure_votes(self._apply_fn, self._variables, images, settings=votes, devices=self.devices)
-        seconds = (len(wanted) - done) * (votes.n0 + votes.n) / cost.per_second
-        place = self.devices[0]
-        return "\n".join([
-            f"model: {self.config.model}, {self.parameters:,} parameters, {self.config.dtype}, step {self.step:,};"
-            f" sigma {votes.sigma:g}",
-            f"images: {len(wanted):,} of {len(self.split):,} of {self.config.dataset.name}, {self._split}, of shape"
-            f" {' x '.join(map(str, images.shape[1:]))}; {done:,} done before",
-            f"votes: {votes.n0:,} + {'at most ' if question.schema is DECIDE else ''}{votes.n:,} an image, in batches"
-            f" of {votes.batch_size:,}",
-            f"devices: {len(self.devices)} x {place.device_kind} ({place.platform}), {size(cost.bytes_per_device)} each"
-            " for a batch",
-            f"output: {output}",
-            f"time: {'at most ' if question.schema is DECIDE else 'about '}{duration(seconds)} at"
-            f" {cost.per_second:,.0f} votes a second",
-            "dry run: nothing was written",
-        ])  # fmt: skip
-
-    @property
-    def platform(self) -> str:
-        """Of the devices: cpu, gpu or tpu."""
-        return self.devices[0].platform
+def _check_source(args: Any) -> None:
+    """Either a run, or a PyTorch checkpoint with all that it does not say."""
+    if args.torch_checkpoint is None:
+        if args.workdir is None:
+            raise UserError(
+                "workdir is missing: add --workdir=FOLDER of a run of train.py, --torch_checkpoint=FILE, or --merge"
+            )
+        if args.config:
+            raise UserError(f"{args.config[0].lstrip('-')}: a run has its own configuration; leave it out")
+        return
+    if args.workdir is not None:
+        raise UserError(f"torch_checkpoint={args.torch_checkpoint} and workdir={args.workdir}: give one of them")
+    if not any(word.startswith("--config=") for word in args.config):
+        raise UserError("torch_checkpoint needs --config=FILE, such as configs/cifar10.py: model, dataset and sigma")
+    if args.output is None:
+        raise UserError("torch_checkpoint needs the file to write: add --output=FILE.tsv")
 
 
 def _answer_all(args: Any) -> None:
     for name, value in _DEFAULTS.items():
         if getattr(args, name) is None:
             setattr(args, name, value)
-    classifier = _Classifier(args, split=args.split)
+    classifier = Classifier(args, split=args.split)
     config = classifier.config
     question = make_question(
         args.mode, sigma=config.sigma if args.sigma is None else args.sigma, n0=args.n0, n=args.n, alpha=args.alpha,
@@ -199,7 +154,7 @@ def _answer_all(args: Any) -> None:
     most = None if args.max is None else whole_number("max", args.max, at_least=1)
     shard = None if args.shard is None else parse_shard(args.shard)
     classifier.read()
-    last_step = finished_step(classifier.workdir, config)
+    last_step = finished_step(classifier.workdir, config) if classifier.workdir else None
     if last_step is not None and classifier.step < last_step:
         note(
             f"the training is not finished: step {classifier.step} of {last_step}; another checkpoint needs another"
@@ -268,7 +223,7 @@ def _verify(args: Any) -> None:
                 f" {table.record.get(name)}); leave it out"
             )
     chosen = audit.choose_lines(table, args.verify, args.verify_seed)
-    classifier = _Classifier(args, split=table.record.get("split", "test"))
+    classifier = Classifier(args, split=table.record.get("split", "test"))
     if table.record.get("dtype") in DTYPES:
         classifier.config.dtype = table.record["dtype"]
     question = question_of_record(

@@ -26,6 +26,11 @@ MODELS: dict[str, Callable[..., nn.Module]] = {
 }
 
 
+# Models that XLA leaves fast inside a compiled loop on the CPU, and whose examples do not depend on each other: LeNet's
+# convolutions are matrix products there (`convolution.py`).
+QUICK_IN_LOOPS = frozenset({"lenet"})
+
+
 def create_model(
     name: str,
     *,

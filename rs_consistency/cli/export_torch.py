@@ -1,0 +1,42 @@
+"""Writes a run as a checkpoint that the published PyTorch code loads.
+
+    python -m rs_consistency.cli.export_torch --workdir=runs/mnist --output=checkpoint.pth.tar
+
+Needs PyTorch: pip install 'rs-consistency[torch]'.
+"""
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import jax
+
+from rs_consistency import runs
+from rs_consistency.cli.common import Parser, run_main, run_program
+from rs_consistency.errors import UserError
+from rs_consistency.torch_checkpoints import export_torch
+from rs_consistency.training import step_sizes
+from rs_consistency.workdir import DATA_FILE, read_json
+
+
+def _main(argv: Sequence[str] | None) -> None:
+    parser = Parser(prog="export_torch", description=__doc__)
+    parser.add_argument("--workdir", type=Path, required=True, help="folder of a run of train.py")
+    parser.add_argument("--output", type=Path, required=True, help="the file to write, such as checkpoint.pth.tar")
+    args = parser.parse_args(argv)
+    workdir, output = args.workdir.expanduser(), args.output.expanduser()
+    if not output.parent.is_dir():
+        raise UserError(f"output={output}: its folder does not exist; create it, or choose another --output")
+    run = runs.restore(workdir, jax.local_devices()[:1])
+    examples = read_json(workdir / DATA_FILE).get("train_examples") if (workdir / DATA_FILE).exists() else None
+    epoch = run.step // step_sizes(run.config, examples).steps if examples else 0
+    export_torch(run.variables, run.config.model, output, epoch=epoch)
+    print(f"{output}: {run.config.model} after {epoch} epochs")
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """The command."""
+    run_main(_main, argv)
+
+
+if __name__ == "__main__":
+    run_program(main)

@@ -1,0 +1,54 @@
+"""The smoothed version of a classifier, as an object."""
+
+from collections.abc import Callable
+from typing import Any
+
+import jax
+from numpy.typing import ArrayLike
+
+from rs_consistency.certification import Certification, certify
+from rs_consistency.checks import LARGEST, number_above, whole_number
+from rs_consistency.deciding import Decisions, decide
+from rs_consistency.errors import UserError
+from rs_consistency.prediction import Prediction, predict
+
+
+class SmoothedClassifier:
+    """g(x), the class that `apply_fn` gives most often for x + noise N(0, sigma^2 I).
+
+    Source: Cohen, Rosenfeld, Kolter (ICML 2019).
+
+    Its methods are `rs_consistency.predict`, `certify` and `decide` with the first three arguments fixed; guarantees,
+    further arguments and errors are theirs. An error probability is that of one statement about one image: whoever
+    predicts and certifies an image makes two, from independent votes.
+
+    Attributes:
+      apply_fn: a function that JAX can trace, `[N, H, W, C]` float32 -> logits `[N, K]`; normalization, a denoiser and
+        whatever else comes before the decision are part of it. The same image must give the same logits.
+      sigma: standard deviation of the noise, in units of the images.
+      num_classes: K.
+    """
+
+    def __init__(self, apply_fn: Callable[[jax.Array], jax.Array], sigma: float, num_classes: int) -> None:
+        """See the attributes; a `UserError` for one that cannot work."""
+        if not callable(apply_fn):
+            raise UserError(f"apply_fn={apply_fn!r}: give a function from images [N, H, W, C] to logits [N, K]")
+        self.apply_fn = apply_fn
+        self.sigma = number_above("sigma", sigma, 0, at_most=LARGEST)
+        self.num_classes = whole_number("num_classes", num_classes, at_least=1)
+
+    def predict(self, images: ArrayLike, **settings: Any) -> Prediction:
+        """The classes of images `[B, H, W, C]` in [0, 1], or abstention; see `rs_consistency.predict`."""
+        return predict(self.apply_fn, images, sigma=self.sigma, num_classes=self.num_classes, **settings)
+
+    def certify(self, images: ArrayLike, **settings: Any) -> Certification:
+        """The classes and certified l2 radii of images `[B, H, W, C]` in [0, 1]; see `rs_consistency.certify`."""
+        return certify(self.apply_fn, images, sigma=self.sigma, num_classes=self.num_classes, **settings)
+
+    def decide(self, images: ArrayLike, radius: float, **settings: Any) -> Decisions:
+        """Whether images `[B, H, W, C]` in [0, 1] are certified at one radius; see `rs_consistency.decide`."""
+        return decide(self.apply_fn, images, radius=radius, sigma=self.sigma, num_classes=self.num_classes, **settings)
+
+    def __repr__(self) -> str:
+        name = getattr(self.apply_fn, "__name__", repr(self.apply_fn))
+        return f"SmoothedClassifier({name}, sigma={self.sigma:g}, num_classes={self.num_classes})"

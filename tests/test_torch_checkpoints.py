@@ -1,0 +1,255 @@
+"""Checkpoints of the published PyTorch code: names, shapes, layouts; and, where PyTorch is installed, the logits."""
+
+import pickle
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from rs_consistency import data, models
+from rs_consistency.errors import UserError
+from rs_consistency.torch_checkpoints import (
+    ARCHITECTURES,
+    export_torch,
+    from_torch,
+    read_torch_checkpoint,
+    to_torch,
+)
+
+DATASETS = {"lenet": "mnist", "resnet50": "imagenet"}
+
+
+def make(name, *, shapes_only=False):
+    """A model of this library with random variables, batch statistics too."""
+    info = data.dataset_info(DATASETS.get(name, "cifar10"))
+    model = models.create_model(name, num_classes=info.num_classes, mean=info.mean, std=info.std)
+    shapes = jax.eval_shape(model.init, jax.random.key(0), jnp.zeros((1, *info.image_shape)))
+    rng = np.random.default_rng(0)
+
+    def draw(path, leaf):
+        kind = path[-1].key
+        fan_in = np.prod(leaf.shape[:-1]) if kind == "kernel" else 1
+        values = rng.uniform(0.5, 1.5, leaf.shape) if kind in ("var", "scale") else rng.normal(size=leaf.shape)
+        return np.float32(values * (0.1 if kind in ("bias", "mean") else 1) / np.sqrt(fan_in))
+
+    return model, jax.tree.map_with_path(draw, shapes), info
+
+
+@pytest.mark.parametrize("name", ARCHITECTURES)
+def test_a_round_trip_changes_nothing(name):
+    _, variables, _ = make(name)
+    state = to_torch(variables, name)
+    assert all(key.startswith("1.module." if name == "resnet50" else "1.") for key in state)
+    back = from_torch(state, name, dataset=DATASETS.get(name, "cifar10"))
+    assert jax.tree.structure(back) == jax.tree.structure(variables)
+    jax.tree.map(np.testing.assert_array_equal, back, variables)
+
+
+def test_names_and_shapes_are_those_of_the_published_code():
+    shapes = {name: value.shape for name, value in to_torch(make("lenet")[1], "lenet").items()}
+    assert shapes == {
+        "1.conv1.weight": (20, 1, 5, 5), "1.conv1.bias": (20,), "1.conv2.weight": (50, 20, 5, 5), "1.conv2.bias": (50,),
+        "1.fc1.weight": (500, 800), "1.fc1.bias": (500,), "1.fc2.weight": (10, 500), "1.fc2.bias": (10,),
+    }  # fmt: skip
+    shapes = {name: value.shape for name, value in to_torch(make("resnet110")[1], "resnet110").items()}
+    assert shapes["1.layer3.17.conv2.weight"] == (64, 64, 3, 3) and shapes["1.layer2.0.downsample.1.running_var"] == (
+        32,
+    )
+    assert shapes["1.bn1.num_batches_tracked"] == () and shapes["1.fc.weight"] == (10, 64)
+    shapes = {name: value.shape for name, value in to_torch(make("densenet40")[1], "densenet40").items()}
+    assert shapes["1.features.block3.layer6.brc_2.conv.weight"] == (12, 48, 3, 3)
+    assert shapes["1.features.norm_last.weight"] == (240,) and shapes["1.classifier.weight"] == (10, 240)
+    shapes = {name: value.shape for name, value in to_torch(make("resnet50")[1], "resnet50").items()}
+    assert shapes["1.module.layer4.2.conv3.weight"] == (2048, 512, 1, 1) and len(shapes) == 320
+
+
+@pytest.mark.parametrize("prefix", ["", "module.", "1.", "1.module.", "module.1."])
+def test_what_stands_in_front_of_all_names_does_not_matter(prefix):
+    _, variables, _ = make("resnet20")
+    plain = {name.removeprefix("1."): value for name, value in to_torch(variables, "resnet20").items()}
+    given = {prefix + name: value for name, value in plain.items()}
+    back = from_torch(given, "resnet20", dataset="cifar10")
+    jax.tree.map(np.testing.assert_array_equal, back, variables)
+
+
+def test_a_normalization_that_was_saved_must_be_the_one_inside_the_model():
+    _, variables, info = make("resnet20")
+    state = to_torch(variables, "resnet20")
+    state |= {"0.means": np.float32(info.mean), "0.sds": np.float32(info.std)}
+    from_torch(state, "resnet20", dataset="cifar10")
+    with pytest.raises(UserError, match=r"normalization means=.* is not that of svhn"):
+        from_torch(state, "resnet20", dataset="svhn")
+
+
+def test_tensors_that_do_not_fit_are_named():
+    state = to_torch(make("lenet")[1], "lenet")
+    with pytest.raises(UserError, match=r"torch_checkpoint has no conv1.bias, which lenet needs"):
+        from_torch({name: value for name, value in state.items() if name != "1.conv1.bias"}, "lenet", dataset="mnist")
+    with pytest.raises(UserError, match=r"extra.weight is unknown to lenet"):
+        from_torch({**state, "1.extra.weight": np.zeros(1)}, "lenet", dataset="mnist")
+    with pytest.raises(UserError, match=r"fc2.weight has shape \(12, 500\), lenet for mnist needs \(10, 500\)"):
+        from_torch({**state, "1.fc2.weight": np.zeros((12, 500))}, "lenet", dataset="mnist")
+    with pytest.raises(UserError, match=r"fc2.bias is not finite"):
+        from_torch({**state, "1.fc2.bias": np.full(10, np.nan)}, "lenet", dataset="mnist")
+    with pytest.raises(UserError, match=r"has no .*, which resnet20 needs; .*is it of another model"):
+        from_torch(state, "resnet20", dataset="cifar10")
+    with pytest.raises(UserError, match=r"model='wideresnet28_10' has no published PyTorch counterpart"):
+        to_torch({}, "wideresnet28_10")
+
+
+def torch_network(name, torch, num_classes):
+    """The published architecture, built of PyTorch's modules with the published names."""
+    nn = torch.nn
+
+    def conv(inputs, outputs, size, stride=1):
+        return nn.Conv2d(inputs, outputs, size, stride, size // 2, bias=False)
+
+    class Block(nn.Module):
+        def __init__(self, inputs, width, stride, bottleneck):
+            super().__init__()
+            outputs = 4 * width if bottleneck else width
+            if bottleneck:
+                layers = [(inputs, width, 1, 1), (width, width, 3, stride), (width, outputs, 1, 1)]
+            else:
+                layers = [(inputs, width, 3, stride), (width, outputs, 3, 1)]
+            for number, layer in enumerate(layers, start=1):
+                self.add_module(f"conv{number}", conv(*layer))
+                self.add_module(f"bn{number}", nn.BatchNorm2d(layer[1]))
+            self.count = len(layers)
+            if stride != 1 or inputs != outputs:
+                self.downsample = nn.Sequential(conv(inputs, outputs, 1, stride), nn.BatchNorm2d(outputs))
+
+        def forward(self, x):
+            y = x
+            for number in range(1, self.count + 1):
+                y = self.get_submodule(f"bn{number}")(self.get_submodule(f"conv{number}")(y))
+                y = torch.relu(y) if number < self.count else y
+            return torch.relu(y + (self.downsample(x) if hasattr(self, "downsample") else x))
+
+    class ResNet(nn.Module):
+        def __init__(self, blocks, widths, bottleneck):
+            super().__init__()
+            self.large = bottleneck
+            inputs = 64 if bottleneck else 16
+            self.conv1 = nn.Conv2d(3, inputs, 7, 2, 3, bias=False) if bottleneck else conv(3, inputs, 3)
+            self.bn1 = nn.BatchNorm2d(inputs)
+            for stage, (number, width) in enumerate(zip(blocks, widths, strict=True), start=1):
+                layers = []
+                for block in range(number):
+                    layers.append(Block(inputs, width, 2 if stage > 1 and block == 0 else 1, bottleneck))
+                    inputs = 4 * width if bottleneck else width
+                self.add_module(f"layer{stage}", nn.Sequential(*layers))
+            self.stages = len(blocks)
+            self.fc = nn.Linear(inputs, num_classes)
+
+        def forward(self, x):
+            x = torch.relu(self.bn1(self.conv1(x)))
+            x = nn.functional.max_pool2d(x, 3, 2, 1) if self.large else x
+            for stage in range(1, self.stages + 1):
+                x = self.get_submodule(f"layer{stage}")(x)
+            return self.fc(x.mean((2, 3)))
+
+    class DenseLayer(nn.Module):
+        def __init__(self, inputs):
+            super().__init__()
+            for number, (i, o, size) in enumerate([(inputs, 48, 1), (48, 12, 3)], start=1):
+                parts = {"norm": nn.BatchNorm2d(i), "relu": nn.ReLU(), "conv": conv(i, o, size)}
+                layer = nn.Sequential()
+                for part, module in parts.items():
+                    layer.add_module(part, module)
+                self.add_module(f"brc_{number}", layer)
+
+        def forward(self, x):
+            return torch.cat([x, self.brc_2(self.brc_1(x))], 1)
+
+    class DenseNet(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.features = nn.Sequential()
+            self.features.add_module("conv0", conv(3, 24, 3))
+            channels = 24
+            for block in (1, 2, 3):
+                layers = nn.Sequential()
+                for layer in range(1, 7):
+                    layers.add_module(f"layer{layer}", DenseLayer(channels))
+                    channels += 12
+                self.features.add_module(f"block{block}", layers)
+                if block < 3:
+                    self.features.add_module(f"trans{block}", nn.AvgPool2d(2))
+            self.features.add_module("norm_last", nn.BatchNorm2d(channels))
+            self.classifier = nn.Linear(channels, num_classes)
+
+        def forward(self, x):
+            return self.classifier(torch.relu(self.features(x)).mean((2, 3)))
+
+    class LeNet(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.conv1, self.conv2 = nn.Conv2d(1, 20, 5), nn.Conv2d(20, 50, 5)
+            self.fc1, self.fc2 = nn.Linear(800, 500), nn.Linear(500, num_classes)
+
+        def forward(self, x):
+            for layer in (self.conv1, self.conv2):
+                x = nn.functional.max_pool2d(torch.relu(layer(x)), 2)
+            return self.fc2(torch.relu(self.fc1(x.flatten(1))))
+
+    if name == "lenet":
+        return LeNet()
+    if name == "densenet40":
+        return DenseNet()
+    if name == "resnet50":
+        return nn.DataParallel(ResNet((3, 4, 6, 3), (64, 128, 256, 512), bottleneck=True))
+    return ResNet([(int(name[6:]) - 2) // 6] * 3, (16, 32, 64), bottleneck=False)
+
+
+@pytest.mark.parametrize("name", ARCHITECTURES)
+def test_logits_are_those_of_pytorch_both_ways(name, tmp_path):
+    torch = pytest.importorskip("torch")
+    model, variables, info = make(name)
+
+    class Normalize(torch.nn.Module):
+        def forward(self, x):
+            mean, std = (torch.tensor(values)[:, None, None] for values in (info.mean, info.std))
+            return (x - mean) / std
+
+    network = torch.nn.Sequential(
+        Normalize() if info.mean else torch.nn.Identity(), torch_network(name, torch, info.num_classes)
+    )
+    export_torch(variables, name, tmp_path / "ours.pth.tar", epoch=90)
+    saved = torch.load(tmp_path / "ours.pth.tar", weights_only=True)
+    assert (saved["arch"], saved["epoch"]) == (ARCHITECTURES[name], 90)
+    network.load_state_dict(saved["state_dict"], strict=True)
+    network.eval()
+    images = np.random.default_rng(1).uniform(size=(2, *info.image_shape)).astype(np.float32)
+    with torch.no_grad():
+        theirs = network.cpu()(torch.from_numpy(images.transpose(0, 3, 1, 2).copy())).numpy()
+    scale = np.abs(theirs).max()
+    np.testing.assert_allclose(model.apply(variables, images), theirs, atol=1e-4 * max(1, scale))
+
+    torch.save(
+        {"arch": ARCHITECTURES[name], "epoch": 3, "state_dict": network.state_dict()}, tmp_path / "theirs.pth.tar"
+    )
+    read = read_torch_checkpoint(tmp_path / "theirs.pth.tar")
+    assert (read.arch, read.epoch) == (ARCHITECTURES[name], 3)
+    back = from_torch(read.tensors, name, dataset=DATASETS.get(name, "cifar10"))
+    jax.tree.map(np.testing.assert_array_equal, back, variables)
+
+
+def test_nothing_in_a_checkpoint_is_executed(tmp_path):
+    torch = pytest.importorskip("torch")
+    victim = tmp_path / "victim"
+
+    class Malicious:
+        def __reduce__(self):
+            return (victim.write_text, ("executed",))
+
+    torch.save({"state_dict": {"conv1.weight": torch.zeros(1)}, "extra": Malicious()}, tmp_path / "bad.pth.tar")
+    with pytest.raises(UserError, match=r"cannot be read as weights alone .*code in a checkpoint is never executed"):
+        read_torch_checkpoint(tmp_path / "bad.pth.tar")
+    assert not victim.exists()
+    (tmp_path / "plain.pth.tar").write_bytes(pickle.dumps([1, 2]))
+    with pytest.raises(UserError, match=r"plain.pth.tar cannot be read|holds no state dictionary"):
+        read_torch_checkpoint(tmp_path / "plain.pth.tar")
+    with pytest.raises(UserError, match=r"nowhere.pth does not exist"):
+        read_torch_checkpoint(tmp_path / "nowhere.pth")
