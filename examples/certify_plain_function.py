@@ -13,7 +13,7 @@ from digits import load
 from rs_consistency import SmoothedClassifier
 from rs_consistency.bounds import radius_ceiling
 
-SIGMA = 0.5
+SIGMA = 1.5
 
 
 def main() -> None:
