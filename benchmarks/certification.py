@@ -23,7 +23,7 @@ import torch
 from common import DATASETS, device_name, in_turns, make_network, show, to_torch, torch_device
 
 from rs_consistency import parallel, voting
-from rs_consistency.backend import keep_memory
+from rs_consistency.backend import keep_memory, use_cores
 from rs_consistency.models.inference import for_inference
 
 SIGMA = 0.5
@@ -161,6 +161,7 @@ def main() -> None:
     unknown = [name for name in names if name not in DATASETS]
     if unknown:
         parser.error(f"cases={args.cases}: {unknown[0]!r} is unknown; use some of {', '.join(DATASETS)}")
+    use_cores()
     keep_memory()  # as certify.py does; the rival in the same process has it, too
     results = []
     for name in names:

@@ -26,7 +26,7 @@ from ml_collections import ConfigDict
 from torch_methods import Trainer
 
 from rs_consistency import data, methods, parallel, training
-from rs_consistency.backend import keep_memory, steps_per_call
+from rs_consistency.backend import keep_memory, steps_per_call, use_cores
 from rs_consistency.inputs import ArrayInputs
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
@@ -238,6 +238,7 @@ def main() -> None:
     if unknown:
         parser.error(f"cases={args.cases}: {unknown[0]!r} is unknown; use some of {', '.join(CASES)}")
     if args.alone != "rival":
+        use_cores()
         keep_memory()  # as train.py does; a rival in the same process has it, too
     if args.alone:
         print(json.dumps(_measure_alone(args.alone, names[0], args.dtype)))

@@ -251,7 +251,7 @@ def make_train_steps(
         train_steps,
         devices=devices,
         donate=(0,),
-        compiler_options=training_compiler_options(devices[0].platform),
+        compiler_options=training_compiler_options(devices[0].platform, matrix_products=quick_in_loops),
     )
 
 

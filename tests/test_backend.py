@@ -1,12 +1,13 @@
 """What is set up for a backend."""
 
 import ctypes
+import os
 import subprocess
 import sys
 
 import pytest
 
-from rs_consistency.backend import pieces_of
+from rs_consistency.backend import CPU_DEVICES, pieces_of
 
 _PROGRAM = """
 import ctypes, sys
@@ -47,3 +48,32 @@ def test_large_memory_is_kept_and_not_mapped_anew(how, mapped):
 def test_a_step_goes_in_pieces_on_the_cpu_alone(examples, num_noise, platform, pieces):
     assert pieces_of(examples, num_noise, platform) == pieces
     assert examples % pieces == 0
+
+
+_DEVICES = """
+import jax, sys
+from rs_consistency import backend
+if sys.argv[1] == "late":
+    jax.devices()
+if sys.argv[1] == "configured":
+    jax.config.update("jax_num_cpu_devices", 3)
+backend.use_cores()
+print(len(jax.devices()))
+"""
+
+
+@pytest.mark.parametrize(
+    ("when", "flags", "devices"),
+    [
+        ("first", "", min(CPU_DEVICES, len(os.sched_getaffinity(0)))),
+        ("late", "", 1),
+        ("configured", "", 3),
+        ("first", "--xla_force_host_platform_device_count=4", 4),
+    ],
+)
+def test_cores_become_devices_unless_somebody_said_otherwise(when, flags, devices):
+    environment = {**os.environ, "XLA_FLAGS": flags, "JAX_PLATFORMS": "cpu"}
+    done = subprocess.run(
+        [sys.executable, "-c", _DEVICES, when], capture_output=True, text=True, timeout=60, check=True, env=environment
+    )
+    assert done.stdout.strip() == str(devices)

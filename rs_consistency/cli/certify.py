@@ -27,7 +27,7 @@ from ml_collections import ConfigDict
 from tqdm import tqdm
 
 from rs_consistency import audit
-from rs_consistency.backend import keep_compiled, keep_memory
+from rs_consistency.backend import keep_compiled, keep_memory, use_cores
 from rs_consistency.bounds import BOUNDS
 from rs_consistency.certificates import CertificateFile
 from rs_consistency.certify_run import FILES, Question, make_question, question_of_record
@@ -112,6 +112,7 @@ def _main(argv: Sequence[str] | None) -> None:
     if args.verify_seed is not None and args.verify is None:
         raise UserError(f"verify_seed={args.verify_seed} chooses what is verified; add --verify=K")
     keep_compiled()
+    use_cores()
     keep_memory()
     if args.verify is not None and args.dry_run:
         raise UserError("dry_run says what answering would take; leave out --verify, or --dry_run")

@@ -3,12 +3,13 @@
 python train.py --config=configs/mnist.py --workdir=runs/mnist [--config.sigma=0.5 ...]
 """
 
+import contextlib
 import sys
 from collections.abc import Sequence
 from pathlib import Path
 
 from absl import flags
-from ml_collections import config_flags
+from ml_collections import ConfigDict, config_flags
 
 from rs_consistency.cli.common import run_main, run_program
 from rs_consistency.errors import UserError
@@ -24,10 +25,9 @@ def _main(argv: Sequence[str] | None) -> None:
     if not values.workdir:
         raise UserError(f"--workdir is missing: {_EXAMPLE}")
     # After the flags, so that a mistake in them is told at once.
-    from rs_consistency.backend import keep_memory
     from rs_consistency.train_loop import plan, profile, train
 
-    keep_memory()
+    set_up(values.config)
     workdir = Path(values.workdir).expanduser()
     if values.dry_run:
         print(plan(values.config, workdir).text)
@@ -35,6 +35,17 @@ def _main(argv: Sequence[str] | None) -> None:
         print(profile(values.config, workdir, num_steps=values.profile).text(values.config))
     else:
         train(values.config, workdir)
+
+
+def set_up(config: ConfigDict) -> None:
+    """Gets the CPU ready for training, before JAX's first computation; of no effect on accelerators."""
+    from rs_consistency.backend import CPU_DEVICES, keep_memory, use_cores
+    from rs_consistency.config import validate
+
+    with contextlib.suppress(UserError):  # of a step that two cannot share equally; all else is told by the training
+        validate(config, num_devices=CPU_DEVICES)
+        use_cores()
+    keep_memory()
 
 
 def parse(argv: Sequence[str]) -> flags.FlagValues:
