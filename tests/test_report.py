@@ -388,5 +388,5 @@ def test_formats_escape_and_align():
 
 def test_help_says_what_is_written(program):
     text = program.succeeds("cli.analyze", "--help").out
-    for name in ("report.html", "comparison, gained_lost", "tables.tex", "differences.csv", "--no_network"):
+    for name in ("report.html", "gained_lost.png", "tables.tex", "differences.csv", "--no_network"):
         assert name in text

@@ -9,15 +9,18 @@ that the radii follow from: they are checked against them, and recomputed by
 
 --output writes into a folder
 
-    report.html                            all of the following, in one file that needs no other
-    certified_accuracy, acr, p_a           .png and .pdf: curves and ACR with 95 % intervals, distribution of p_A
-    comparison, gained_lost                the same images under two runs: which gained, which lost
-    training, margins                      training curves; logit margins of clean and noisy images
-    images_1, ...                          least and most robust images, noisy copies, votes; a figure for each run
-    tables.md, tables.tex                  the tables
-    measures.csv, comparisons.csv, differences.csv   a line for each file, each two files, each of their common images
+    report.html              all of the following, in one file that needs no other
+    certified_accuracy.png   curves with 95 % bands; all figures also as .pdf
+    acr.png, p_a.png         ACR with 95 % intervals; the distribution of p_A
+    comparison.png           radii of two runs on the same images, and
+    gained_lost.png          the images that gained and lost most
+    training.png             training curves
+    margins.png              logit margins of clean and noisy images
+    images_1.png, ...        least and most robust images, noisy copies, votes; a figure for each run
+    tables.md, tables.tex    the tables
+    measures.csv, comparisons.csv, differences.csv: a line for each file, each two files, each of their common images
 
-as far as the files allow: curves need a run's folder, p_A needs counts, margins and images need checkpoint and dataset.
+as far as the files allow: training needs a run's folder, p_A counts, margins and images a checkpoint and its dataset.
 """
 
 import json
