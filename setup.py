@@ -16,7 +16,7 @@ setup(
     license="Apache-2.0",
     python_requires=">=3.11,<3.14",
     packages=find_packages(include=["rs_consistency", "rs_consistency.*"]),
-    package_data={"rs_consistency.data": ["embedded/*"]},
+    package_data={"rs_consistency.data": ["embedded/*"], "rs_consistency.report": ["*.jinja"]},
     entry_points={
         "console_scripts": [
             "rs-train = rs_consistency.cli.train:run",
@@ -32,6 +32,7 @@ setup(
         # TFDS needs it to read array_record on Python 3.11 and does not ask for it.
         "importlib-resources>=6.4,<8",
         "jax>=0.10,<0.13",
+        "jinja2>=3.1,<4",
         "matplotlib>=3.9,<4",
         "ml-collections>=1.0,<2",
         "numpy>=2.0,<3",

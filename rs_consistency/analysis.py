@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from rs_consistency.certification import ABSTAIN
+from rs_consistency.bounds import ABSTAIN
 from rs_consistency.errors import UserError
 from rs_consistency.rows import CERTIFY, FIELD_COLUMNS, SCHEMAS
 

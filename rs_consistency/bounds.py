@@ -19,6 +19,7 @@ from scipy import special
 from rs_consistency.checks import SMALLEST_PROBABILITY, check_all, number_array
 from rs_consistency.errors import UserError
 
+ABSTAIN = -1  # the prediction of an image without a certificate
 BOUNDS = ("clopper_pearson", "two_class", "randomized")
 _HALVINGS = 60  # of an interval within [0, 1]: more than float64 can tell apart
 
@@ -252,3 +253,10 @@ def _checked_sigma(sigma: ArrayLike) -> np.ndarray:
     sigma = number_array("sigma", sigma)
     check_all("sigma", sigma, np.isfinite(sigma) & (sigma > 0), "use a number greater than 0")
     return sigma.astype(np.float64)
+
+
+def most_of_others(counts: np.ndarray, selected: np.ndarray) -> np.ndarray:
+    """`[B]`, the most votes of any class but the selected one; 0 where there is no other."""
+    others = counts.copy()
+    np.put_along_axis(others, selected[:, None], 0, axis=1)
+    return others.max(axis=1, initial=0)

@@ -9,12 +9,9 @@ from numpy.typing import ArrayLike
 from tqdm import tqdm
 
 from rs_consistency import noise, parallel, voting
-from rs_consistency.bounds import BOUNDS, certify_votes
-from rs_consistency.checks import one_of, probability
+from rs_consistency.bounds import ABSTAIN, BOUNDS, certify_votes, most_of_others
+from rs_consistency.checks import MAX_INDEX, one_of, probability
 from rs_consistency.errors import UserError
-from rs_consistency.voting import MAX_INDEX
-
-ABSTAIN = -1
 
 
 class Certification(NamedTuple):
@@ -165,13 +162,6 @@ def conclude(
         for_selected, runner_up, counts.sum(axis=1), alpha=alpha, sigma=sigma, bound=bound, uniform=uniform
     )
     return Certification(np.where(proven.certified, selected, ABSTAIN), proven.radius, counts0, counts)
-
-
-def most_of_others(counts: np.ndarray, selected: np.ndarray) -> np.ndarray:
-    """`[B]`, the most votes of any class but the selected one; 0 where there is no other."""
-    others = counts.copy()
-    np.put_along_axis(others, selected[:, None], 0, axis=1)
-    return others.max(axis=1, initial=0)
 
 
 def check_images(images: ArrayLike) -> np.ndarray:

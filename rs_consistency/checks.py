@@ -11,6 +11,8 @@ from rs_consistency.errors import UserError
 
 MOST = 10**9  # of anything that is counted: what int32 on the devices can add up
 LARGEST = 1e6  # of weights, distances and the like: sums of their products stay finite in float32
+MAX_SEED = 2**32 - 1  # of every random stream
+MAX_INDEX = 2**31 - 1  # of an image, which addresses its noise: int32 on the devices
 SMALLEST_PROBABILITY = 1e-100  # below it the quantile functions lose their accuracy
 
 

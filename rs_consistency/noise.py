@@ -12,8 +12,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-MAX_SEED = 2**32 - 1
-
 
 class Stream(IntEnum):
     """What a key is for; the first index that is folded into the root key."""
@@ -28,6 +26,7 @@ class Stream(IntEnum):
     TEACHER = 7
     BOUND = 8
     PREDICT = 9
+    REPORT = 10
 
 
 def stream_key(seed: int, stream: Stream) -> jax.Array:

@@ -1,6 +1,8 @@
 """Pictures of certificates."""
 
 import os
+import textwrap
+import warnings
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -8,54 +10,93 @@ from typing import Any
 import matplotlib
 import numpy as np
 from matplotlib.axes import Axes
+from matplotlib.figure import Figure
 from scipy import special
 
 from rs_consistency.analysis import Certificates, acr
 from rs_consistency.bounds import radius_ceiling
 from rs_consistency.files import replace_atomically
 from rs_consistency.reanalysis import Evidence
+from rs_consistency.statistics import binomial_interval
 
 matplotlib.use("Agg")  # no screen needed
 from matplotlib import pyplot as plt
 
 # Okabe and Ito's colours, told apart with any colour vision; line styles tell them apart in print.
-_COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#56B4E9", "#E69F00", "#000000")
-_STYLES = ("-", "--", "-.", ":")
+COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#56B4E9", "#E69F00", "#000000")
+STYLES = ("-", "--", "-.", ":")
 _TICKS = (0.01, 0.1, 0.3, 0.5, 0.7, 0.9, 0.99, 0.999, 0.9999, 0.99999, 0.9999999)  # as many as have space
+DPI = 200  # of a PNG
+_ROUNDING = 1e-9  # of a count that is whole but for rounding
+_LEGEND_WIDTH = 72  # characters
 _LEFTMOST = 0.01  # what has a smaller p_A is far from any certificate, and drawn as if it were here
 
 
+def save(figure: Figure, path: Path) -> None:
+    """Writes a figure as the PNG of that path and as a PDF beside it, replacing what is there, and closes it."""
+    # Fonts as they are, which journals ask for; no date, so that the same figure is the same file.
+    formats = {path: {"dpi": DPI}, path.with_suffix(".pdf"): {"metadata": {"CreationDate": None}}}
+    with plt.rc_context({"pdf.fonttype": 42}), warnings.catch_warnings():
+        warnings.filterwarnings("ignore", r"Glyph .* missing from font", UserWarning)  # shown as a box
+        try:
+            for target, settings in formats.items():
+                with replace_atomically(target) as temporary:
+                    figure.savefig(temporary, format=target.suffix[1:], **settings)
+        finally:
+            plt.close(figure)
+
+
+def plain(text: str, width: int = _LEGEND_WIDTH) -> str:
+    """Text that a figure shows as it is, in lines of at most so many characters.
+
+    Matplotlib would take dollars as mathematics, and leave a name that begins with an underscore out of a legend.
+    """
+    lines = textwrap.wrap(text, width)
+    return ("\n".join([" " + line if line.startswith("_") else line for line in lines])).replace("$", r"\$")
+
+
 def save_curves(tables: Mapping[str, Certificates], path: Path) -> None:
-    """Draws certified accuracy against radius, one curve for each table, as PNG.
+    """Draws certified accuracy against radius, one curve for each table, with its 95 % band, as PNG and PDF.
+
+    The band is that of Clopper and Pearson at each radius by itself: for the certified accuracy on all images of the
+    kind that these were drawn from. Where a table holds an image several times, as several seeds are put together,
+    the curve is the mean over its lines, and the band takes a mean over images for a count of them, rounded outwards:
+    no narrower than it must be, since a mean of shares varies no more than a count.
 
     Args:
       tables: label -> certificates; see `short_labels`.
-      path: of the PNG; replaced if it exists.
+      path: of the PNG, whose PDF lies beside it; replaced if it exists.
     """
     figure, axes = plt.subplots(figsize=(6.4, 4.8), layout="constrained")
     for i, (label, table) in enumerate(tables.items()):
         radii = np.sort(table.radius[table.correct == 1])
         # Certified accuracy is constant up to the next radius and drops behind it.
-        left = np.arange(len(radii), -1, -1) / len(table.radius)
-        axes.step(
-            np.concatenate([[0.0], radii]),
-            left,
-            where="post",
-            color=_COLOURS[i % len(_COLOURS)],
-            linestyle=_STYLES[i % len(_STYLES)],
-            label=f"{label}: ACR {acr(table):.3f}, {len(table.idx)} images",
+        counts, x = np.arange(len(radii), -1, -1), np.concatenate([[0.0], radii])
+        images = len(np.unique(table.idx))
+        hits = images * counts / len(table.idx)
+        low, _ = binomial_interval(np.floor(hits + _ROUNDING).astype(int), images)
+        _, high = binomial_interval(np.ceil(hits - _ROUNDING).astype(int), images)
+        colour, style = COLOURS[i % len(COLOURS)], STYLES[i % len(STYLES)]
+        axes.fill_between(
+            x, low, high, step="post", facecolor=(colour, 0.15), edgecolor=(colour, 0.6), linestyle=style, linewidth=0.6
         )
-    axes.set(xlabel="l2 radius", ylabel="certified accuracy", ylim=(0, 1.01))
+        axes.step(
+            x,
+            counts / len(table.radius),
+            where="post",
+            color=colour,
+            linestyle=style,
+            label=plain(f"{label}: ACR {acr(table):.3f}, {images} images"),
+        )
+    axes.set(xlabel="l2 radius (bands: 95 % over images)", ylabel="certified accuracy", ylim=(0, 1.01))
     axes.set_xlim(left=0)
     axes.grid(alpha=0.3)
     figure.legend(loc="outside lower center")
-    with replace_atomically(path) as temporary:
-        figure.savefig(temporary, format="png", dpi=150)
-    plt.close(figure)
+    save(figure, path)
 
 
-def save_p_a(evidences: Mapping[str, Evidence], path: Path) -> None:
-    """Draws the distribution of p_A over the images, one empirical distribution function for each file, as PNG.
+def save_p_a(evidences: Mapping[str, Evidence | None], path: Path) -> None:
+    """Draws the distribution of p_A over the images, an empirical distribution function a file, as PNG and PDF.
 
     The axis is Phi^-1(p_A), the radius in units of sigma, since p_A itself is close to 1 for most images. Bold: the
     lower confidence bound, whose largest value, where all votes agree, is the ceiling. Thin: the estimate count / n,
@@ -63,10 +104,13 @@ def save_p_a(evidences: Mapping[str, Evidence], path: Path) -> None:
     bound `two_class`: where a lower bound means abstention.
 
     Args:
-      evidences: label -> what `reanalysis.load` returns; see `short_labels`.
+      evidences: label -> what `reanalysis.load` returns; see `short_labels`. Files without are left out, and keep their
+        colours for the other figures; one is there at least.
       path: of the PNG; replaced if it exists.
     """
     figure, axes = plt.subplots(figsize=(6.4, 4.8), layout="constrained")
+    places = {label: place for place, label in enumerate(evidences)}
+    evidences = {label: evidence for label, evidence in evidences.items() if evidence is not None}
     ceilings = {
         float(radius_ceiling(settings.n, alpha=settings.alpha, sigma=1.0, bound=settings.bound))
         for settings in (evidence.settings for evidence in evidences.values())
@@ -75,12 +119,13 @@ def save_p_a(evidences: Mapping[str, Evidence], path: Path) -> None:
     smallest = min(min(estimates[label].min(), evidence.lower.min()) for label, evidence in evidences.items())
     left = special.ndtri(np.clip(smallest, _LEFTMOST, 0.45)) - 0.15
     right = max(ceilings) + 0.35
-    for i, (label, evidence) in enumerate(evidences.items()):
-        colour, style = _COLOURS[i % len(_COLOURS)], _STYLES[i % len(_STYLES)]
+    for label, evidence in evidences.items():
+        i = places[label]
+        colour, style = COLOURS[i % len(COLOURS)], STYLES[i % len(STYLES)]
         _ecdf(axes, estimates[label], left, right, color=colour, linestyle=style, linewidth=0.8)
         settings = evidence.settings
         legend = f"{label}: n = {settings.n:,}, alpha = {settings.alpha:.3g}, {settings.bound}"
-        _ecdf(axes, evidence.lower, left, right, color=colour, linestyle=style, linewidth=1.8, label=legend)
+        _ecdf(axes, evidence.lower, left, right, color=colour, linestyle=style, linewidth=1.8, label=plain(legend))
     for ceiling in ceilings:
         axes.axvline(ceiling, color="0.4", linewidth=0.8, linestyle=":")
     axes.set(xlim=(left, right), ylim=(0, 1.01), ylabel="share of images with at most this p_A")
@@ -95,9 +140,7 @@ def save_p_a(evidences: Mapping[str, Evidence], path: Path) -> None:
     top.set_xticks(np.arange(np.floor(right) + 1))  # to the left of 0 there is no radius
     axes.grid(alpha=0.3)
     figure.legend(loc="outside lower center")
-    with replace_atomically(path) as temporary:
-        figure.savefig(temporary, format="png", dpi=150)
-    plt.close(figure)
+    save(figure, path)
 
 
 def _ecdf(axes: Axes, p: np.ndarray, left: float, right: float, **style: Any) -> None:
@@ -110,11 +153,18 @@ def _ecdf(axes: Axes, p: np.ndarray, left: float, right: float, **style: Any) ->
 
 
 def short_labels(paths: Sequence[Path]) -> list[str]:
-    """Names that tell the paths apart: what is left of them without the folders and endings that they share."""
-    plain = [path.with_suffix("") if path.suffix == ".tsv" else path for path in paths]
-    plain = [path.parent if path.name == "certificates" and path.parent.name else path for path in plain]
-    if len(set(plain)) < len(plain):  # two files of one folder
-        plain = list(paths)
-    parents = [str(path.absolute().parent) for path in plain]
-    shared = Path(os.path.commonpath(parents))
-    return [str(path.absolute().relative_to(shared)) for path in plain]
+    """Names that tell the paths apart: what is left of them without the folders and endings that they share.
+
+    A path that is there twice has a number behind it the second time. Bytes that are no text are written as escapes.
+    """
+    short = [path.with_suffix("") if path.suffix == ".tsv" else path for path in paths]
+    short = [path.parent if path.name == "certificates" and path.parent.name else path for path in short]
+    if len(set(short)) < len(short):  # two files of one folder
+        short = list(paths)
+    shared = Path(os.path.commonpath([str(path.absolute().parent) for path in short]))
+    labels: list[str] = []
+    for path in short:
+        label = str(path.absolute().relative_to(shared)).encode("utf-8", "backslashreplace").decode()
+        copies = [label, *(f"{label} ({number})" for number in range(2, len(short) + 1))]
+        labels.append(next(name for name in copies if name not in labels))
+    return labels

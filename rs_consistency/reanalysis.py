@@ -11,13 +11,10 @@ import numpy as np
 
 from rs_consistency import checks
 from rs_consistency.analysis import Certificates, Counts, certificate_path, read_certificates
-from rs_consistency.bounds import BOUNDS, Certified, certify_votes, radius_ceiling
-from rs_consistency.certification import ABSTAIN
+from rs_consistency.bounds import ABSTAIN, BOUNDS, Certified, certify_votes, radius_ceiling
 from rs_consistency.errors import UserError
 from rs_consistency.files import read_json
-from rs_consistency.noise import MAX_SEED, bound_uniform
 from rs_consistency.rows import CERTIFY, format_radius
-from rs_consistency.voting import MAX_INDEX
 
 P_A_QUANTILES = (0.05, 0.25, 0.5, 0.75, 0.95)
 _MODE = CERTIFY.name  # of the records that can be analysed here; those without a mode are older, and of this one
@@ -169,7 +166,7 @@ def _read_settings(path: Path, table: Certificates) -> tuple[Settings | None, st
             n=checks.count("n", record["n"]),
             sigma=checks.number_above("sigma", record["sigma"], 0.0),
             alpha=checks.probability("alpha", record["alpha"]),
-            seed=checks.whole_number("seed", record["seed"], at_least=0, at_most=MAX_SEED),
+            seed=checks.whole_number("seed", record["seed"], at_least=0, at_most=checks.MAX_SEED),
             bound=bound,
         )
     except UserError as error:
@@ -180,7 +177,7 @@ def _read_settings(path: Path, table: Certificates) -> tuple[Settings | None, st
 def _check_counts(path: Path, table: Certificates, settings: Settings) -> None:
     counts = table.counts
     for name, values, good, expected in (
-        ("idx", table.idx, (table.idx >= 0) & (table.idx <= MAX_INDEX), f"0 to {MAX_INDEX}"),
+        ("idx", table.idx, (table.idx >= 0) & (table.idx <= checks.MAX_INDEX), f"0 to {checks.MAX_INDEX}"),
         ("count0", counts.count0, (counts.count0 >= 0) & (counts.count0 <= settings.n0), f"0 to n0={settings.n0}"),
         ("count", counts.count, (counts.count >= 0) & (counts.count <= settings.n), f"0 to n={settings.n}"),
         (
@@ -197,7 +194,11 @@ def _check_counts(path: Path, table: Certificates, settings: Settings) -> None:
 
 
 def _prove(table: Certificates, settings: Settings) -> Certified:
-    uniform = bound_uniform(settings.seed, table.idx) if settings.bound == "randomized" else None
+    uniform = None
+    if settings.bound == "randomized":
+        from rs_consistency.noise import bound_uniform  # JAX, slow to import, which no other bound needs
+
+        uniform = bound_uniform(settings.seed, table.idx)
     return certify_votes(
         table.counts.count, table.counts.count_runner_up, settings.n,
         alpha=settings.alpha, sigma=settings.sigma, bound=settings.bound, uniform=uniform,

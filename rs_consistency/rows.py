@@ -29,13 +29,16 @@ import re
 from collections.abc import Mapping, Sequence
 from datetime import timedelta
 from decimal import ROUND_FLOOR, Decimal
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 from numpy.typing import ArrayLike
 
 from rs_consistency import sequential
-from rs_consistency.certification import ABSTAIN, Certification, most_of_others
+from rs_consistency.bounds import ABSTAIN, most_of_others
+
+if TYPE_CHECKING:
+    from rs_consistency.certification import Certification  # JAX, slow to import, which reading files has no use for
 
 FIELD_COLUMNS = ("idx", "label", "predict", "radius", "correct", "time")
 CERTIFIED, NOT_CERTIFIED, UNDECIDED = DECISIONS = ("certified", "not_certified", "undecided")
@@ -101,7 +104,7 @@ PREDICT = Schema("predict", ("count", "count_runner_up", "p_value"))
 SCHEMAS = {schema.name: schema for schema in (CERTIFY, DECIDE, PREDICT)}
 
 
-def certify_rows(indices: np.ndarray, labels: np.ndarray, result: Certification, seconds: ArrayLike) -> list[Row]:
+def certify_rows(indices: np.ndarray, labels: np.ndarray, result: "Certification", seconds: ArrayLike) -> list[Row]:
     """The rows of G images of mode `certify`.
 
     Args:

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from rs_consistency import noise, parallel
-from rs_consistency.checks import LARGEST, number_above, whole_number
+from rs_consistency.checks import LARGEST, MAX_SEED, number_above, whole_number
 from rs_consistency.errors import UserError
 
 # A group of images is voted on together, and is at least so many calls: what its last call leaves unused is small.
@@ -27,7 +27,6 @@ _BATCHES_PER_CALL_ELSEWHERE = 16
 # Row numbers are int32 on the devices: n0 + n and the 256 batches of a group together stay below 2**31.
 _MOST_VOTES = 2**29
 _LARGEST_BATCH = 2**20
-MAX_INDEX = 2**31 - 1
 
 
 class VoteSettings(NamedTuple):
@@ -77,7 +76,7 @@ def vote_settings(
         num_classes=whole_number("num_classes", num_classes, at_least=1),
         n0=whole_number("n0", n0, at_least=least_n0, at_most=_MOST_VOTES),
         n=whole_number("n", n, at_least=1, at_most=_MOST_VOTES),
-        seed=whole_number("seed", seed, at_least=0, at_most=noise.MAX_SEED),
+        seed=whole_number("seed", seed, at_least=0, at_most=MAX_SEED),
         batch_size=whole_number("batch_size", batch_size, at_least=1, at_most=_LARGEST_BATCH),
     )
 

@@ -1,28 +1,43 @@
-"""Says what certificate files mean: ACR, accuracies, abstention; and draws their curves.
+"""Says what certificate files mean: ACR, accuracies, abstention; and writes a report about them.
 
-    python analyze.py runs/a runs/b/certificates.tsv --output=figures
+    python analyze.py runs/a runs/b/certificates.tsv --output=report
 
 A PATH is a run's folder or any file in the field's format, from whatever program. Files of certify.py hold the counts
 that the radii follow from: they are checked against them, and recomputed by
 
     python analyze.py runs/a --alpha=0.01 --bound=two_class --joint
+
+--output writes into a folder
+
+    report.html              all of the following, in one file that needs no other
+    certified_accuracy.png   curves with 95 % bands; all figures also as .pdf
+    acr.png, p_a.png         ACR with 95 % intervals; the distribution of p_A
+    comparison.png           radii of two runs on the same images, and
+    gained_lost.png          the images that gained and lost most
+    training.png             training curves
+    margins.png              logit margins of clean and noisy images
+    images_1.png, ...        least and most robust images, noisy copies, votes; a figure for each run
+    tables.md, tables.tex    the tables
+    measures.csv, comparisons.csv, differences.csv: a line for each file, each two files, each of their common images
+
+as far as the files allow: training needs a run's folder, p_A counts, margins and images a checkpoint and its dataset.
 """
 
-import csv
-import io
 import json
 import math
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from rs_consistency.analysis import DEFAULT_RADII, summarize
+from rs_consistency import formats
+from rs_consistency.analysis import DEFAULT_RADII, Certificates, summarize
 from rs_consistency.bounds import BOUNDS
 from rs_consistency.checks import probability
 from rs_consistency.cli.common import Parser, run_main, run_program
 from rs_consistency.errors import UserError
 from rs_consistency.joint import DEFAULT_DELTA, joint_statement
-from rs_consistency.reanalysis import load, summarize_votes
+from rs_consistency.reanalysis import Evidence, load, summarize_votes
+from rs_consistency.report import tables
 
 
 def _parser() -> Parser:
@@ -42,7 +57,9 @@ def _parser() -> Parser:
         "--delta", type=float, default=DEFAULT_DELTA, help="error probability of a --joint bound (default: %(default)s)"
     )
     add("--format", choices=tuple(_FORMATS), default="text", help="of the tables (default: %(default)s)")
-    add("--output", type=Path, help="a folder for the curves, certified_accuracy.png and p_a.png")
+    add("--output", type=Path, help="a folder for the report: see above")
+    add("--no_network", action="store_true", help="ask no run's network: a report without logit margins and images")
+    add("--data_dir", default="", help="folder of the prepared datasets (default: that of the run)")
     return parser
 
 
@@ -56,7 +73,7 @@ def _main(argv: Sequence[str] | None) -> None:
     output = args.output and args.output.expanduser()
     if output and output.suffix == ".png":
         raise UserError(f"output={output}: give a folder; the picture in it is called certified_accuracy.png")
-    tables, evidences, summaries = [], [], []
+    loaded, summaries = [], []
     for path in paths:
         table, evidence = load(
             path, alpha=args.alpha, bound=args.bound, bonferroni=args.bonferroni, need_counts=args.joint
@@ -64,137 +81,70 @@ def _main(argv: Sequence[str] | None) -> None:
         summary = {**summarize(path, table, args.radii), **summarize_votes(evidence)}
         if args.joint:
             summary |= joint_statement(table, args.radii, alpha=evidence.settings.alpha, delta=args.delta)
-        tables.append(table)
-        evidences.append(evidence)
+        loaded.append((table, evidence))
         summaries.append(summary)
-    print(_FORMATS[args.format](summaries), end="")
+    print(_FORMATS[args.format](summaries), end="", flush=True)
     if output:
-        from rs_consistency.plots import save_curves, save_p_a, short_labels  # matplotlib is slow to import
-
-        output.mkdir(parents=True, exist_ok=True)
-        labels = short_labels(paths)
-        figures = {"curves": output / "certified_accuracy.png"}
-        save_curves(dict(zip(labels, tables, strict=True)), figures["curves"])
-        known = {label: evidence for label, evidence in zip(labels, evidences, strict=True) if evidence}
-        if known:
-            figures["p_A"] = output / "p_a.png"
-            save_p_a(known, figures["p_A"])
+        _report(args, paths, loaded, summaries, output)
         if args.format == "text":
-            print("".join(f"\n{name}: {figure}" for name, figure in figures.items()))
+            figures = {"curves": "certified_accuracy.png"}
+            if any(evidence for _, evidence in loaded):
+                figures["p_A"] = "p_a.png"
+            print("".join(f"\n{name}: {output / file}" for name, file in {**figures, "report": "report.html"}.items()))
+
+
+def _report(
+    args: Any,
+    paths: list[Path],
+    loaded: list[tuple[Certificates, Evidence | None]],
+    summaries: list[dict[str, Any]],
+    output: Path,
+) -> None:
+    """Writes the report about files that were read."""
+    from rs_consistency.plots import short_labels  # matplotlib is slow to import
+    from rs_consistency.report.contents import subject
+    from rs_consistency.report.page import write_report
+
+    output.mkdir(parents=True, exist_ok=True)
+    subjects = [subject(label, path, *one) for label, path, one in zip(short_labels(paths), paths, loaded, strict=True)]
+    asked = {"alpha": args.alpha, "bound": args.bound}
+    recomputed = [f"{name} = {value}" for name, value in asked.items() if value is not None]
+    if args.bonferroni:
+        recomputed.append("alpha divided by the number of images of the file (Bonferroni)")
+    if not args.no_network and any(one.record for one in subjects):
+        from rs_consistency.backend import keep_compiled, keep_memory  # JAX, slow to import
+
+        keep_compiled()
+        keep_memory()
+    write_report(
+        subjects, summaries, output,
+        recomputed=", ".join(recomputed), ask_networks=not args.no_network, data_dir=args.data_dir,
+    )  # fmt: skip
 
 
 def _tables(summaries: list[dict[str, Any]]) -> list[list[list[str]]]:
     """What is printed for people: tables, each a header and rows."""
-    tables = [_measures(summaries)]
+    found = [tables.measures(summaries)]
     if any(summary["n"] for summary in summaries):
-        tables.append(_votes(summaries))
+        found.append(tables.votes(summaries))
     if "wrong_at_most" in summaries[0]:
-        tables.append(_joint(summaries))
-    return tables
-
-
-def _votes(summaries: list[dict[str, Any]]) -> list[list[str]]:
-    """What the votes allow, and what they said; files without counts are left out."""
-    shares = list(summaries[0]["p_a"])[:3]  # the low ones: the others are close to 1
-    header = ["path", "sigma", "n", "alpha", "bound", "ceiling", "at ceiling"]
-    rows = [
-        [
-            summary["path"],
-            f"{summary['sigma']:g}",
-            str(summary["n"]),
-            f"{summary['alpha']:.4g}",
-            summary["bound"],
-            f"{summary['radius_ceiling']:.4f}",
-            f"{summary['at_ceiling']:.4f}",
-            *(f"{summary['p_a'][share]:.4f}" for share in shares),
-        ]
-        for summary in summaries
-        if summary["n"]
-    ]
-    return [[*header, *(f"p_A {float(share):.0%}" for share in shares)], *rows]
-
-
-def _joint(summaries: list[dict[str, Any]]) -> list[list[str]]:
-    """Lower confidence bounds of the certified accuracy, two rows for each file."""
-    radii = (f"r={radius}" for radius in summaries[0]["certified_accuracy"])
-    rows = [["path", "lower bound for", "delta", "wrong lines", *radii]]
-    for summary in summaries:
-        for of, wrong, key in (
-            ("these images", f"<= {summary['wrong_at_most']}", "certified_accuracy_lower"),
-            ("new images", "-", "population_accuracy_lower"),
-        ):
-            # Rounded down; 0.829 for a counted 0.83, which is a little less in binary, would be too much of that.
-            exact = [1000 * share for share in summary[key].values()]
-            whole = [round(share, 6) if key == "certified_accuracy_lower" else share for share in exact]
-            shares = (f"{math.floor(share) / 1000:.3f}" for share in whole)
-            rows.append([summary["path"], of, f"{summary['delta']:g}", wrong, *shares])
-    return rows
-
-
-def _measures(summaries: list[dict[str, Any]]) -> list[list[str]]:
-    """A header and a row of text for each file."""
-    radii = list(summaries[0]["certified_accuracy"])
-    header = ["path", "images", "ACR", "accuracy", "abstention", *(f"r={radius}" for radius in radii)]
-    rows = [
-        [
-            summary["path"],
-            str(summary["n_images"]),
-            f"{summary['acr']:.4f}",
-            f"{summary['accuracy']:.4f}",
-            f"{summary['abstention']:.4f}",
-            *(f"{share:.3f}" for share in summary["certified_accuracy"].values()),
-        ]
-        for summary in summaries
-    ]
-    return [header, *rows]
+        found.append(tables.joint(summaries))
+    return found
 
 
 def _text(summaries: list[dict[str, Any]]) -> str:
-    return "\n".join(map(_aligned, _tables(summaries)))
-
-
-def _aligned(rows: list[list[str]]) -> str:
-    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    lines = [
-        "  ".join(
-            [
-                row[0].ljust(widths[0]),
-                *(cell.rjust(width) for cell, width in zip(row[1:], widths[1:], strict=True)),
-            ]
-        )
-        for row in rows
-    ]
-    return "\n".join(lines) + "\n"
-
-
-def _csv(summaries: list[dict[str, Any]]) -> str:
-    """Full precision, the names of the JSON format, a column for each radius; empty where the JSON has null."""
-    flat = []
-    for summary in summaries:
-        row = {}
-        for name, value in summary.items():
-            row |= {f"{name}_{key}": one for key, one in value.items()} if isinstance(value, dict) else {name: value}
-        flat.append(row)
-    buffer = io.StringIO()
-    writer = csv.DictWriter(buffer, flat[0].keys(), lineterminator="\n")
-    writer.writeheader()
-    writer.writerows(flat)
-    return buffer.getvalue()
+    return "\n".join(map(formats.aligned, _tables(summaries)))
 
 
 def _markdown(summaries: list[dict[str, Any]]) -> str:
-    texts = []
-    for header, *rest in _tables(summaries):
-        lines = [header, ["---", *("---:" for _ in header[1:])], *rest]
-        texts.append("".join(f"| {' | '.join(line)} |\n" for line in lines))
-    return "\n".join(texts)
+    return "\n".join(map(formats.markdown, _tables(summaries)))
 
 
 def _json(summaries: list[dict[str, Any]]) -> str:
     return json.dumps(summaries, indent=2, allow_nan=False) + "\n"
 
 
-_FORMATS = {"json": _json, "text": _text, "csv": _csv, "markdown": _markdown}
+_FORMATS = {"json": _json, "text": _text, "csv": formats.csv_text, "markdown": _markdown}
 
 
 def main(argv: Sequence[str] | None = None) -> None:

@@ -9,7 +9,6 @@ import sys
 from collections.abc import Callable, Sequence
 from typing import Any, NoReturn
 
-import jax
 from absl import logging as absl_logging
 
 from rs_consistency.errors import UserError
@@ -28,13 +27,6 @@ def run_main(main: Callable[[Sequence[str] | None], None], argv: Sequence[str] |
         sys.stdout.flush()
     except UserError as error:
         fail(str(error))
-    except (jax.errors.JaxRuntimeError, MemoryError) as error:
-        if not isinstance(error, MemoryError) and not re.search("RESOURCE_EXHAUSTED|[Oo]ut of memory", str(error)):
-            raise
-        fail(
-            "the device's memory is full; use a smaller batch (--batch_size of certify.py, --config.batch_size or"
-            " --config.eval_batch_size of train.py)"
-        )
     except BrokenPipeError:  # the reader of our output has gone, such as `| head`
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # nothing more can fail to be flushed
         raise SystemExit(EXIT_BROKEN_PIPE) from None
@@ -47,6 +39,22 @@ def run_main(main: Callable[[Sequence[str] | None], None], argv: Sequence[str] |
         fail(f"{where}{error.strerror}; {remedy}")
     except KeyboardInterrupt:
         fail("interrupted; the same command continues", status=EXIT_INTERRUPTED)
+    except Exception as error:
+        if not _memory_is_full(error):
+            raise
+        fail(
+            "the device's memory is full; use a smaller batch (--batch_size of certify.py, --config.batch_size or"
+            " --config.eval_batch_size of train.py)"
+        )
+
+
+def _memory_is_full(error: Exception) -> bool:
+    """Of this machine, or of a device of JAX, which is slow to import: not every program does."""
+    jax = sys.modules.get("jax")
+    of_device = jax is not None and isinstance(error, jax.errors.JaxRuntimeError)
+    return isinstance(error, MemoryError) or (
+        of_device and re.search("RESOURCE_EXHAUSTED|[Oo]ut of memory", str(error)) is not None
+    )
 
 
 def run_program(main: Callable[[], None]) -> None:

@@ -1,11 +1,12 @@
-"""Tables and pictures of reproduced results: text, Markdown, LaTeX, PNG; from the results' folder alone."""
+"""Tables and pictures of reproduced results: text, Markdown, LaTeX, PNG, PDF; from the results' folder alone."""
 
 import itertools
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
-from rs_consistency.files import replace_atomically
-from rs_consistency.plots import plt, save_curves
+from rs_consistency import formats
+from rs_consistency.files import write_text
+from rs_consistency.plots import plt, save, save_curves
 from rs_consistency.reproduction.comparison import Pair, Row, pairs_of, rows_of, together
 from rs_consistency.reproduction.published import TRADEOFF, table_of
 from rs_consistency.reproduction.results import read_results
@@ -35,8 +36,9 @@ def render(table_name: str, results: Path) -> str:
     rows, pairs = rows_of(found, table), pairs_of(found)
     cells, notes = _table(rows)
     paired = _paired(pairs)
-    _write(folder / "table.md", markdown(cells, paired, notes))
-    _write(folder / "table.tex", latex(cells, paired, notes))
+    escaped = [formats.latex_text(one) for one in notes]
+    write_text(folder / "table.md", _document(cells, paired, notes, formats.markdown, "  \n"))
+    write_text(folder / "table.tex", _document(cells, paired, escaped, formats.latex, "\n\n"))
     if table.lbds:
         _save_tradeoff(rows, folder / "tradeoff.png")
     else:
@@ -44,8 +46,7 @@ def render(table_name: str, results: Path) -> str:
             by_method = {name: list(runs) for name, runs in itertools.groupby(group, key=lambda one: one.method)}
             curves = {name: together(runs) for name, runs in by_method.items()}
             save_curves(curves, folder / f"certified_accuracy_sigma{sigma:.2f}.png")
-    parts = [_aligned(cells), *([_aligned(paired)] if pairs else []), "\n".join(notes)]
-    return "\n\n".join(part for part in parts if part) + f"\n\nwritten: {folder}"
+    return _document(cells, paired, notes, formats.aligned, "\n") + f"\nwritten: {folder}"
 
 
 def _table(rows: Sequence[Row]) -> tuple[_Cells, list[str]]:
@@ -83,40 +84,11 @@ def _with_deviation(value: float, deviation: float | None) -> str:
     return f"{value:.4f}" + ("" if deviation is None else f" +- {deviation:.4f}")
 
 
-def _aligned(lines: _Cells) -> str:
-    widths = [max(len(line[column]) for line in lines) for column in range(len(lines[0]))]
-    return "\n".join(
-        "  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)).rstrip() for line in lines
-    )
-
-
-def markdown(cells: _Cells, paired: _Cells, notes: Sequence[str]) -> str:
-    """The tables as Markdown."""
-    parts = []
-    for lines in (cells, paired):
-        if len(lines) > 1:
-            head, *body = (f"| {' | '.join(line)} |" for line in lines)
-            parts.append("\n".join([head, "|" + "---|" * len(lines[0]), *body]))
-    parts.insert(1, "  \n".join(notes))
-    return "\n\n".join(part for part in parts if part) + "\n"
-
-
-def latex(cells: _Cells, paired: _Cells, notes: Sequence[str]) -> str:
-    """The tables as LaTeX; needs the package booktabs."""
-    parts = []
-    for lines in (cells, paired):
-        if len(lines) > 1:
-            head, *body = (" & ".join(_escaped(cell) for cell in line) + r" \\" for line in lines)
-            rules = [r"\begin{tabular}{" + "l" * len(lines[0]) + "}", r"\toprule", head, r"\midrule", *body]
-            parts.append("\n".join([*rules, r"\bottomrule", r"\end{tabular}"]))
-    parts.insert(1, "\n\n".join(_escaped(note) for note in notes))
-    return "\n\n".join(part for part in parts if part) + "\n"
-
-
-def _escaped(text: str) -> str:
-    for plain, written in (("%", r"\%"), ("_", r"\_"), ("+-", r"$\pm$"), ("#", r"\#"), ("&", r"\&")):
-        text = text.replace(plain, written)
-    return text
+def _document(cells: _Cells, paired: _Cells, notes: Sequence[str], write: Callable[[_Cells], str], between: str) -> str:
+    """The tables that have lines, with the notes below the first, in one of the formats."""
+    tables = [write(lines) for lines in (cells, paired) if len(lines) > 1]
+    tables.insert(1, between.join(notes) + "\n" if notes else "")
+    return "\n".join(part for part in tables if part)
 
 
 def _save_tradeoff(rows: Sequence[Row], path: Path) -> None:
@@ -134,11 +106,4 @@ def _save_tradeoff(rows: Sequence[Row], path: Path) -> None:
         one.set(xlabel="weight of the consistency term (lbd)", ylabel=label, ylim=(0, None))
         one.grid(alpha=0.3)
     axes[0].legend()
-    with replace_atomically(path) as temporary:
-        figure.savefig(temporary, format="png", dpi=150)
-    plt.close(figure)
-
-
-def _write(path: Path, text: str) -> None:
-    with replace_atomically(path) as temporary:
-        temporary.write_text(text, encoding="utf-8")
+    save(figure, path)

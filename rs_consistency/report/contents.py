@@ -1,0 +1,133 @@
+"""What a report is about: certificate files, and where they lie in a run's folder, its records."""
+
+import itertools
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from rs_consistency.analysis import Certificates, certificate_path
+from rs_consistency.errors import UserError
+from rs_consistency.files import read_json
+from rs_consistency.reanalysis import Evidence
+from rs_consistency.statistics import Interval, PairedDifference, bootstrap_interval, paired_difference
+
+_NAMED = 5  # images that gained most, and lost most
+
+
+class Subject(NamedTuple):
+    """One file of certificates.
+
+    Attributes:
+      label: short name in tables and figures.
+      path: as the user named it.
+      certificates: its lines.
+      evidence: the votes behind them; None for a file of another program.
+      record: how it was made; empty where that is not known.
+      config: of the training; empty where that is not known.
+      metrics: a dictionary for each epoch; empty outside a run's folder.
+      workdir: of the run that it lies in; None elsewhere.
+      interval: 95 % of the ACR over images of the kind, by the bootstrap; None for a single image.
+      notes: what could not be read, a line each.
+    """
+
+    label: str
+    path: Path
+    certificates: Certificates
+    evidence: Evidence | None
+    record: dict[str, Any]
+    config: dict[str, Any]
+    metrics: list[dict[str, Any]]
+    workdir: Path | None
+    interval: Interval | None
+    notes: list[str]
+
+
+class Comparison(NamedTuple):
+    """Two subjects on the M images that both have.
+
+    Attributes:
+      first: label.
+      second: label.
+      difference: of radius times correct, `first` minus `second`.
+      images: `[M]`, their numbers.
+      labels: `[M]`, their true classes.
+      radii: `[2, M]`, radius times correct of `first` and `second`.
+    """
+
+    first: str
+    second: str
+    difference: PairedDifference
+    images: np.ndarray
+    labels: np.ndarray
+    radii: np.ndarray
+
+    def order(self) -> np.ndarray:
+        """`[M]`, places of the images, those that gained most first."""
+        return np.argsort(self.radii[1] - self.radii[0], kind="stable")
+
+    def gained(self) -> list[int]:
+        """Places of the images that gained most, at most five, the most first."""
+        return [int(place) for place in self.order()[:_NAMED] if self.radii[0, place] > self.radii[1, place]]
+
+    def lost(self) -> list[int]:
+        """Likewise, of those that lost most."""
+        return [int(place) for place in self.order()[::-1][:_NAMED] if self.radii[0, place] < self.radii[1, place]]
+
+
+def subject(label: str, path: Path, certificates: Certificates, evidence: Evidence | None) -> Subject:
+    """Reads what lies beside a certificate file; what is not there, or cannot be read, leaves its field empty.
+
+    Only a record of certify.py counts as one: another program's file may have any file beside it.
+    """
+    file = certificate_path(path)
+    folder, notes = file.parent, []
+    record = _read(file.with_name(file.name.removesuffix(".gz")).with_suffix(".json"), notes)
+    if "parameter_digest" not in record:
+        record = {}
+    config = _read(folder / "config.json", notes)
+    workdir = folder if config else None
+    if not config and isinstance(record.get("config"), dict):
+        config = record["config"]
+    radii = certificates.radius * certificates.correct
+    interval = bootstrap_interval(radii) if len(radii) > 1 else None
+    metrics = _metrics(folder, notes) if workdir else []
+    return Subject(label, path, certificates, evidence, record, config, metrics, workdir, interval, notes)
+
+
+def compare(subjects: Sequence[Subject]) -> tuple[list[Comparison], list[str]]:
+    """Every two subjects on their common images; and of those that cannot be compared, why, a line each."""
+    found, apart = [], []
+    for one, other in itertools.combinations(subjects, 2):
+        common, mine, theirs = np.intersect1d(one.certificates.idx, other.certificates.idx, return_indices=True)
+        labels = one.certificates.label[mine]
+        data = {str(each.record["data_digest"]) for each in (one, other) if "data_digest" in each.record}
+        if len(data) > 1 or not np.array_equal(labels, other.certificates.label[theirs]):
+            apart.append(f"{one.label} and {other.label} are not compared: their images are not the same")
+        elif len(common) < 2:
+            apart.append(f"{one.label} and {other.label} are not compared: {len(common)} common images, 2 are needed")
+        else:
+            tables = ((one.certificates, mine), (other.certificates, theirs))
+            radii = np.stack([table.radius[places] * table.correct[places] for table, places in tables])
+            found.append(Comparison(one.label, other.label, paired_difference(*radii), common, labels, radii))
+    return found, apart
+
+
+def _read(path: Path, notes: list[str]) -> dict[str, Any]:
+    """A JSON object; empty where there is none, with a note where it is damaged."""
+    try:
+        return read_json(path) if path.is_file() else {}
+    except UserError as error:
+        notes.append(str(error))
+        return {}
+
+
+def _metrics(folder: Path, notes: list[str]) -> list[dict[str, Any]]:
+    from rs_consistency.metrics import METRICS_FILE, read_lines  # TensorBoard's writer, slow to import
+
+    try:
+        return read_lines(folder / METRICS_FILE)
+    except UserError as error:
+        notes.append(str(error))
+        return []

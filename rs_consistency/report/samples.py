@@ -1,0 +1,201 @@
+"""What a report asks a run's network: logits of clean and noisy images, and votes on single ones."""
+
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from tqdm import tqdm
+
+from rs_consistency import data, noise, runs, training, voting
+from rs_consistency.checkpoints import digest
+from rs_consistency.errors import UserError
+from rs_consistency.models import DTYPES
+from rs_consistency.models.inference import for_inference
+from rs_consistency.report.contents import Subject
+
+VOTES = 256  # on an image of the strip
+_BATCH = 128
+_MOST_FOR_MARGINS = 500  # images
+_SECONDS_BEFORE_BAR = 2
+
+
+class Samples(NamedTuple):
+    """What a network says about images of its certificate file.
+
+    Attributes:
+      sigma: standard deviation of the noise.
+      clean_margins: `[N]`, logit of the true class minus the largest other one, of the images themselves.
+      noisy_margins: `[M, N]`, of M noisy copies of them.
+      shown: `[S]`, numbers of the images in the strip, the least robust first.
+      least: how many of them are the least robust ones; the others are the most robust.
+      images: `[S, H, W, C]` float32 in [0, 1], of those.
+      labels: `[S]`.
+      predictions: `[S]`, certified classes, -1 for abstention.
+      radii: `[S]`, certified.
+      copies: `[S, M, H, W, C]`, noisy ones.
+      classes: `[S, M]`, what the network makes of each.
+      votes: `[S, K]` of `VOTES` noisy copies, the M among them: not the votes of the certificate.
+    """
+
+    sigma: float
+    clean_margins: np.ndarray
+    noisy_margins: np.ndarray
+    shown: np.ndarray
+    least: int
+    images: np.ndarray
+    labels: np.ndarray
+    predictions: np.ndarray
+    radii: np.ndarray
+    copies: np.ndarray
+    classes: np.ndarray
+    votes: np.ndarray
+
+    def within(self) -> float:
+        """Standard deviation of the margin among the noisy copies of an image, root mean square over images."""
+        return float(np.sqrt(self.noisy_margins.var(axis=0, ddof=1).mean()))
+
+
+def open_images(subject: Subject, *, data_dir: str = "") -> data.OpenSplit:
+    """The images that a file certifies.
+
+    Args:
+      subject: of the file.
+      data_dir: folder of the prepared dataset; empty for that of its run.
+
+    Raises:
+      UserError: when its record does not name them, or they are not there, or other ones.
+    """
+    name, split, wanted = (str(subject.record.get(key, "")) for key in ("dataset", "split", "data_digest"))
+    if not (name and split and wanted):
+        raise UserError(f"{subject.path} has no record of certify.py that names its images")
+    places = subject.config.get("dataset")
+    places = places if isinstance(places, dict) else {}
+    found = data.open_split(
+        name, split,
+        data_dir=data_dir or str(places.get("data_dir", "")), cache_dir=str(places.get("cache_dir", "")),
+    )  # fmt: skip
+    if found.digest() != wanted:
+        raise UserError(f"{name} ({split}) is not the data that {subject.path} is of")
+    return found
+
+
+def ask(subject: Subject, split: data.OpenSplit, *, images: int = 5, copies: int = 4) -> Samples:
+    """Restores the network that a file certifies and asks it; a function of the network and the file alone.
+
+    The margins are those of up to 500 images, spread over the file. Noise is that of `Stream.REPORT`, under the seed of
+    the file, addressed by image and copy: no other program's, and for the strip that of its votes.
+
+    Args:
+      subject: of the file.
+      split: from `open_images`.
+      images: of each kind in the strip, the least and the most robust.
+      copies: M, noisy copies of each image, at least 2.
+
+    Raises:
+      UserError: when there is no run around the file, no checkpoint in it, or that of another network.
+    """
+    record, table = subject.record, subject.certificates
+    devices = jax.local_devices()[:1]
+    info = data.dataset_info(record["dataset"])
+    question = voting.vote_settings(
+        sigma=record.get("sigma"), num_classes=info.num_classes, n=VOTES, seed=record.get("seed"), batch_size=None,
+        image_shape=info.image_shape, n0=0, least_n0=0, platform=devices[0].platform,
+    )  # fmt: skip
+    apply_fn, variables = _network(subject, devices)
+    look = _Look(apply_fn, variables, noise.stream_key(question.seed, noise.Stream.REPORT), question.sigma)
+    spread = np.unique(np.linspace(0, len(table.idx) - 1, min(len(table.idx), _MOST_FOR_MARGINS)).astype(int))
+    least, most = _extremes(np.where(table.correct == 1, table.radius, -table.radius), images)
+    chosen = np.concatenate([least, most])
+    shown = table.idx[chosen]
+    bar = tqdm(
+        total=(1 + copies) * len(spread) + (copies + VOTES) * len(shown), desc=f"asking {subject.label}", unit="img",
+        unit_scale=True, leave=False, delay=_SECONDS_BEFORE_BAR,
+    )  # fmt: skip
+    with bar:
+        clean, noisy = [], []
+        for first in range(0, len(spread), _BATCH):
+            indices = table.idx[spread[first : first + _BATCH]]
+            pictures, labels = split.read(indices)
+            clean.append(margins(look(pictures, indices, None)[1], labels))
+            noisy.append([margins(look(pictures, indices, copy)[1], labels) for copy in range(copies)])
+            bar.update((1 + copies) * len(indices))
+        pictures, labels = split.read(shown)
+        drawn, logits = zip(*(look(pictures, shown, copy) for copy in range(copies)), strict=True)
+        bar.update(copies * len(shown))
+        counts = []
+        for group in voting.count_votes(
+            apply_fn, variables, pictures, shown, settings=question, devices=devices, stream=noise.Stream.REPORT
+        ):
+            counts.append(group.counts)
+            bar.update(VOTES * len(group.counts))
+    return Samples(
+        sigma=question.sigma, clean_margins=np.concatenate(clean), noisy_margins=np.concatenate(noisy, axis=1),
+        shown=shown, least=len(least), images=voting.to_float(pictures), labels=labels,
+        predictions=table.predict[chosen], radii=table.radius[chosen], copies=np.stack(drawn, axis=1),
+        classes=np.stack([one.argmax(axis=1) for one in logits], axis=1), votes=np.concatenate(counts),
+    )  # fmt: skip
+
+
+def margins(logits: np.ndarray, labels: np.ndarray) -> np.ndarray:
+    """f_y - max over c != y of f_c of logits `[N, K]` and labels `[N]`: `[N]`, positive where the class is right."""
+    rows = np.arange(len(labels))
+    others = logits.copy()
+    others[rows, labels] = -np.inf
+    return logits[rows, labels] - others.max(axis=1)
+
+
+class _Look:
+    """A network, asked about images in batches of one size; compiled once."""
+
+    def __init__(self, apply_fn: Any, variables: Any, key: jax.Array, sigma: float) -> None:
+        self._variables, self._sigma = variables, sigma
+
+        @jax.jit
+        def noisy_logits(
+            variables: Any, images: jax.Array, indices: jax.Array, copy: jax.Array, sigma: jax.Array
+        ) -> tuple[jax.Array, jax.Array]:
+            # The address of an estimating vote, as `voting.count_votes` has it.
+            address = indices, jnp.ones_like(indices), jnp.full_like(indices, copy)
+            noisy = images + sigma * noise.addressed_noise(key, *address, shape=images.shape[1:])
+            return noisy, apply_fn(variables, noisy)
+
+        self._compiled = noisy_logits
+
+    def __call__(self, images: np.ndarray, indices: np.ndarray, copy: int | None) -> tuple[np.ndarray, np.ndarray]:
+        """One noisy copy of at most `_BATCH` images, and its logits; of the images themselves for a copy of None."""
+        number = len(images)
+        rows = np.minimum(np.arange(_BATCH), number - 1)  # filled up with the last one
+        noisy, logits = self._compiled(
+            self._variables, voting.to_float(images)[rows], indices[rows].astype(np.int32), np.int32(copy or 0),
+            np.float32(0 if copy is None else self._sigma),
+        )  # fmt: skip
+        logits = np.asarray(logits, np.float32)[:number]
+        nan = np.flatnonzero(np.isnan(logits).any(axis=1))
+        if len(nan):
+            raise voting.nan_error(indices[nan[0]])
+        return np.asarray(noisy)[:number], logits
+
+
+def _network(subject: Subject, devices: list[jax.Device]) -> tuple[Any, Any]:
+    """The network that a file certifies, ready for inference: a function and its variables."""
+    record = subject.record
+    if subject.workdir is None:
+        raise UserError(f"{subject.path} lies in no run's folder")
+    run = runs.restore(subject.workdir, devices)
+    if digest(run.variables) != record["parameter_digest"]:
+        raise UserError(
+            f"{subject.path} is of another checkpoint (step {record.get('checkpoint_step')}) than the newest of"
+            f" {subject.workdir} (step {run.step})"
+        )
+    if record.get("dtype") in DTYPES:
+        run.config.dtype = record["dtype"]
+    model = training.make_model(run.config)
+    return for_inference(model, run.variables, image_shape=data.dataset_info(run.config.dataset.name).image_shape)
+
+
+def _extremes(robustness: np.ndarray, images: int) -> tuple[np.ndarray, np.ndarray]:
+    """Places of the least and of the most robust images, each ascending; no image in both."""
+    order = np.argsort(robustness, kind="stable")
+    half = min(images, (len(order) + 1) // 2)
+    return order[:half], order[half:][-images:]
