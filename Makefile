@@ -7,7 +7,7 @@ DEMO ?= runs/demo
 DEMO_SKIP ?= 10
 DEMO_N ?= 10000
 
-.PHONY: demo test test-all docs lint format clean
+.PHONY: demo test test-all test-torch docs lint format clean
 
 $(VENV)/installed: setup.py constraints.txt
 	$(PYTHON) -c 'import sys; v = sys.version_info[:2]; sys.exit(None if (3, 11) <= v <= (3, 13) else f"error: Python {v[0]}.{v[1]} at {sys.executable}: use 3.11 to 3.13, make PYTHON=python3.11")'
@@ -30,6 +30,15 @@ test: $(VENV)/installed
 # Also what takes longer than its worth in every run.
 test-all: $(VENV)/installed
 	$(RUN) -m pytest -n 2 --dist loadfile -m ""
+
+# What needs PyTorch, which no other target installs: its checkpoints, read and written. None of it is skipped here. A build
+# for the CPU is smaller: PIP_EXTRA_INDEX_URL=https://download.pytorch.org/whl/cpu make test-torch
+test-torch: $(VENV)/installed-torch
+	RS_CONSISTENCY_NEEDS_TORCH=1 $(RUN) -m pytest -n 2 tests/test_torch_checkpoints.py tests/test_torch_programs.py
+
+$(VENV)/installed-torch: $(VENV)/installed
+	$(RUN) -m pip install -qq --disable-pip-version-check --constraint constraints.txt --editable '.[torch]'
+	touch $@
 
 # The documentation, to docs/_build/html/index.html.
 docs: $(VENV)/installed

@@ -5,6 +5,7 @@ from pathlib import Path
 from setuptools import find_packages, setup
 
 _NOTEBOOKS = ["ipykernel>=6.29,<8", "nbclient>=0.10,<0.12", "nbformat>=5.10,<6"]
+_TORCH = ["torch>=2.6,<3"]
 _DOCS = ["furo>=2024.8", "myst-parser>=4,<6", "sphinx>=8,<10"]
 
 setup(
@@ -15,13 +16,15 @@ setup(
     long_description_content_type="text/markdown",
     license="Apache-2.0",
     python_requires=">=3.11,<3.14",
-    packages=find_packages(include=["rs_consistency", "rs_consistency.*"]),
+    # `configs`, too: the commands read its files, and users' own import from it.
+    packages=find_packages(include=["rs_consistency", "rs_consistency.*", "configs"]),
     package_data={"rs_consistency.data": ["embedded/*"], "rs_consistency.report": ["*.jinja"]},
     entry_points={
         "console_scripts": [
             "rs-train = rs_consistency.cli.train:run",
             "rs-certify = rs_consistency.cli.certify:run",
             "rs-analyze = rs_consistency.cli.analyze:run",
+            "rs-export-torch = rs_consistency.cli.export_torch:run",
         ]
     },
     install_requires=[
@@ -48,8 +51,10 @@ setup(
     extras_require={
         # Only to download and prepare datasets; reading a prepared array_record folder needs none of it.
         "prepare": ["tensorflow-cpu>=2.18,<3"],
+        # To read and write checkpoints of PyTorch.
+        "torch": _TORCH,
         # What benchmarks/ compares with.
-        "benchmarks": ["torch>=2.6,<3"],
+        "benchmarks": _TORCH,
         # To run notebooks/ outside Colab.
         "notebooks": _NOTEBOOKS,
         # To build docs/.

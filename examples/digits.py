@@ -1,4 +1,4 @@
-"""What the examples share: a few digits, and plain gradient steps."""
+"""What the examples share: a few digits, and how certificates are shown."""
 
 import numpy as np
 

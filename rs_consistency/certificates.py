@@ -65,20 +65,16 @@ class CertificateFile:
         """
         self.path, self._record_path, self.schema = path, record_of(path), schema
         self._wanted = set(selection.indices().tolist())
-        identity = {"mode": schema.name, **identity, **selection.identity()}
+        identity = _identity(schema, identity, selection)
         self._record = {**identity, "identity": list(identity), "max": selection.size, **about}
-        if not path.parent.is_dir():
-            raise UserError(f"output={path}: its folder does not exist; create it, or choose another --output")
-        if path.exists() and not path.is_file():
-            raise UserError(f"output={path} is not a regular file; give the name of a .tsv file")
+        _check_place(path)
         new, content = not path.exists(), b""
         self._file = _open_locked(path)
         try:
             content = self._file.read()
             whole = content[: content.rfind(b"\n") + 1]
-            headers = [kind.header.encode() for kind in SCHEMAS.values()]
             rows: dict[int, Row] = {}
-            if whole in headers or any(header.startswith(content) for header in headers):
+            if _is_empty(content):
                 # New, or killed before the first image was done.
                 check_replaceable(self._record_path)
                 self._file.truncate(0)
@@ -86,14 +82,12 @@ class CertificateFile:
                 write_json(self._record_path, self._record)
                 self._write(schema.header)
             elif whole:
-                recorded = self._read_record(identity)
-                rows = read_lines(path, whole, schema, selection.admitted(), finished="finished" in recorded)
-                _check_unchanged(path, recorded, whole, len(rows))
+                recorded, rows = _answers(path, whole, schema, identity, selection)
                 self._go_on(recorded, about, selection, rows.keys())
                 self._file.truncate(len(whole))
                 self._file.seek(len(whole))
             else:
-                raise UserError(f"{path} is not a certificate file; choose another --output")
+                raise _not_a_table(path)
             self.done = set(rows)
             self.progress = Progress().plus(rows.values())
         except BaseException:
@@ -169,30 +163,6 @@ class CertificateFile:
         self._file.close()
         self._file = new
 
-    def _read_record(self, identity: dict[str, Any]) -> dict[str, Any]:
-        """The record beside the table; a `UserError` when it is not one of this identity."""
-        if not self._record_path.is_file():
-            raise UserError(
-                f"{self.path} has no {self._record_path.name} that says how it was made; choose another --output"
-            )
-        recorded = read_json(self._record_path)
-        check_record(self._record_path, recorded)
-        missing = [key for key in (*identity, "max") if key not in recorded]
-        if missing:
-            raise UserError(
-                f"{self.path} was made by another version of this program ({self._record_path.name} lacks"
-                f" {', '.join(missing)}); choose another --output, or delete it"
-            )
-        differing = [
-            f"{key}: {recorded[key]!r} -> {value!r}" for key, value in identity.items() if recorded[key] != value
-        ]
-        if differing:
-            raise UserError(
-                f"{self.path} was made with other settings ({'; '.join(differing)}); choose another --output,"
-                " or delete it"
-            )
-        return recorded
-
     def _go_on(
         self, recorded: dict[str, Any], about: dict[str, Any], selection: Selection, done: Iterable[int]
     ) -> None:
@@ -211,6 +181,83 @@ class CertificateFile:
                 record["command"] = about["command"]
         if record != recorded:
             write_json(self._record_path, record)
+
+
+def check_answers(path: Path, *, schema: Schema, identity: dict[str, Any], selection: Selection) -> set[int]:
+    """The image numbers that a file holds, if a `CertificateFile` could be opened there; writes nothing.
+
+    Args:
+      path: of the `.tsv`; it need not be there.
+      schema: as of `CertificateFile`; so are the others.
+      identity: of the answers.
+      selection: the images that it is to hold.
+
+    Raises:
+      UserError: as `CertificateFile`, except for a file in use.
+    """
+    record_path = record_of(path)
+    _check_place(path)
+    content = path.read_bytes() if path.exists() else b""
+    whole = content[: content.rfind(b"\n") + 1]
+    if _is_empty(content):
+        check_replaceable(record_path)
+        return set()
+    if not whole:
+        raise _not_a_table(path)
+    return set(_answers(path, whole, schema, _identity(schema, identity, selection), selection)[1])
+
+
+def _identity(schema: Schema, identity: dict[str, Any], selection: Selection) -> dict[str, Any]:
+    """All that the lines depend on."""
+    return {"mode": schema.name, **identity, **selection.identity()}
+
+
+def _check_place(path: Path) -> None:
+    if not path.parent.is_dir():
+        raise UserError(f"output={path}: its folder does not exist; create it, or choose another --output")
+    if path.exists() and not path.is_file():
+        raise UserError(f"output={path} is not a regular file; give the name of a .tsv file")
+
+
+def _is_empty(content: bytes) -> bool:
+    """Whether a file is new, or was left by a kill before the first image was done."""
+    headers = [kind.header.encode() for kind in SCHEMAS.values()]
+    return content[: content.rfind(b"\n") + 1] in headers or any(header.startswith(content) for header in headers)
+
+
+def _not_a_table(path: Path) -> UserError:
+    return UserError(f"{path} is not a certificate file; choose another --output")
+
+
+def _answers(
+    path: Path, whole: bytes, schema: Schema, identity: dict[str, Any], selection: Selection
+) -> tuple[dict[str, Any], dict[int, Row]]:
+    """The record of a table with lines, and the lines; a `UserError` where they are not of this identity."""
+    recorded = _read_record(path, identity)
+    rows = read_lines(path, whole, schema, selection.admitted(), finished="finished" in recorded)
+    _check_unchanged(path, recorded, whole, len(rows))
+    return recorded, rows
+
+
+def _read_record(path: Path, identity: dict[str, Any]) -> dict[str, Any]:
+    """The record beside a table; a `UserError` when it is not one of this identity."""
+    record_path = record_of(path)
+    if not record_path.is_file():
+        raise UserError(f"{path} has no {record_path.name} that says how it was made; choose another --output")
+    recorded = read_json(record_path)
+    check_record(record_path, recorded)
+    missing = [key for key in (*identity, "max") if key not in recorded]
+    if missing:
+        raise UserError(
+            f"{path} was made by another version of this program ({record_path.name} lacks"
+            f" {', '.join(missing)}); choose another --output, or delete it"
+        )
+    differing = [f"{key}: {recorded[key]!r} -> {value!r}" for key, value in identity.items() if recorded[key] != value]
+    if differing:
+        raise UserError(
+            f"{path} was made with other settings ({'; '.join(differing)}); choose another --output, or delete it"
+        )
+    return recorded
 
 
 def _check_unchanged(path: Path, record: dict[str, Any], content: bytes, images: int) -> None:

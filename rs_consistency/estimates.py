@@ -109,7 +109,9 @@ def measure_votes(
     devices: Sequence[jax.Device],
 ) -> VoteCost:
     """Times votes on some images `[B, H, W, C]`, for about two seconds; arguments as in `voting.count_votes`."""
-    short = settings._replace(n0=1, n=_MEASURED_BATCHES * settings.batch_size - 1)
+    rows = -(-settings.batch_size // len(devices))
+    # Whole batches on all devices: then the images do not fit into one group, which alone would not be timed.
+    short = settings._replace(n0=1, n=_MEASURED_BATCHES * rows * len(devices) - 1)
     many = images[np.arange(_MEASURED_IMAGES) % len(images)]
     counted, start = 0, 0.0
     for votes in voting.count_votes(
@@ -122,7 +124,6 @@ def measure_votes(
         if time.perf_counter() - start > _MEASURED_SECONDS:
             break
     per_second = counted / (time.perf_counter() - start)
-    rows = -(-settings.batch_size // len(devices))
 
     def one_batch(variables: Any, key: jax.Array, images: jax.Array, index: jax.Array) -> jax.Array:
         return voting.cast(

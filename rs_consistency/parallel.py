@@ -33,6 +33,11 @@ def choose_devices(count: int = 0) -> list[jax.Device]:
     return devices[: count or len(devices)]
 
 
+def describe(devices: Sequence[jax.Device]) -> str:
+    """Number, kind and platform, such as `8 x TPU v2 (tpu)`."""
+    return f"{len(devices)} x {devices[0].device_kind} ({devices[0].platform})"
+
+
 def replicate(tree: Any, devices: Sequence[jax.Device]) -> Any:
     """Copies the arrays of a tree to every device, once; `spread` then uses them in place."""
     return jax.device_put(tree, replicated_sharding(devices))

@@ -39,15 +39,25 @@ class SmoothedClassifier:
 
     def predict(self, images: ArrayLike, **settings: Any) -> Prediction:
         """The classes of images `[B, H, W, C]` in [0, 1], or abstention; see `rs_consistency.predict`."""
-        return predict(self.apply_fn, images, sigma=self.sigma, num_classes=self.num_classes, **settings)
+        return predict(self.apply_fn, images, **self._with_own(settings))
 
     def certify(self, images: ArrayLike, **settings: Any) -> Certification:
         """The classes and certified l2 radii of images `[B, H, W, C]` in [0, 1]; see `rs_consistency.certify`."""
-        return certify(self.apply_fn, images, sigma=self.sigma, num_classes=self.num_classes, **settings)
+        return certify(self.apply_fn, images, **self._with_own(settings))
 
     def decide(self, images: ArrayLike, radius: float, **settings: Any) -> Decisions:
         """Whether images `[B, H, W, C]` in [0, 1] are certified at one radius; see `rs_consistency.decide`."""
-        return decide(self.apply_fn, images, radius=radius, sigma=self.sigma, num_classes=self.num_classes, **settings)
+        return decide(self.apply_fn, images, radius=radius, **self._with_own(settings))
+
+    def _with_own(self, settings: dict[str, Any]) -> dict[str, Any]:
+        """The settings of a call, with those that every call has."""
+        for name in ("apply_fn", "sigma", "num_classes"):
+            if name in settings:
+                raise UserError(
+                    f"{name}={settings[name]!r}: this smoothed classifier has {name}={getattr(self, name)!r}; leave it"
+                    " out, or make another SmoothedClassifier"
+                )
+        return {"sigma": self.sigma, "num_classes": self.num_classes, **settings}
 
     def __repr__(self) -> str:
         name = getattr(self.apply_fn, "__name__", repr(self.apply_fn))

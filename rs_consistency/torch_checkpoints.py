@@ -1,7 +1,9 @@
 """Checkpoints of the published PyTorch repositories, read into this library's models and written from them.
 
 The published training scripts save `{"arch": ..., "epoch": ..., "state_dict": ...}`, where the state dictionary is that
-of `Sequential(normalize, model)`, so that names begin with `1.`; ImageNet's model is in a `DataParallel` (`1.module.`).
+of `Sequential(layer, model)`, so that names begin with `1.`; ImageNet's model is in a `DataParallel` (`1.module.`). The
+layer in front is not in the file: with most repositories it normalizes, subtracts mean and divides by standard
+deviation; with the first release of Salman et al. (NeurIPS 2019) it subtracts the mean alone. See `INPUT_LAYERS`.
 Names and shapes of the models are those of Cohen et al. (ICML 2019) and Jeong and Shin (NeurIPS 2020): LeNet, ResNet-20
 and ResNet-110, DenseNet-40, and torchvision's ResNet-50. Only reading and writing the files needs PyTorch.
 """
@@ -16,6 +18,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from rs_consistency import data, models
+from rs_consistency.checks import one_of
 from rs_consistency.errors import UserError
 from rs_consistency.files import replace_atomically
 
@@ -31,6 +34,9 @@ _LEAVES = {"kernel": "weight", "scale": "weight", "bias": "bias", "mean": "runni
 _LENET = {"Conv_0": "conv1", "Conv_1": "conv2", "Dense_0": "fc1", "Dense_1": "fc2"}
 _IGNORED = "num_batches_tracked"  # of PyTorch's batch norm; nothing depends on it at a fixed momentum
 _NORMALIZATION = {"means": "mean", "sds": "std"}  # of the layer in front, where it saved them
+
+# What stands in front of the model -> which of these it has.
+INPUT_LAYERS = {"normalize": ("means", "sds"), "center": ("means",), "none": ()}
 _TOLERANCE = 1e-4
 
 
@@ -66,7 +72,9 @@ def read_torch_checkpoint(path: Path) -> TorchCheckpoint:
             " executed: save its state_dict by itself and give that"
         ) from None
     state = content.get("state_dict", content) if isinstance(content, Mapping) else None
-    if not isinstance(state, Mapping) or not all(isinstance(value, torch.Tensor) for value in state.values()):
+    if not isinstance(state, Mapping) or not all(
+        isinstance(name, str) and isinstance(value, torch.Tensor) for name, value in state.items()
+    ):
         raise UserError(f"torch_checkpoint={path} holds no state dictionary; give a file of the published train.py")
     tensors = {name: value.detach().to(torch.float32).numpy() for name, value in state.items()}
     about = content if "state_dict" in content else {}
@@ -75,7 +83,12 @@ def read_torch_checkpoint(path: Path) -> TorchCheckpoint:
 
 
 def from_torch(
-    tensors: Mapping[str, np.ndarray], model: str, *, dataset: str, name: str = "torch_checkpoint"
+    tensors: Mapping[str, np.ndarray],
+    model: str,
+    *,
+    dataset: str,
+    input_layer: str = "normalize",
+    name: str = "torch_checkpoint",
 ) -> dict[str, Any]:
     """The variables of a model of this library from a published state dictionary.
 
@@ -83,6 +96,8 @@ def from_torch(
       tensors: name -> array; `1.`, `module.` and `1.module.` in front of all names are left out.
       model: a key of `ARCHITECTURES`.
       dataset: whose image shape, classes and normalization the model has.
+      input_layer: a key of `INPUT_LAYERS`: what stood in front of the model when it was trained. Where the file has
+        its numbers (`0.means`, `0.sds`), they are checked. The variables are those for `with_input_layer(...)`.
       name: what to call the dictionary in an error.
 
     Returns:
@@ -93,7 +108,17 @@ def from_torch(
         that is not the one inside the model here.
     """
     info = data.dataset_info(dataset)
-    given, normalization = _without_prefixes(tensors)
+    one_of("torch_input", input_layer, INPUT_LAYERS)
+    strange = [key for key in tensors if not isinstance(key, str)]
+    if strange:
+        raise UserError(f"{name} has the key {strange[0]!r}, which is no name of a tensor; give a state dictionary")
+    given, normalization = _without_prefixes(tensors, name)
+    if normalization and set(normalization) != set(INPUT_LAYERS[input_layer]):
+        fitting = next((how for how, keys in INPUT_LAYERS.items() if set(keys) == set(normalization)), "normalize")
+        raise UserError(
+            f"{name}: the layer in front of the model has {', '.join(sorted(normalization))}, which does not fit"
+            f" torch_input={input_layer}; add --torch_input={fitting}"
+        )
     for key, values in normalization.items():
         ours = getattr(info, _NORMALIZATION[key])
         theirs = tuple(float(value) for value in values.ravel())
@@ -121,6 +146,26 @@ def from_torch(
     if given:
         raise UserError(f"{name}: {min(given)} is unknown to {model}; is it of another model? (--config.model)")
     return _nested(found)
+
+
+def with_input_layer(network: Any, input_layer: str) -> Any:
+    """A model whose normalization is another layer of `INPUT_LAYERS`: `center` divides by 1, `none` does nothing.
+
+    Args:
+      network: from `models.create_model`, with the mean and standard deviation of its dataset.
+      input_layer: a key of `INPUT_LAYERS`.
+
+    Raises:
+      UserError: where there is no mean to subtract.
+    """
+    one_of("torch_input", input_layer, INPUT_LAYERS)
+    if input_layer == "none":
+        return network.clone(mean=(), std=())
+    if input_layer == "center":
+        if not network.mean:
+            raise UserError("torch_input=center: images of this dataset are not normalized; use none")
+        return network.clone(std=(1.0,) * len(network.mean))
+    return network
 
 
 def to_torch(variables: Mapping[str, Any], model: str) -> dict[str, np.ndarray]:
@@ -231,15 +276,24 @@ def _dense_after_convolution_back(array: np.ndarray) -> np.ndarray:
     )
 
 
-def _without_prefixes(tensors: Mapping[str, np.ndarray]) -> tuple[dict[str, np.ndarray], dict[str, np.ndarray]]:
+def _without_prefixes(
+    tensors: Mapping[str, np.ndarray], origin: str
+) -> tuple[dict[str, np.ndarray], dict[str, np.ndarray]]:
     """The model's tensors, and those of the normalization in front of it."""
     given, normalization = dict(tensors), {}
     for _ in range(3):  # DataParallel around, Sequential, DataParallel inside
         if given and all(name.startswith("module.") for name in given):
             given = {name.removeprefix("module."): value for name, value in given.items()}
         elif given and all(name.startswith(("0.", "1.")) for name in given):
-            normalization = {name[2:]: value for name, value in given.items() if name[2:] in _NORMALIZATION}
-            given = {name[2:]: value for name, value in given.items() if name[2:] not in _NORMALIZATION}
+            in_front = {name[2:]: value for name, value in given.items() if name.startswith("0.")}
+            unknown = sorted(in_front.keys() - _NORMALIZATION.keys())
+            if unknown:  # taken as the model's, it would silently stand for a tensor of the same name under `1.`
+                raise UserError(
+                    f"{origin} has 0.{unknown[0]}: what stands in front of the model is no layer with"
+                    f" {' and '.join(_NORMALIZATION)}; save the model's own state_dict by itself and give that"
+                )
+            normalization |= in_front
+            given = {name[2:]: value for name, value in given.items() if name.startswith("1.")}
     return {name: value for name, value in given.items() if not name.endswith(_IGNORED)}, normalization
 
 
@@ -280,5 +334,8 @@ def _torch() -> Any:
     try:
         import torch
     except ImportError:
-        raise UserError("PyTorch is not installed; pip install 'rs-consistency[torch]'") from None
+        raise UserError(
+            "PyTorch is not installed; pip install torch, or with this package: pip install 'rs-consistency[torch]' (in"
+            " a clone: pip install '.[torch]')"
+        ) from None
     return torch

@@ -60,7 +60,7 @@ def train(config: ConfigDict, workdir: Path) -> training.TrainState:
         if int(state.step) >= config.num_epochs * sizes.steps:
             print(f"{workdir}: all {config.num_epochs} epochs are done", flush=True)
             return state
-        print(_describe(config, sizes), flush=True)
+        print(f"{_describe(config, sizes)}\ndevices: {parallel.describe(devices)}", flush=True)
         extra = _prepare(config, train_split, devices, workdir)
         with (
             closing(MetricsWriter(workdir, finished_steps=int(state.step), steps_per_epoch=sizes.steps)) as writer,
@@ -112,7 +112,7 @@ class Plan(NamedTuple):
 
 
 def plan(config: ConfigDict, workdir: Path) -> Plan:
-    """What `train` would do with the same arguments, from a few measured steps; writes nothing.
+    """What `train` would do with the same arguments, from a few measured steps; writes nothing but caches.
 
     Raises:
       UserError: as `train`.
@@ -147,8 +147,7 @@ def plan(config: ConfigDict, workdir: Path) -> Plan:
         _describe(config, sizes),
         f"data: {len(train_split):,} training and {len(test_split):,} test images; a step takes {copies}",
         f"model: {config.model}, {parameters:,} parameters, {config.dtype}",
-        f"devices: {len(devices)} x {devices[0].device_kind} ({devices[0].platform}), {size(cost.bytes_per_device)}"
-        " each for a step, data included",
+        f"devices: {parallel.describe(devices)}, {size(cost.bytes_per_device)} each for a step, data included",
         f"speed: {config.batch_size / cost.seconds:,.0f} noisy images a second, {cost.seconds * 1000:.1f} ms a step;"
         f" {cost.compile_seconds:.0f} s to compile",
         f"workdir: {workdir}, {f'at step {done:,}' if done else 'new'}; {left:,} of {last:,} steps to do",
@@ -157,7 +156,7 @@ def plan(config: ConfigDict, workdir: Path) -> Plan:
     ]
     if extra:
         lines.append(f"not in it: what {config.method} finds out about every training image first")
-    text = "\n".join([*lines, "dry run: nothing was written"])
+    text = "\n".join([*lines, "dry run: nothing but caches was written"])
     return Plan(text, seconds, epoch_seconds, voted.per_second)
 
 

@@ -3,6 +3,7 @@
 import importlib
 import io
 import json
+import os
 import shutil
 import subprocess
 import sys
@@ -11,6 +12,7 @@ from pathlib import Path
 
 import jax
 import numpy as np
+import pytest
 from array_record.python import array_record_module
 from PIL import Image
 from tensorflow_datasets.proto import tf_example_pb2, tf_feature_pb2
@@ -80,6 +82,15 @@ def kill_when(process, ready, seconds=120):
     process.kill()
     process.communicate()
     assert process.returncode == -9, "ended before it was killed"
+
+
+def need_torch():
+    """PyTorch; without it the test is skipped, except in `make test-torch`, where that would be a failure."""
+    if os.environ.get("RS_CONSISTENCY_NEEDS_TORCH"):
+        import torch
+
+        return torch
+    return pytest.importorskip("torch")
 
 
 def count_lines(path):

@@ -1,17 +1,14 @@
-"""--dry_run: says what a command would do, writes nothing, and refuses what the command would refuse."""
+"""--dry_run: says what a command would do, writes nothing but caches, and refuses what the command would refuse."""
 
 import re
 import shutil
-import subprocess
-import sys
-from importlib.metadata import entry_points
-from pathlib import Path
 
 import jax
 import numpy as np
 import pytest
 
-from rs_consistency.estimates import memory_of
+from rs_consistency import voting
+from rs_consistency.estimates import measure_votes, memory_of
 from tests.helpers import ROOT, TINY
 
 
@@ -79,12 +76,38 @@ def test_memory_is_that_of_the_compiled_function():
     assert 8 * 2**20 <= memory_of(compiled) <= 24 * 2**20  # one argument, one result, and what the product needs
 
 
-def test_the_package_installs_its_commands():
-    ours = {
-        one.name: one.load().__module__ for one in entry_points(group="console_scripts") if one.name.startswith("rs-")
-    }
-    names = ("train", "certify", "analyze")
-    assert {f"rs-{name}": f"rs_consistency.cli.{name}" for name in names}.items() <= ours.items()
-    command = Path(sys.executable).with_name("rs-train")
-    done = subprocess.run([command, "--config=nowhere.py"], capture_output=True, text=True, timeout=120, check=False)
-    assert done.returncode == 2 and done.stderr.startswith("error: ") and done.stderr.count("\n") == 1
+@pytest.mark.parametrize("devices", [1, 8])
+def test_votes_are_timed_even_where_a_group_takes_many_images(monkeypatch, devices):
+    monkeypatch.setattr(voting, "_BATCHES_PER_CALL", {})  # as on an accelerator
+    settings = voting.vote_settings(
+        sigma=0.5, num_classes=2, n0=1, n=100, seed=0, batch_size=1, image_shape=(2, 2, 1), platform="cpu"
+    )
+    cost = measure_votes(
+        lambda _, images: images.sum(axis=(1, 2, 3))[:, None] * np.float32([[1, -1]]), {},
+        np.zeros((1, 2, 2, 1), np.float32), settings=settings, devices=jax.devices()[:devices],
+    )  # fmt: skip
+    assert cost.per_second > 0
+
+
+def test_a_plan_is_refused_where_the_command_would_be(program, trained, tmp_path):
+    shutil.copytree(trained, tmp_path / "run")
+    wanted = [f"--workdir={tmp_path / 'run'}", "--n=20", "--max=1", "--batch_size=64"]
+    program.succeeds("cli.certify", *wanted)
+    before = everything_in(tmp_path / "run")
+    for change in ("--n=30", "--seed=1", "--skip=2"):
+        refused = program.fails("cli.certify", *wanted, change)
+        assert "was made with other settings" in refused
+        assert program.fails("cli.certify", *wanted, change, "--dry_run") == refused
+    (tmp_path / "notes.tsv").write_text("mine\n")
+    for output in (tmp_path / "notes.tsv", tmp_path / "nowhere" / "a.tsv", tmp_path / "a.txt"):
+        refused = program.fails("cli.certify", *wanted, f"--output={output}")
+        assert program.fails("cli.certify", *wanted, f"--output={output}", "--dry_run") == refused
+    assert everything_in(tmp_path / "run") == before
+
+
+def test_what_writes_is_no_dry_run(program, tmp_path):
+    error = program.fails("cli.certify", "--merge", "a.tsv", f"--output={tmp_path / 'b.tsv'}", "--dry_run")
+    assert "merging takes seconds; leave out one" in error
+    error = program.fails("cli.train", *TINY, f"--workdir={tmp_path / 'run'}", "--dry_run", "--profile=2")
+    assert "profile=2 writes a trace, and dry_run is to write nothing; leave out one" in error
+    assert not list(tmp_path.iterdir())

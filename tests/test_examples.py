@@ -45,6 +45,14 @@ def test_what_cannot_be_smoothed_is_named(arguments, message):
         SmoothedClassifier(*arguments)
 
 
+@pytest.mark.parametrize("name", ["predict", "certify", "decide"])
+def test_what_a_smoothed_classifier_has_is_not_given_again(name):
+    smoothed = SmoothedClassifier(two_classes, sigma=0.5, num_classes=2)
+    arguments = [np.zeros((1, 4, 4, 1)), *([0.1] if name == "decide" else [])]
+    with pytest.raises(UserError, match=r"sigma=1.0: this smoothed classifier has sigma=0.5; leave it out"):
+        getattr(smoothed, name)(*arguments, sigma=1.0)
+
+
 def run_example(name, *arguments):
     done = subprocess.run(
         [sys.executable, ROOT / "examples" / name, *arguments], capture_output=True, text=True, timeout=200, check=False

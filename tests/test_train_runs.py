@@ -245,7 +245,7 @@ def test_train_from_another_folder(tmp_path):
         "mnist, lenet, sigma 0.5: gaussian + consistency (lbd 5, eta 0.5, default), M 2;"
         " 1 epochs of 7 steps of 32 examples"
     )
-    assert out.splitlines()[1].startswith("epoch 1/1 ")
+    assert out.splitlines()[1] == "devices: 8 x cpu (cpu)" and out.splitlines()[2].startswith("epoch 1/1 ")
     assert (tmp_path / "run" / "checkpoints" / "7").is_dir()
 
 

@@ -11,36 +11,35 @@ For every image: the class that the smoothed classifier predicts, and an l2 radi
     python certify.py --workdir=runs/mnist --shard=2/5                    one fifth, on one of five machines
     python certify.py --merge certificates-?-of-5.tsv --output=all.tsv    the fifths together
 
-    python certify.py --torch_checkpoint=checkpoint.pth.tar --config=configs/cifar10.py --output=theirs.tsv
+    python certify.py --torch_checkpoint=checkpoint.pth.tar --config=configs/cifar10.py --sigma=0.5 --output=theirs.tsv
+
+Installed, the program is rs-certify.
 """
 
-import platform
 import shlex
 import sys
 from collections.abc import Iterator, Sequence
-from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-import jax
-from ml_collections import ConfigDict
 from tqdm import tqdm
 
-from rs_consistency import audit
+from rs_consistency import audit, parallel
 from rs_consistency.backend import keep_compiled, keep_memory, use_cores
 from rs_consistency.bounds import BOUNDS
-from rs_consistency.certificates import CertificateFile
+from rs_consistency.certificates import CertificateFile, check_answers
 from rs_consistency.certify_run import FILES, Question, make_question, question_of_record
 from rs_consistency.checks import one_of, whole_number
-from rs_consistency.cli.classifier import Classifier
-from rs_consistency.cli.common import EXIT_NOT_REPRODUCED, Parser, run_main, run_program, whole
+from rs_consistency.cli.classifier import Classifier, names_sigma
+from rs_consistency.cli.common import EXIT_NOT_REPRODUCED, Parser, program_words, run_main, run_program, whole
+from rs_consistency.cli.config_file import split
 from rs_consistency.errors import UserError, note
 from rs_consistency.merging import merge
 from rs_consistency.models import DTYPES
 from rs_consistency.rows import CERTIFY, DECIDE, SCHEMAS, Row
 from rs_consistency.shards import Selection, parse_shard
 from rs_consistency.tables import PROVENANCE, read_table
-from rs_consistency.version import code_version, package_version
+from rs_consistency.torch_checkpoints import INPUT_LAYERS
 from rs_consistency.workdir import finished_step
 
 _SECONDS_BETWEEN_LINES = 30  # of the progress, where stderr is a file
@@ -52,15 +51,16 @@ _KEPT_IN_THE_RECORD = ("sigma", "n0", "bound", "radius", "dtype", *_DEFAULTS)
 
 
 def _parser() -> Parser:
-    parser = Parser(prog="certify.py", description=__doc__)
+    parser = Parser(prog=program_words("certify")[-1], description=__doc__)
     add = parser.add_argument
     add("--workdir", type=Path, help="folder of a run of train.py")
     add(
         "--torch_checkpoint",
         type=Path,
         metavar="FILE",
-        help="instead of a run: a checkpoint of the published PyTorch code; needs --config=FILE and --output",
+        help="instead of a run: a checkpoint of the published PyTorch code; needs --config=FILE, sigma and --output",
     )
+    add("--torch_input", help=f"layer in front of its model: {', '.join(INPUT_LAYERS)} (default: normalize)")
     add("--mode", default=CERTIFY.name, help=f"{', '.join(SCHEMAS)} (default: %(default)s)")
     add("--radius", type=float, help="of --mode=decide")
     add("--bound", help=f"of --mode=certify: {', '.join(BOUNDS)} (default: {BOUNDS[0]})")
@@ -87,7 +87,7 @@ def _parser() -> Parser:
     add(
         "--dry_run",
         action="store_true",
-        help="print plan, shapes, parameters, memory and a measured estimate of the time; write nothing",
+        help="print plan, shapes, parameters, memory and a measured estimate of the time; write nothing but caches",
     )
     add("--verify", type=whole, metavar="K", help="draw K random lines of the file again, with the settings it names")
     add("--verify_seed", type=whole, help="which lines (default: nobody can know)")
@@ -97,16 +97,18 @@ def _parser() -> Parser:
 
 def _main(argv: Sequence[str] | None) -> None:
     named = sys.argv[1:] if argv is None else list(argv)
-    # A configuration is named as for train.py: --config=FILE:CELL --config.KEY=VALUE.
-    args = _parser().parse_args([word for word in named if not word.startswith(("--config=", "--config."))])
-    args.config = [word for word in named if word.startswith(("--config=", "--config."))]
-    args.command = shlex.join(["python", "certify.py", *(sys.argv[1:] if argv is None else argv)])
+    config, others = split(named)  # a configuration is named as for train.py: --config=FILE:CELL --config.KEY=VALUE
+    args = _parser().parse_args(others)
+    args.config = config
+    args.command = shlex.join([*program_words("certify"), *named])
     if args.merge:
+        if args.dry_run:
+            raise UserError("dry_run says what certifying would take, and merging takes seconds; leave out one")
         if args.output is None:
             raise UserError("merge needs the file to write: add --output=FILE.tsv")
         output = args.output.expanduser()
         done = merge([path.expanduser() for path in args.merge], output)
-        print(f"{output}: {done.images} images of {len(args.merge)} shards\nnext: python analyze.py {output}")
+        print(f"{output}: {done.images} images of {len(args.merge)} shards\nnext: {_analyze(output)}")
         return
     _check_source(args)
     if args.verify_seed is not None and args.verify is None:
@@ -131,11 +133,18 @@ def _check_source(args: Any) -> None:
             )
         if args.config:
             raise UserError(f"{args.config[0].lstrip('-')}: a run has its own configuration; leave it out")
+        if args.torch_input is not None:
+            raise UserError(f"torch_input={args.torch_input} is of --torch_checkpoint; leave it out")
         return
     if args.workdir is not None:
         raise UserError(f"torch_checkpoint={args.torch_checkpoint} and workdir={args.workdir}: give one of them")
     if not any(word.startswith("--config=") for word in args.config):
-        raise UserError("torch_checkpoint needs --config=FILE, such as configs/cifar10.py: model, dataset and sigma")
+        raise UserError("torch_checkpoint needs --config=FILE, such as configs/cifar10.py: model and dataset")
+    if args.sigma is None and args.verify is None and not names_sigma(args.config):
+        raise UserError(
+            "torch_checkpoint does not say which noise it was trained for; add --sigma=NUMBER, or the cell:"
+            " --config=FILE:method=NAME,sigma=NUMBER"
+        )
     if args.output is None:
         raise UserError("torch_checkpoint needs the file to write: add --output=FILE.tsv")
 
@@ -163,13 +172,16 @@ def _answer_all(args: Any) -> None:
         )
     selection = Selection(len(classifier.split), skip, most, shard)
     output = _output(args, question.schema.name)
+    identity = {**question.identity(), **classifier.binding}
     if args.dry_run:
-        print(classifier.plan(question, selection, output))
+        answered = check_answers(output, schema=question.schema, identity=identity, selection=selection)
+        print(classifier.plan(question, selection, output, answered=answered))
         return
     file = CertificateFile(
-        output, schema=question.schema, identity={**question.identity(), **classifier.binding},
-        about={**_about(config, classifier.devices), "command": args.command}, selection=selection,
+        output, schema=question.schema, identity=identity,
+        about={**classifier.about(question.votes.sigma), "command": args.command}, selection=selection,
     )  # fmt: skip
+    print(f"devices: {parallel.describe(classifier.devices)}", flush=True)
     try:
         _fill(file, classifier.answers(question, file.remaining))
         file.finish()
@@ -209,7 +221,7 @@ def _summary(file: CertificateFile, question: Question) -> str:
         )
     measures = f"accuracy {done.correct / done.images:.4f}, abstained {done.abstained}"
     if question.schema is CERTIFY:
-        measures = f"ACR {done.acr:.4f}, {measures}\nnext: python analyze.py {file.path}"
+        measures = f"ACR {done.acr:.4f}, {measures}\nnext: {_analyze(file.path)}"
     return f"{file.path}: {done.images} images, {measures}"
 
 
@@ -232,7 +244,7 @@ def _verify(args: Any) -> None:
     )
     classifier.read()
     audit.check_binding(table, classifier.binding)
-    here = {key: value for key, value in _about(classifier.config, classifier.devices).items() if key in PROVENANCE}
+    here = {key: value for key, value in classifier.about(question.votes.sigma).items() if key in PROVENANCE}
     redrawn: list[Row] = []
     with tqdm(total=len(chosen), desc="drawing again", unit="img") as bar:
         for rows in classifier.answers(question, chosen):
@@ -252,15 +264,8 @@ def _output(args: Any, mode: str) -> Path:
     return args.workdir.expanduser() / f"{FILES[mode]}{shard}.tsv"
 
 
-def _about(config: ConfigDict, devices: list[jax.Device]) -> dict[str, Any]:
-    versions = {name: package_version(name) for name in ("rs-consistency", "jax", "jaxlib", "flax", "numpy", "scipy")}
-    return {
-        "device": f"{len(devices)} x {devices[0].device_kind} ({devices[0].platform})",
-        "versions": {"python": platform.python_version(), **versions},
-        **code_version(),
-        "started": datetime.now(UTC).isoformat(timespec="seconds"),
-        "config": config.to_dict(),
-    }
+def _analyze(path: Path) -> str:
+    return " ".join([*program_words("analyze"), str(path)])
 
 
 def main(argv: Sequence[str] | None = None) -> None:

@@ -2,7 +2,9 @@
 
 import hashlib
 import math
-from collections.abc import Iterator, Sequence
+import platform
+from collections.abc import Collection, Iterator, Sequence
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +22,14 @@ from rs_consistency.models import DTYPES
 from rs_consistency.models.inference import for_inference
 from rs_consistency.rows import DECIDE, Row
 from rs_consistency.shards import Selection
-from rs_consistency.tables import read_table
+from rs_consistency.torch_checkpoints import (
+    ARCHITECTURES,
+    INPUT_LAYERS,
+    from_torch,
+    read_torch_checkpoint,
+    with_input_layer,
+)
+from rs_consistency.version import code_version, package_version
 
 _VALUES_AT_ONCE = 2**28  # pixel values of the images that are read at once: 1,783 of 224 x 224 x 3
 
@@ -54,6 +63,8 @@ class Classifier:
         if args.dtype is not None:
             one_of("dtype", args.dtype, DTYPES)
             self.config.dtype = args.dtype
+        self._input_layer = args.torch_input or "normalize"  # of a PyTorch checkpoint
+        one_of("torch_input", self._input_layer, INPUT_LAYERS)
         self.info = data.dataset_info(self.config.dataset.name)
         self.devices = parallel.choose_devices(args.num_devices)
         self._args, self._split = args, split
@@ -70,7 +81,7 @@ class Classifier:
             self.step, variables, origin = run.step, run.variables, {}
         else:
             self.step = None
-            variables, origin = _of_torch(args.torch_checkpoint.expanduser(), self.config)
+            variables, origin = _of_torch(args.torch_checkpoint.expanduser(), self.config, self._input_layer)
         self.parameters = count_parameters(variables)
         self.binding = {
             "dataset": places.name, "split": self._split, "data_digest": self.split.digest(),
@@ -78,6 +89,8 @@ class Classifier:
             "parameter_digest": digest(variables), **origin,
         }  # fmt: skip
         model = training.make_model(self.config)
+        if not self.workdir:
+            model = with_input_layer(model, self._input_layer)
         self._apply_fn, self._variables = for_inference(model, variables, image_shape=self.info.image_shape)
 
     def answers(self, question: Question, indices: np.ndarray) -> Iterator[list[Row]]:
@@ -88,15 +101,42 @@ class Classifier:
             images, labels = self.split.read(part)
             yield from answer(question, self._apply_fn, self._variables, images, part, labels, devices=self.devices)
 
-    def plan(self, question: Question, selection: Selection, output: Path) -> str:
-        """What answering would take, for people; `read` comes first. Writes nothing."""
+    def about(self, sigma: float) -> dict[str, Any]:
+        """With what answers are made, for the record: device, versions, code, and the configuration.
+
+        Of a configuration that was named beside a PyTorch checkpoint only what was taken from it: how that network
+        was trained is not known.
+
+        Args:
+          sigma: of the votes.
+        """
+        names = ("rs-consistency", "jax", "jaxlib", "flax", "numpy", "scipy")
+        config = self.config.to_dict()
+        if not self.workdir:
+            config = {"model": config["model"], "dataset": {"name": config["dataset"]["name"]}, "sigma": sigma}
+        return {
+            "device": parallel.describe(self.devices),
+            "versions": {"python": platform.python_version(), **{name: package_version(name) for name in names}},
+            **code_version(),
+            "started": datetime.now(UTC).isoformat(timespec="seconds"),
+            "config": config,
+        }
+
+    def plan(self, question: Question, selection: Selection, output: Path, *, answered: Collection[int]) -> str:
+        """What answering would take, for people; `read` comes first. Writes nothing but caches.
+
+        Args:
+          question: what is asked.
+          selection: about which images.
+          output: where the answers would go.
+          answered: the images that are in it already.
+        """
         wanted = selection.indices()
-        done = len(set(wanted.tolist()) & set(read_table(output).rows)) if output.exists() else 0
+        done = len(set(wanted.tolist()) & set(answered))
         images, _ = self.split.read(wanted[:1])
         votes = question.votes
         cost = measure_votes(self._apply_fn, self._variables, images, settings=votes, devices=self.devices)
         seconds = (len(wanted) - done) * (votes.n0 + votes.n) / cost.per_second
-        place = self.devices[0]
         return "\n".join([
             f"model: {self.config.model}, {self.parameters:,} parameters, {self.config.dtype},"
             f" {'PyTorch checkpoint' if self.step is None else f'step {self.step:,}'}; sigma {votes.sigma:g}",
@@ -104,12 +144,11 @@ class Classifier:
             f" {' x '.join(map(str, images.shape[1:]))}; {done:,} done before",
             f"votes: {votes.n0:,} + {'at most ' if question.schema is DECIDE else ''}{votes.n:,} an image, in batches"
             f" of {votes.batch_size:,}",
-            f"devices: {len(self.devices)} x {place.device_kind} ({place.platform}), {size(cost.bytes_per_device)} each"
-            " for a batch",
+            f"devices: {parallel.describe(self.devices)}, {size(cost.bytes_per_device)} each for a batch",
             f"output: {output}",
             f"time: {'at most ' if question.schema is DECIDE else 'about '}{duration(seconds)} at"
             f" {cost.per_second:,.0f} votes a second",
-            "dry run: nothing was written",
+            "dry run: nothing but caches was written",
         ])  # fmt: skip
 
     @property
@@ -118,19 +157,25 @@ class Classifier:
         return self.devices[0].platform
 
 
+def names_sigma(arguments: Sequence[str]) -> bool:
+    """Whether the words that name a configuration name sigma, too: by a cell, or by its key."""
+    words = [word.partition("=") for word in arguments]
+    cells = [value.partition(":")[2] for name, _, value in words if name == "--config"]
+    return any(name == "--config.sigma" for name, _, _ in words) or any("sigma=" in cell for cell in cells)
+
+
 def _named_config(arguments: Sequence[str]) -> ConfigDict:
     """The configuration that --config and --config.KEY=VALUE name: model, dataset and sigma of a PyTorch checkpoint."""
     from rs_consistency.cli.train import parse
 
     config = parse(list(arguments)).config
+    config.method = "gaussian"  # how it was trained does not matter, and what another method lacks is not missed
     validate(config, num_devices=1)
     return config
 
 
-def _of_torch(path: Path, config: ConfigDict) -> tuple[dict[str, Any], dict[str, str]]:
-    """The variables of a PyTorch checkpoint, and what identifies its file."""
-    from rs_consistency.torch_checkpoints import ARCHITECTURES, from_torch, read_torch_checkpoint
-
+def _of_torch(path: Path, config: ConfigDict, input_layer: str) -> tuple[dict[str, Any], dict[str, str]]:
+    """The variables of a PyTorch checkpoint; what identifies its file, and what stood in front of its model."""
     checkpoint = read_torch_checkpoint(path)
     expected = ARCHITECTURES.get(config.model)
     if checkpoint.arch and expected and checkpoint.arch != expected:
@@ -138,5 +183,8 @@ def _of_torch(path: Path, config: ConfigDict) -> tuple[dict[str, Any], dict[str,
         remedy = f"add --config.model={named}" if named else f"it can be one of {', '.join(ARCHITECTURES.values())}"
         raise UserError(f"torch_checkpoint={path} is a {checkpoint.arch}, the configuration a {config.model}; {remedy}")
     name = f"torch_checkpoint={path}"
-    variables = from_torch(checkpoint.tensors, config.model, dataset=config.dataset.name, name=name)
-    return variables, {"torch_checkpoint_sha256": hashlib.sha256(path.read_bytes()).hexdigest()}
+    variables = from_torch(
+        checkpoint.tensors, config.model, dataset=config.dataset.name, input_layer=input_layer, name=name
+    )
+    sha256 = hashlib.sha256(path.read_bytes()).hexdigest()
+    return variables, {"torch_checkpoint_sha256": sha256, "torch_input": input_layer}

@@ -7,6 +7,7 @@ import os
 import re
 import sys
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Any, NoReturn
 
 from absl import logging as absl_logging
@@ -79,6 +80,12 @@ class Parser(argparse.ArgumentParser):
     def error(self, message: str) -> NoReturn:
         """Prints one line and exits."""
         fail(f"{message}; {self.prog} --help tells more")
+
+
+def program_words(name: str) -> list[str]:
+    """How a user would start one of the programs, from the way that this one was: `rs-NAME`, or `python NAME.py`."""
+    installed = Path(sys.argv[0]).name.startswith("rs-")
+    return [f"rs-{name}"] if installed else ["python", f"{name}.py"]
 
 
 def whole(text: str) -> int:

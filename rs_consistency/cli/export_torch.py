@@ -2,7 +2,7 @@
 
     python -m rs_consistency.cli.export_torch --workdir=runs/mnist --output=checkpoint.pth.tar
 
-Needs PyTorch: pip install 'rs-consistency[torch]'.
+Installed, the program is rs-export-torch. Needs PyTorch: pip install 'rs-consistency[torch]', in a clone '.[torch]'.
 """
 
 from collections.abc import Sequence
@@ -19,7 +19,7 @@ from rs_consistency.workdir import DATA_FILE, read_json
 
 
 def _main(argv: Sequence[str] | None) -> None:
-    parser = Parser(prog="export_torch", description=__doc__)
+    parser = Parser(prog="rs-export-torch", description=__doc__)
     parser.add_argument("--workdir", type=Path, required=True, help="folder of a run of train.py")
     parser.add_argument("--output", type=Path, required=True, help="the file to write, such as checkpoint.pth.tar")
     args = parser.parse_args(argv)
@@ -38,5 +38,10 @@ def main(argv: Sequence[str] | None = None) -> None:
     run_main(_main, argv)
 
 
-if __name__ == "__main__":
+def run() -> None:
+    """The command, as all that its process does."""
     run_program(main)
+
+
+if __name__ == "__main__":
+    run()

@@ -1,6 +1,8 @@
 """Trains a classifier under noise; run again, it continues.
 
 python train.py --config=configs/mnist.py --workdir=runs/mnist [--config.sigma=0.5 ...]
+
+Installed, the program is rs-train; `configs/mnist.py` is then the project's where the current folder has none.
 """
 
 import contextlib
@@ -11,10 +13,13 @@ from pathlib import Path
 from absl import flags
 from ml_collections import ConfigDict, config_flags
 
-from rs_consistency.cli.common import run_main, run_program
+from rs_consistency.cli.common import program_words, run_main, run_program
+from rs_consistency.cli.config_file import resolve
 from rs_consistency.errors import UserError
 
-_EXAMPLE = "python train.py --config=configs/mnist.py --workdir=runs/mnist"
+
+def _example() -> str:
+    return " ".join([*program_words("train"), "--config=configs/mnist.py", "--workdir=runs/mnist"])
 
 
 def _main(argv: Sequence[str] | None) -> None:
@@ -23,7 +28,9 @@ def _main(argv: Sequence[str] | None) -> None:
         print(f"{__doc__}\nFlags:\n{values.get_help()}\n\nconfigs/default.py names every key of a configuration.")
         return
     if not values.workdir:
-        raise UserError(f"--workdir is missing: {_EXAMPLE}")
+        raise UserError(f"--workdir is missing: {_example()}")
+    if values.dry_run and values.profile is not None:
+        raise UserError(f"profile={values.profile} writes a trace, and dry_run is to write nothing; leave out one")
     # After the flags, so that a mistake in them is told at once.
     from rs_consistency.train_loop import plan, profile, train
 
@@ -51,7 +58,8 @@ def set_up(config: ConfigDict) -> None:
 def parse(argv: Sequence[str]) -> flags.FlagValues:
     """The flags of a command line; a `UserError` for a mistake in them."""
     if not any(arg.lstrip("-").split("=")[0] in ("config", "help", "h") for arg in argv):
-        raise UserError(f"--config is missing: {_EXAMPLE}")
+        raise UserError(f"--config is missing: {_example()}")
+    argv = resolve(argv)
     values = flags.FlagValues()
     config_flags.DEFINE_config_file(
         "config",
@@ -65,7 +73,7 @@ def parse(argv: Sequence[str]) -> flags.FlagValues:
     flags.DEFINE_bool(
         "dry_run",
         False,
-        "Print plan, shapes, parameters, memory and a measured estimate of the time; write nothing.",
+        "Print plan, shapes, parameters, memory and a measured estimate of the time; write nothing but caches.",
         flag_values=values,
     )
     flags.DEFINE_integer(
