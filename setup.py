@@ -22,6 +22,7 @@ setup(
             "rs-train = rs_consistency.cli.train:run",
             "rs-certify = rs_consistency.cli.certify:run",
             "rs-analyze = rs_consistency.cli.analyze:run",
+            "rs-reproduce = rs_consistency.cli.reproduce:run",
         ]
     },
     install_requires=[
@@ -39,7 +40,7 @@ setup(
         "orbax-checkpoint>=0.12,<0.13",
         "pillow>=10,<14",
         "requests>=2.31,<3",
-        "scipy>=1.14,<2",
+        "scipy>=1.15,<2",
         "tensorboardX>=2.6.2,<3",
         "tensorflow-datasets>=4.9.9,<5",
         "tqdm>=4.66,<5",
