@@ -21,7 +21,7 @@ from rs_consistency.reproduction.runner import Runner
 from rs_consistency.reproduction.speeds import Speeds
 from rs_consistency.reproduction.state import State, calls_of, inspect, is_trained
 from tests import fakes
-from tests.helpers import ROOT, count_lines, kill_when
+from tests.helpers import ROOT, count_lines, kill_when, processes_with
 
 MACHINE = Machine("cpu", "cpu", 1, "a processor", "here")
 FAKES = dict.fromkeys(("train", "certify", "measure"), "tests.fakes")
@@ -249,8 +249,7 @@ def test_a_measurement_ends_with_its_plan_however_that_ends(tmp_path):
     process = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
 
     def measuring():
-        listed = subprocess.run(["ps", "-eo", "args"], capture_output=True, text=True, check=True).stdout
-        return [line for line in listed.splitlines() if f"{tmp_path}/.measured" in line]
+        return processes_with(f"{tmp_path}/.measured")
 
     kill_when(process, measuring)
     deadline = time.monotonic() + 20

@@ -3,7 +3,6 @@
 import gzip
 import json
 import shutil
-import subprocess
 
 import pytest
 
@@ -13,7 +12,7 @@ from rs_consistency.reproduction.published import TABLES, TRADEOFF, Published, t
 from rs_consistency.reproduction.speeds import Speeds
 from rs_consistency.reproduction.state import State
 from rs_consistency.shards import Shard
-from tests.helpers import ROOT, count_lines, kill_when, start
+from tests.helpers import ROOT, count_lines, kill_when, processes_with, start
 
 TINY = [
     "--table=mnist", "--sigmas=0.5", "--dataset=mnist_subset", "--epochs=3", "--images=4", "--n=30", "--jobs=2",
@@ -105,11 +104,6 @@ def test_time_left_follows_from_what_was_measured(tmp_path):
     assert speeds.seconds_left(cell, State()) == pytest.approx(90 * 10 + 500)
     assert speeds.seconds_left(cell, State(epochs=30)) == pytest.approx(60 * 10 + 500)
     assert speeds.seconds_left(cell, State(epochs=90, trained=True, images=400)) == pytest.approx(100)
-
-
-def processes_with(text):
-    listed = subprocess.run(["ps", "-eo", "args"], capture_output=True, text=True, check=True).stdout
-    return [line for line in listed.splitlines() if text in line and "reproduction.child" in line]
 
 
 def test_a_killed_plan_goes_on_and_a_failing_cell_stops_no_other(program, tmp_path, capfd):
