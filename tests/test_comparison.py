@@ -159,8 +159,8 @@ def test_a_table_says_where_it_was_made_and_what_was_not_recorded(tmp_path):
     write_result(tmp_path / "mnist", "gaussian", 0.5, 0, [1.0, 1.5], calls=calls, certified_with=certified)
     write_result(tmp_path / "mnist", "gaussian", 0.5, 1, [1.0, 1.5], calls=new, certified_with=certified)
     assert (
-        "trained on a device that was not recorded at commit 0123456789 (dirty);"
-        " certified on 1 x cpu (cpu) at commit aaaaaaaaaa; trained on 2 x gpu at commit ffffffffff\n"
+        "trained on device not recorded, at commit 0123456789 (dirty);"
+        " certified on device 1 x cpu (cpu), at commit aaaaaaaaaa; trained on device 2 x gpu, at commit ffffffffff\n"
     ) in render.render("mnist", tmp_path)
 
 

@@ -10,10 +10,11 @@ from rs_consistency.plots import plt, save_curves
 from rs_consistency.reproduction.comparison import Pair, Row, groups_of, pairs_of, rows_of, together
 from rs_consistency.reproduction.plan import not_available
 from rs_consistency.reproduction.published import TRADEOFF, table_of
-from rs_consistency.reproduction.results import Result, read_results
+from rs_consistency.reproduction.results import NOT_RECORDED, Result, read_results
 
 _Cells = list[list[str]]
 _Letters = Mapping[tuple[str, ...], str]  # of notes
+_COMMIT_DIGITS = 10
 _ORANGE, _COLOURS = "#D55E00", ("#0072B2", "#009E73", "#CC79A7", "#56B4E9", "#000000")
 _HEAD = ["method", "sigma", "ACR", "95 % over images", "reported", "released files", "difference", "std. errors",
          "accuracy", "seeds", "images", "epochs", "note"]  # fmt: skip
@@ -65,9 +66,10 @@ def _made(results: Sequence[Result]) -> str:
         calls = [call for call in one.made.get("calls", []) if call["program"] == "train"]
         for call in [*calls, *([certified] if len(certified) > 1 else [])]:
             done = {"train": "trained", "certify": "certified"}[call["program"]]
-            commit, _, dirty = (call.get("git_commit") or "not recorded").partition(" (")
-            commit = commit if commit == "not recorded" else commit[:10] + (" (dirty)" if dirty else "")
-            made[f"{done} on {call.get('device') or 'a device that was not recorded'} at commit {commit}"] = None
+            device, commit = (call.get(key) or NOT_RECORDED for key in ("device", "git_commit"))
+            if commit != NOT_RECORDED:
+                commit = commit[:_COMMIT_DIGITS] + (" (dirty)" if "dirty" in commit else "")
+            made[f"{done} on device {device}, at commit {commit}"] = None
     return "; ".join(made)
 
 

@@ -23,7 +23,7 @@ from rs_consistency.workdir import CONFIG_FILE
 
 PACKED = "certificates.tsv.gz"
 RUN_FILE = "run.json"
-_NOT_RECORDED = {"device": "not recorded", "processor": "not recorded"}  # by earlier versions
+NOT_RECORDED = "not recorded"  # by earlier versions
 
 
 class Result(NamedTuple):
@@ -104,7 +104,7 @@ def _files(cell: Cell, workdir: Path) -> dict[str, bytes]:
     run = {
         **_identity(cell), "images": table.count(b"\n") - 1, "train_command": train, "certify_command": certify,
         "train_seconds": _train_seconds(metrics, config), "certify_seconds": _certify_seconds(table),
-        "calls": [{**_NOT_RECORDED, **call} for call in calls_of(workdir)],
+        "calls": [{"device": NOT_RECORDED, "processor": NOT_RECORDED, **call} for call in calls_of(workdir)],
         "certified_with": {key: record.get(key) for key in PROVENANCE},
     }  # fmt: skip
     return {
