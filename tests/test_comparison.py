@@ -106,6 +106,9 @@ def test_runs_of_different_settings_are_no_pair_no_curve_and_no_mean(tmp_path, m
     write_result(tmp_path / "mnist", "consistency", 0.5, 1, radii[2][:20], notes=short, epochs=1)
     found = read_results(tmp_path / "mnist")
     (pair,) = pairs_of(found)  # not with the Gaussian run of 90 epochs
+    write_result(tmp_path / "other", "gaussian", 0.5, 0, radii[0])
+    write_result(tmp_path / "other", "consistency", 0.5, 0, radii[1], notes=["model resnet20"])
+    assert pairs_of(read_results(tmp_path / "other")) == []
     assert pair.seeds == 1 and pair.notes == tuple(short)
     assert pair.difference.mean == pytest.approx((radii[2][:20] - radii[1][:20]).mean())
     assert len(groups_of(found)) == 3
