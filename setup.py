@@ -25,6 +25,7 @@ setup(
             "rs-certify = rs_consistency.cli.certify:run",
             "rs-analyze = rs_consistency.cli.analyze:run",
             "rs-export-torch = rs_consistency.cli.export_torch:run",
+            "rs-reproduce = rs_consistency.cli.reproduce:run",
         ]
     },
     install_requires=[
@@ -43,7 +44,7 @@ setup(
         "orbax-checkpoint>=0.12,<0.13",
         "pillow>=10,<14",
         "requests>=2.31,<3",
-        "scipy>=1.14,<2",
+        "scipy>=1.15,<2",
         "tensorboardX>=2.6.2,<3",
         "tensorflow-datasets>=4.9.9,<5",
         "tqdm>=4.66,<5",

@@ -23,6 +23,7 @@ _CPU_TRAINING_CONVOLUTIONS = {_YNN_FUSIONS: "LIBRARY_FUSION_TYPE_REDUCE,LIBRARY_
 CPU_DEVICES = 2  # that `use_cores` makes of a CPU
 
 _PIECE = 64  # noisy images
+_LEAST_PIECE = 16  # noisy images; in smaller ones a step is mostly the loop over them
 
 _M_TRIM_THRESHOLD, _M_MMAP_MAX = -1, -4  # of glibc's malloc.h
 
@@ -85,12 +86,13 @@ def pieces_of(examples: int, num_noise: int, platform: str) -> int:
       platform: of the devices.
 
     Returns:
-      A divisor of `examples`.
+      A divisor of `examples`; 1 where its pieces would be too small, such as those of a prime number of examples.
     """
     if platform != "cpu":
         return 1
     largest = max(1, _PIECE // num_noise)
-    return next(n for n in range(1, examples + 1) if examples % n == 0 and examples // n <= largest)
+    pieces = next(n for n in range(1, examples + 1) if examples % n == 0 and examples // n <= largest)
+    return pieces if examples // pieces * num_noise >= _LEAST_PIECE else 1
 
 
 def repeat(body: Callable[[Any, Any], Any], times: int, start: Any, *, compiled: bool = False) -> Any:
@@ -138,14 +140,24 @@ def keep_compiled() -> None:
     """
     if jax.config.jax_compilation_cache_dir is None:
         home = Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser()
-        processor = hashlib.sha256(_processor().encode()).hexdigest()[:12]
-        jax.config.update("jax_compilation_cache_dir", str(home / "rs_consistency" / f"xla-{processor}"))
+        jax.config.update("jax_compilation_cache_dir", str(compiled_folder(home / "rs_consistency")))
 
 
-def _processor() -> str:
-    """What code for this processor may depend on."""
+def compiled_folder(home: Path) -> Path:
+    """Where in a folder, which machines may share, what is compiled for this kind of processor belongs."""
+    features = [line for line in _cpuinfo() if line.startswith(("flags", "Features"))]
+    kind = "\n".join([platform.machine(), *sorted(set(features))])
+    return home / f"xla-{hashlib.sha256(kind.encode()).hexdigest()[:12]}"
+
+
+def processor_name() -> str:
+    """What the processor is called, for records; its architecture where the system does not say."""
+    names = [line.partition(":")[2].strip() for line in _cpuinfo() if line.startswith("model name")]
+    return next(iter(names), "") or platform.processor() or platform.machine()
+
+
+def _cpuinfo() -> list[str]:
     try:
-        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
+        return Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
     except OSError:
-        lines = []
-    return "\n".join([platform.machine(), *sorted({line for line in lines if line.startswith(("flags", "Features"))})])
+        return []

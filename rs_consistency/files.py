@@ -3,6 +3,7 @@
 import fcntl
 import json
 import os
+import platform
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -29,7 +30,8 @@ def replace_atomically(path: Path) -> Iterator[Path]:
 
     When the block raises, `path` is as it was and the temporary file is gone.
     """
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    # With the host's name: processes of two machines, or containers, may share a folder and have the same number.
+    temporary = path.with_name(f".{path.name}.{platform.node()}.{os.getpid()}.tmp")
     try:
         with naming(path):
             yield temporary

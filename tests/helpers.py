@@ -93,6 +93,12 @@ def need_torch():
     return pytest.importorskip("torch")
 
 
+def processes_with(text):
+    """The running parts of a plan whose command line has a text in it."""
+    listed = subprocess.run(["ps", "-ww", "-eo", "args"], capture_output=True, text=True, check=True).stdout
+    return [line for line in listed.splitlines() if text in line and "reproduction.child" in line]
+
+
 def count_lines(path):
     return path.read_bytes().count(b"\n") if path.exists() else 0
 

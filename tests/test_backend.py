@@ -43,6 +43,10 @@ def test_large_memory_is_kept_and_not_mapped_anew(how, mapped):
         (256, 16, "cpu", 64),
         (96, 16, "cpu", 24),
         (7, 128, "cpu", 7),
+        (251, 1, "cpu", 1),  # a prime: pieces of one noisy image would be slower than none
+        (254, 1, "cpu", 1),
+        (240, 1, "cpu", 4),
+        (251, 16, "cpu", 251),
     ],
 )
 def test_a_step_goes_in_pieces_on_the_cpu_alone(examples, num_noise, platform, pieces):

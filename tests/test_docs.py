@@ -15,7 +15,7 @@ import pytest
 
 from configs import default
 from rs_consistency import data, methods
-from rs_consistency.cli import analyze, certify, train
+from rs_consistency.cli import analyze, certify, reproduce, train
 from rs_consistency.config import flatten
 from tests.helpers import ROOT
 
@@ -26,7 +26,9 @@ PAGES = sorted(
     if re.search("^```(bash|python)$", path.read_text(), re.MULTILINE) and "_build" not in path.parts
 )
 BLOCK = re.compile(r"^```(bash|python)\n(.*?)^```", re.MULTILINE | re.DOTALL)
-PROGRAMS = {"train.py": train.main, "certify.py": certify.main, "analyze.py": analyze.main}
+PROGRAMS = {
+    "train.py": train.main, "certify.py": certify.main, "analyze.py": analyze.main, "reproduce.py": reproduce.main,
+}  # fmt: skip
 
 
 @pytest.fixture
@@ -63,6 +65,8 @@ def run_command(line):
         arguments += ["--config.num_epochs=1"]
     elif words[1] == "certify.py" and not any(word.startswith(("--verify", "--merge")) for word in arguments):
         arguments += ["--n=50"]
+    elif words[1] == "reproduce.py":
+        arguments += ["--epochs=1", "--images=4", "--n=50", "--config", "batch_size=1000"]
     try:
         PROGRAMS[words[1]](arguments)
     except SystemExit as stop:

@@ -1,22 +1,18 @@
-"""reproduce.py: plans, killed and failing plans on tiny settings, and tables against independent computations."""
+"""reproduce.py: plans, and killed and failing plans on tiny settings, with the programs as they are."""
 
 import gzip
 import json
-import math
 import shutil
-import subprocess
 
-import numpy as np
 import pytest
 
-from rs_consistency.reproduction.comparison import difference_error, pairs_of, rows_of
-from rs_consistency.reproduction.plan import Options, deviations, make_plan, share_of
+from rs_consistency.reproduction.machine import this_machine
+from rs_consistency.reproduction.plan import Options, cost, deviations, make_plan, not_available, share_of
 from rs_consistency.reproduction.published import TABLES, TRADEOFF, Published, table_of
-from rs_consistency.reproduction.results import read_results
-from rs_consistency.reproduction.runner import Speeds
+from rs_consistency.reproduction.speeds import Speeds
 from rs_consistency.reproduction.state import State
 from rs_consistency.shards import Shard
-from tests.helpers import ROOT, count_lines, kill_when, start
+from tests.helpers import ROOT, count_lines, kill_when, processes_with, start
 
 TINY = [
     "--table=mnist", "--sigmas=0.5", "--dataset=mnist_subset", "--epochs=3", "--images=4", "--n=30", "--jobs=2",
@@ -37,8 +33,8 @@ def test_the_mnist_table_is_six_methods_at_three_sigmas_as_published():
     assert (config.method, config.consistency.lbd, config.num_noise, config.num_epochs) == ("smoothadv", 1.0, 4, 90)
     assert by_name["macer_sigma1.00_seed0"].config().macer.lbd == 6.0
     table = table_of("mnist")
-    assert table.cells["consistency", 0.5] == Published(1.6653, 0.0007, 5)
-    assert table.cells["macer", 1.0] == Published(1.5950, 0.0051, 5) and TRADEOFF[25.0] == (1.2261, 0.732)
+    assert table.cells["consistency", 0.5] == Published(1.6653, 0.0007, 5, 1.6548)
+    assert table.cells["macer", 1.0] == Published(1.5950, 0.0051, 5, 1.5950) and TRADEOFF[25.0] == (1.2261, 0.732)
     assert {name: len(plan(name)) for name in TABLES} == {"mnist": 18, "tradeoff": 6, "cifar10": 21, "imagenet": 5}
 
 
@@ -61,11 +57,49 @@ def test_catrs_waits_for_its_teacher(tmp_path):
     assert cells[1].config().catrs.teacher == str(tmp_path / cells[0].name)
 
 
-def test_shards_divide_a_plan():
-    cells = plan(seeds=2)
-    shares = [share_of(cells, Shard(index, 5)) for index in range(1, 6)]
+@pytest.mark.parametrize(("table", "count"), [("mnist", 2), ("mnist", 6), ("cifar10", 3)])
+def test_shards_divide_a_plan_by_time(table, count):
+    cells = plan(table, seeds=2, images=500)
+    shares = [share_of(cells, Shard(index, count)) for index in range(1, count + 1)]
     assert sorted(cell.name for share in shares for cell in share) == sorted(cell.name for cell in cells)
-    assert max(map(len, shares)) - min(map(len, shares)) <= 1
+    loads = [sum(map(cost, share)) for share in shares]
+    assert max(loads) < 1.3 * min(loads)  # every count-th cell: 20 times, where the methods line up with the shares
+    for share in shares:
+        names = [cell.name for cell in share]
+        assert names == [cell.name for cell in cells if cell.name in names]
+
+
+def test_a_share_has_what_its_cells_need():
+    cells = plan("cifar10", seeds=3, methods=["catrs", "gaussian"])
+    for count in range(2, 7):
+        for index in range(1, count + 1):
+            share = share_of(cells, Shard(index, count))
+            assert {cell.needs for cell in share} - {None} <= {cell.name for cell in share}
+
+
+def test_deviations_are_what_differs_from_the_published_and_no_place():
+    here = {"dataset.data_dir": "/home/me", "dataset.cache_dir": "/tmp/x", "num_devices": 1, "eval_batch_size": 50}
+    (cell,) = plan(methods=["gaussian"], sigmas=[0.5], settings={**here, "batch_size": 256, "optimizer.lr": 0.01})
+    assert deviations(cell) == [] and cell.config().dataset.data_dir == "/home/me"
+    (cell,) = plan(methods=["gaussian"], sigmas=[0.5], settings={"init_from": "/home/me/run", "batch_size": 128}, n=50)
+    assert deviations(cell) == ["init_from run", "batch_size 128", "n 50"]
+    assert not any(deviations(cell) for cell in plan("tradeoff"))
+    (cell,) = plan("imagenet", methods=["gaussian"], sigmas=[0.5])
+    assert deviations(cell) == ["images picked in the order of tensorflow-datasets instead of the original one"]
+
+
+def test_images_are_spread_evenly():
+    for images in (1, 7, 500, 3334, 5000, 10_000):
+        chosen = plan(methods=["gaussian"], sigmas=[0.5], images=images)[0].selection.indices()
+        assert len(chosen) == images and chosen[0] == 0
+        assert images == 1 or (len(set(chosen[1:] - chosen[:-1])) == 1 and 10_000 - chosen[-1] <= chosen[1])
+    assert len(plan("cifar10", methods=["gaussian"], dataset="svhn")[0].selection.indices()) == 8678
+
+
+def test_cells_without_published_settings_are_named():
+    assert not_available("mnist").endswith("not run here: catrs at sigma 0.25, 0.5, 1")
+    assert not_available("cifar10").endswith("catrs at sigma 0.5, 1")
+    assert not_available("imagenet").endswith("smoothadv at sigma 0.25, 0.5, 1") and not_available("tradeoff") == ""
 
 
 def test_time_left_follows_from_what_was_measured(tmp_path):
@@ -79,16 +113,12 @@ def test_time_left_follows_from_what_was_measured(tmp_path):
     assert speeds.seconds_left(cell, State(epochs=90, trained=True, images=400)) == pytest.approx(100)
 
 
-def processes_with(text):
-    listed = subprocess.run(["ps", "-eo", "args"], capture_output=True, text=True, check=True).stdout
-    return [line for line in listed.splitlines() if text in line and "reproduction.child" in line]
-
-
 def test_a_killed_plan_goes_on_and_a_failing_cell_stops_no_other(program, tmp_path, capfd):
     folder, results = tmp_path / "runs", tmp_path / "results"
     arguments = [*TINY, "--methods=gaussian,stability", f"--workdir={folder}", f"--results={results}"]
     folder.mkdir()
-    speeds = Speeds(folder / "speeds.json")
+    machine = this_machine()
+    speeds = Speeds(folder / "speeds.json", where=f"{machine.host}, {machine.device()}:")
     for cell in plan(methods=["gaussian", "stability"], sigmas=[0.5], dataset="mnist_subset"):
         speeds.learn(cell, keep=True, epoch_seconds=2.0, votes_per_second=1e4)
     (folder / "stability_sigma0.50_seed0").write_text("in the way")
@@ -114,7 +144,8 @@ def test_a_killed_plan_goes_on_and_a_failing_cell_stops_no_other(program, tmp_pa
     run = json.loads((kept / "run.json").read_text())
     assert run["epochs"] == 3 and run["images"] == 4 and "4 of 10,000 images" in run["deviations"]
     assert [call["program"] for call in run["calls"]] == ["train", "train", "certify"]
-    assert "1.5581 +- 0.0016" in program.out and "written: " in program.out
+    assert {call["device"] for call in run["calls"]} == {"1 x cpu (cpu)", machine.device()}  # num_devices is 1
+    assert "gaussian  0.50" in program.out and "written: " in program.out
     packed = (kept / "certificates.tsv.gz").read_bytes()
     assert gzip.decompress(packed) == (folder / kept.name / "certificates.tsv").read_bytes()
 
@@ -134,80 +165,7 @@ def test_speed_is_measured_before_a_plan_starts(program, tmp_path):
     assert not (tmp_path / "gaussian_sigma0.50_seed0").exists()
     (measured,) = json.loads((tmp_path / "speeds.json").read_text()).values()
     assert measured["epoch_seconds"] > 0 and measured["votes_per_second"] > 0
-
-
-def write_result(folder, method, sigma, seed, radii, *, notes=(), lbd=None):
-    """A kept cell with these radii, all correct, of images 0, 20, 40, ...; -1 for a wrong class."""
-    cell = folder / f"{method}{'' if lbd is None else f'_lbd{lbd:g}'}_sigma{sigma:.2f}_seed{seed}_{len(notes)}"
-    cell.mkdir(parents=True)
-    lines = [
-        f"{20 * i}\t3\t{3 if r >= 0 else 4}\t{r if r >= 0 else 0.1:.6f}\t{int(r >= 0)}\t0:00:01"
-        for i, r in enumerate(radii)
-    ]
-    text = "\n".join(["idx\tlabel\tpredict\tradius\tcorrect\ttime", *lines, ""])
-    (cell / "certificates.tsv.gz").write_bytes(gzip.compress(text.encode(), mtime=0))
-    about = {"method": method, "sigma": sigma, "seed": seed, "lbd": lbd, "epochs": 90, "deviations": list(notes)}
-    (cell / "run.json").write_text(json.dumps(about))
-
-
-def test_rows_are_means_over_seeds_beside_the_published_ones(tmp_path):
-    rng = np.random.default_rng(0)
-    first, second = np.round(rng.uniform(0, 2, size=(2, 500)), 6)
-    first[:5] = -1
-    write_result(tmp_path, "gaussian", 0.5, 0, first, notes=["500 of 10,000 images"])
-    write_result(tmp_path, "gaussian", 0.5, 1, second, notes=["500 of 10,000 images"])
-    write_result(tmp_path, "gaussian", 0.5, 2, second[:100], notes=["n 30", "few"])
-    rows = rows_of(read_results(tmp_path), table_of("mnist"))
-    row = next(row for row in rows if row.seeds == 2)
-    assert len(rows) == 2 and row.images == 500
-    means = [np.maximum(first, 0).mean(), second.mean()]
-    assert row.acr == pytest.approx(np.mean(means)) and row.deviation == pytest.approx(np.std(means, ddof=1))
-    assert row.accuracy == pytest.approx((495 + 500) / 1000)
-    per_image = (np.maximum(first, 0) + second) / 2
-    images = per_image.std(ddof=1) / math.sqrt(500) * math.sqrt(1 - 500 / 10_000)
-    error = math.sqrt(np.std(means, ddof=1) ** 2 / 2 + 0.0016**2 / 5 + images**2)
-    assert row.error == pytest.approx(error) and row.difference == pytest.approx(row.acr - 1.5581)
-    assert row.errors_apart == pytest.approx((row.acr - 1.5581) / error)
-
-
-def test_errors_of_a_difference_without_seeds_or_with_all_images():
-    radii = np.linspace(0, 2, 50)
-    all_images = difference_error(radii, None, 1, Published(1.0, 0.003, 5), 50)
-    assert all_images == pytest.approx(0.003 * math.sqrt(1 + 1 / 5))
-    assert difference_error(radii, None, 1, Published(1.0), 50) is None
-    sample = radii.std(ddof=1) / math.sqrt(50) * math.sqrt(1 - 50 / 1000)
-    assert difference_error(radii, None, 1, Published(1.0), 1000) == pytest.approx(sample)
-
-
-def test_pairs_are_compared_on_the_same_images(tmp_path):
-    rng = np.random.default_rng(1)
-    base = np.round(rng.uniform(0.2, 1.5, size=300), 6)
-    write_result(tmp_path, "gaussian", 0.5, 0, base)
-    write_result(tmp_path, "consistency", 0.5, 0, np.round(base + 0.1, 6)[:200])
-    write_result(tmp_path, "smoothadv", 0.5, 1, base)  # no common seed with the others
-    (pair,) = pairs_of(read_results(tmp_path))
-    assert (pair.method, pair.baseline, pair.difference.images) == ("consistency", "gaussian", 200)
-    assert pair.difference.mean == pytest.approx(0.1) and pair.difference.standard_error < 1e-6
-    assert (pair.difference.gained, pair.difference.lost) == (200, 0)
-
-
-def test_tables_and_pictures_come_from_the_results_alone(program, tmp_path):
-    rng = np.random.default_rng(2)
-    for method, scale in (("gaussian", 1.0), ("consistency", 1.2)):
-        radii = np.round(scale * rng.uniform(0, 1.5, size=100), 6)
-        write_result(tmp_path / "mnist", method, 0.5, 0, radii, notes=["100 of 10,000 images"])
-    out = program.succeeds("cli.reproduce", "--render", f"--results={tmp_path}").out
-    assert "1.5581 +- 0.0016" in out and "(a) not as published: 100 of 10,000 images" in out
-    markdown = (tmp_path / "mnist" / "table.md").read_text()
-    assert "| gaussian | 0.50 |" in markdown and "| 0.50 | consistency | gaussian | +0." in markdown
-    latex = (tmp_path / "mnist" / "table.tex").read_text()
-    assert latex.count(r"\begin{tabular}") == latex.count(r"\end{tabular}") == 2 and r"1.5581 $\pm$ 0.0016" in latex
-    assert (tmp_path / "mnist" / "certified_accuracy_sigma0.50.png").read_bytes().startswith(b"\x89PNG")
-    for lbd in (1.0, 25.0):
-        write_result(tmp_path / "tradeoff", "consistency", 1.0, 0, rng.uniform(0, 2, size=50), lbd=lbd)
-    out = program.succeeds("cli.reproduce", "--render", "--table=tradeoff", f"--results={tmp_path}").out
-    assert "consistency (lbd 25)" in out and "1.2261" in out
-    assert (tmp_path / "tradeoff" / "tradeoff.png").read_bytes().startswith(b"\x89PNG")
+    assert "published without settings, so not run here: catrs" in out
 
 
 @pytest.mark.parametrize(
@@ -225,7 +183,20 @@ def test_tables_and_pictures_come_from_the_results_alone(program, tmp_path):
         ),
         (["--dataset=cifar10", "--workdir=x"], "dataset=cifar10 has other images or classes than mnist"),
         (["--table=imagenet", "--methods=smoothadv", "--workdir=x"], "methods='smoothadv' is unknown"),
-        (["--config", "sigma=1", "--workdir=x"], "config=sigma=1: write KEY=VALUE, for a key that has no option"),
+        (["--config", "sigma=1", "--workdir=x"], "config=sigma=1: this key has an option of its own"),
+        (["--config", "lr", "--workdir=x"], "config=lr: write KEY=VALUE, such as optimizer.lr=0.02"),
+        (["--config", "optimizer.rate=1", "--workdir=x"], "config=optimizer.rate=1: there is no such key"),
+        (["--config", "optimizer=1", "--workdir=x"], "config=optimizer=1: there is no such key"),
+        (["--config", "batch_size=x", "--workdir=x"], "config=batch_size=x: use a whole number, such as 256"),
+        (["--config", "batch_size=-1", "--workdir=x"], "batch_size=-1: use a whole number of at least 1"),
+        (["--config", "macer.deferred=2", "--workdir=x"], "config=macer.deferred=2: use True or False, such as True"),
+        (["--config", "catrs.teacher=x", "--workdir=x"], "config=catrs.teacher=x: the plan trains the teacher itself"),
+        (
+            ["--table=tradeoff", "--config", "consistency.lbd=3", "--workdir=x"],
+            "config=consistency.lbd=3: table=tradeoff compares values of it; leave it out",
+        ),
+        (["--images=6000", "--workdir=x"], "images=6000: they are every 2nd, 3rd, ... of 10,000; use 5000 or 10000"),
+        (["--images=300", "--workdir=x"], "images=300: they are every 2nd, 3rd, ... of 10,000; use 295 or 304"),
         (["--shard=9/2", "--workdir=x"], "shard='9/2': use I/K"),
         (["--render", "--results=nowhere"], "holds no finished cell; run reproduce.py without --render first"),
     ],
@@ -234,9 +205,3 @@ def test_bad_input_is_named(program, tmp_path, monkeypatch, arguments, message):
     monkeypatch.chdir(tmp_path)
     assert message in program.fails("cli.reproduce", *arguments)
     assert not list(tmp_path.iterdir())
-
-
-def test_the_results_document_shows_the_tables_as_they_are():
-    text = (ROOT / "docs" / "results.md").read_text()
-    for folder in sorted((ROOT / "results").glob("*/")):
-        assert (folder / "table.md").read_text() in text, f"put {folder.name}/table.md into docs/results.md"

@@ -60,11 +60,12 @@ def coverage(interval, repeats=300):
     return hits / repeats
 
 
-def test_bootstrap_intervals_cover_the_mean_and_intervals_of_single_values_do_not():
+def test_bootstrap_intervals_cover_the_mean_and_those_of_seeds_taken_for_images_do_not():
     ours = coverage(lambda values, number: bootstrap_interval(values, seed=number, samples=500))
     assert 0.89 <= ours <= 0.98  # about 0.93 for so few and so skewed values; 300 repeats err by 0.015
-    broken = coverage(lambda values, number: bootstrap_interval(values[:15], seed=number, samples=500, level=0.5))
-    assert broken < 0.7
+    # The mistake: four seeds on the same images as so many more images, instead of their mean for each image.
+    broken = coverage(lambda values, number: bootstrap_interval(np.repeat(values, 4), seed=number, samples=500))
+    assert broken < 0.75
 
 
 def test_bootstrap_intervals_are_a_function_of_their_arguments():

@@ -5,11 +5,11 @@
     python reproduce.py --table=mnist --render                                       only the table, from results/
 
 Every cell of the table is a run in a workdir of its own. Interrupt it, kill it, or let a cell fail: the others go on,
-and the same command does what is left. Several machines share a table by --shard=1/3, 2/3, 3/3 and a common folder.
+and the same command does what is left. Several machines share a table through a common folder: with the same command
+on each, which takes what no other is at, or by --shard=1/3, 2/3, 3/3.
 """
 
 import os
-import subprocess
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -18,8 +18,15 @@ from typing import Any
 from rs_consistency.checks import whole_number
 from rs_consistency.cli.common import Parser, run_main, run_program, whole
 from rs_consistency.errors import UserError
-from rs_consistency.estimates import duration
-from rs_consistency.reproduction.plan import PUBLISHED_N, Cell, Options, deviations, make_plan, share_of
+from rs_consistency.reproduction.plan import (
+    PUBLISHED_N,
+    Cell,
+    Options,
+    deviations,
+    make_plan,
+    not_available,
+    share_of,
+)
 from rs_consistency.reproduction.published import TABLES
 from rs_consistency.shards import parse_shard
 
@@ -46,7 +53,7 @@ def _parser() -> Parser:
     add("--methods", type=_names, help="rows, such as gaussian,consistency (default: those of the published table)")
     add("--sigmas", type=_numbers, help="columns, such as 0.25,0.5 (default: all)")
     add("--seeds", type=whole, default=1, help="runs of every cell, with seeds 0, 1, ... (default: %(default)s)")
-    add("--images", type=whole, help="certified, spread evenly over the test set (default: as published)")
+    add("--images", type=whole, help="certified: every so-manyth of the test set (default: as published)")
     add("--n", type=whole, default=PUBLISHED_N, help="votes of an image (default: %(default)s)")
     add("--epochs", type=whole, help="shorter or longer training; its schedules follow (default: as published)")
     add("--dataset", help="another dataset with such images, such as mnist_subset (default: as published)")
@@ -71,21 +78,23 @@ def _main(argv: Sequence[str] | None) -> None:
     cells = share_of(make_plan(args.table, _options(args), workdir=folder), args.shard and parse_shard(args.shard))
     if not cells:
         raise UserError(f"shard={args.shard}: the plan has fewer cells; use fewer shards")
-    from rs_consistency.reproduction.results import keep
+    from rs_consistency.reproduction.machine import this_machine
+    from rs_consistency.reproduction.results import check_keepable, keep
     from rs_consistency.reproduction.runner import Runner
 
-    platform = _platform()
-    jobs = _jobs(args.jobs, platform)
+    check_keepable(cells, results)  # before hours of training
+    machine = this_machine()
+    jobs = _jobs(args.jobs, machine.platform)
     finished: list[Cell] = []
 
     def on_finished(cell: Cell) -> None:
         keep(cell, folder / cell.name, results)
         finished.append(cell)
 
-    runner = Runner(folder, root=_root(), jobs=jobs, pin=platform == "cpu", finished=on_finished)
+    runner = Runner(folder, root=_root(), jobs=jobs, machine=machine, finished=on_finished)
     states = {cell.name: runner.look(cell) for cell in cells}
-    runner.measure([cell for cell in cells if not states[cell.name].certified])
-    print(_plan(cells, states, runner, jobs), flush=True)
+    runner.measure(cells)
+    print("\n".join(filter(None, [_plan(cells, states, runner, jobs), not_available(args.table)])), flush=True)
     if args.dry_run:
         return
     outcome = runner.run(cells)
@@ -104,8 +113,8 @@ def _options(args: Any) -> Options:
     settings = {}
     for text in args.config:
         key, separator, value = text.partition("=")
-        if not separator or key in ("seed", "sigma", "method", "num_epochs", "dataset.name", "model"):
-            raise UserError(f"config={text}: write KEY=VALUE, for a key that has no option of its own here")
+        if not separator or not key:
+            raise UserError(f"config={text}: write KEY=VALUE, such as optimizer.lr=0.02")
         settings[key] = _value(value)
     return Options(
         methods=args.methods, sigmas=args.sigmas, seeds=args.seeds, images=args.images, n=args.n, epochs=args.epochs,
@@ -120,13 +129,6 @@ def _value(text: str) -> Any:
         except ValueError:
             continue
     return {"True": True, "False": False}.get(text, text)
-
-
-def _platform() -> str:
-    """That of JAX here, asked in a process of its own: this one must not hold an accelerator."""
-    code = "import jax; print(jax.default_backend())"
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
-    return done.stdout.strip() or "cpu"
 
 
 def _jobs(wanted: int | None, platform: str) -> int:
@@ -152,17 +154,14 @@ def _plan(cells: Sequence[Cell], states: dict[str, Any], runner: Any, jobs: int)
         if state.certified:
             what = "finished"
         else:
-            seconds = runner.speeds.seconds_left(cell, state)
-            left = "time not known" if seconds is None else f"about {duration(seconds)}"
-            what = (
-                f"epoch {state.epochs}/{cell.config().num_epochs}, image {state.images}/{cell.selection.size}, {left}"
-            )
+            left = runner.speeds.estimate([(cell, state)], jobs=1).text()
+            done = f"epoch {state.epochs}/{cell.config().num_epochs}, image {state.images}/{cell.selection.size}"
+            what = f"{done}, {left}"
         notes = f"  (not as published: {', '.join(deviations(cell))})" if deviations(cell) else ""
         lines.append(f"{cell.name:{width}}  {what}{notes}")
-    total = runner.seconds_left([cell for cell in cells if not states[cell.name].certified])
-    number = sum(not state.certified for state in states.values())
-    left = "time not known" if total is None else f"about {duration(total)}"
-    lines.append(f"{len(cells)} cells, {number} to do, {jobs} at a time: {left}")
+    to_do = [(cell, states[cell.name]) for cell in cells if not states[cell.name].certified]
+    left = runner.speeds.estimate(to_do, jobs=jobs).text()
+    lines.append(f"{len(cells)} cells, {len(to_do)} to do, {jobs} at a time: {left}")
     return "\n".join(lines)
 
 

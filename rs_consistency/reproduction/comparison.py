@@ -8,7 +8,8 @@ from typing import NamedTuple
 import numpy as np
 
 from rs_consistency.analysis import Certificates, certified_accuracy
-from rs_consistency.reproduction.published import TRADEOFF, Published, Table
+from rs_consistency.reproduction.plan import is_about_images
+from rs_consistency.reproduction.published import Published, Table, published_acr
 from rs_consistency.reproduction.results import Result
 from rs_consistency.statistics import Interval, PairedDifference, bootstrap_interval, paired_difference, standard_error
 
@@ -24,7 +25,7 @@ class Row(NamedTuple):
       deviation: standard deviation over the seeds; None for a single one.
       interval: 95 %, of the ACR over images of the kind, by the bootstrap over the images.
       accuracy: mean over the seeds of the share that is classified correctly.
-      published: the published ACR; None where there is none.
+      published: the published ACR; None where there is none of this model and dataset.
       difference: measured minus published.
       error: standard error of that difference; see `difference_error`. None where it is not known.
       seeds: how many.
@@ -55,40 +56,55 @@ class Row(NamedTuple):
 
 
 class Pair(NamedTuple):
-    """Two methods on the same images, over the seeds that both have: method minus baseline."""
+    """Two methods on the same images, over the seeds that both have with the same settings: method minus baseline.
+
+    Attributes:
+      sigma: standard deviation of the noise.
+      method: a name.
+      baseline: likewise.
+      seeds: how many.
+      difference: over the images that all runs have.
+      notes: what in the runs of either is not as published, a phrase each.
+    """
 
     sigma: float
     method: str
     baseline: str
     seeds: int
     difference: PairedDifference
+    notes: tuple[str, ...] = ()
 
 
-def rows_of(results: Sequence[Result], table: Table) -> list[Row]:
-    """A row for each method, sigma and weight, in the order of the results.
+def groups_of(results: Sequence[Result]) -> list[list[Result]]:
+    """The runs that differ in nothing but the seed, by sigma, method and weight.
 
-    Runs with different settings (epochs, images, votes, anything that deviates) are different rows.
+    Those with different settings (epochs, images, votes, anything that deviates) are in different groups.
     """
 
     def kind(one: Result) -> tuple:
         images = tuple(np.sort(one.certificates.idx).tolist())
         return one.sigma, one.method, one.lbd or 0, one.epochs, one.deviations, images
 
-    ordered = sorted(results, key=kind)
-    return [_row(list(group), table) for _, group in itertools.groupby(ordered, key=kind)]
+    return [list(group) for _, group in itertools.groupby(sorted(results, key=kind), key=kind)]
 
 
-def _row(group: list[Result], table: Table) -> Row:
+def rows_of(results: Sequence[Result], table: Table) -> list[Row]:
+    """A row for each of `groups_of`: the mean over its seeds, beside what was published of it."""
+    return [_row(group, table) for group in groups_of(results)]
+
+
+def _row(group: Sequence[Result], table: Table) -> Row:
     first, radii = group[0], np.stack([_radii(one.certificates) for one in group])
     acr, per_image = float(radii.mean()), radii.mean(axis=0)
     deviation = float(radii.mean(axis=1).std(ddof=1)) if len(group) > 1 else None
-    if first.lbd is None:
-        published = table.cells.get((first.method, first.sigma))
-    else:
-        published = Published(TRADEOFF[first.lbd][0]) if first.lbd in TRADEOFF else None
+    changed = dict(phrase.partition(" ")[::2] for phrase in first.deviations)
+    published = published_acr(
+        table, method=first.method, sigma=first.sigma, lbd=first.lbd, dataset=changed.get("dataset.name"),
+        model=changed.get("model"),
+    )  # fmt: skip
     error = None
     if published is not None and len(per_image) > 1:
-        error = difference_error(per_image, deviation, len(group), published, table.images)
+        error = difference_error(per_image, deviation, len(group), published, table)
     return Row(
         method=first.method, sigma=first.sigma, lbd=first.lbd, acr=acr, deviation=deviation,
         interval=bootstrap_interval(per_image) if len(per_image) > 1 else Interval(acr, acr),
@@ -99,46 +115,59 @@ def _row(group: list[Result], table: Table) -> Row:
 
 
 def difference_error(
-    per_image: np.ndarray, deviation: float | None, seeds: int, published: Published, published_images: int
+    per_image: np.ndarray, deviation: float | None, seeds: int, published: Published, table: Table
 ) -> float | None:
-    """Standard error of a measured ACR minus the published one of the same method.
+    """Standard error of a measured ACR minus the published one of the same method, trained with other seeds.
 
-    Three errors are added in squares: of ours over seeds, of theirs over seeds, and of the test images where ours are
-    only some of theirs (0 where they are all of them). Training differs between seeds as much here as there: a single
-    seed is given the published deviation, and a single published one ours.
+    With k seeds of ours of standard deviation s_1, and K published ones of s_2, the variance is s^2 (1/k + 1/K).
+    Training differs between seeds as much here as there, so both deviations make up one: s^2 = ((k - 1) s_1^2 +
+    (K - 1) s_2^2) / (k + K - 2). A deviation that is not known, as that of a single seed, has no part in it. The
+    variance of the test images is added: of ours as a sample of theirs, 0 where they are all of them; or, where ours
+    and theirs are two samples (`Table.same_images` is False), of both, at our images' standard deviation.
 
     Args:
       per_image: `[N]`, radius times correct, averaged over our seeds.
       deviation: over our seeds; None for a single one.
       seeds: how many are ours.
       published: the other number.
-      published_images: size of the test set that it is the mean of.
+      table: that it is from.
 
     Returns:
-      None when neither deviation over seeds is known, unless images are what dominates: then these alone.
+      None when no deviation over seeds is known: then the images alone would pass for all the chance there is.
     """
-    known = published.deviation if published.deviation is not None else deviation
-    ours = deviation if deviation is not None else published.deviation
+    known = [(seeds - 1, deviation), (published.seeds - 1, published.deviation)]
+    squares = [(freedom, s**2) for freedom, s in known if s is not None and freedom]
+    if not squares:
+        return None
+    pooled = sum(freedom * square for freedom, square in squares) / sum(freedom for freedom, _ in squares)
     images = 0.0
-    if len(per_image) < published_images:
-        images = standard_error(per_image, population=published_images)
-    if known is None or ours is None:
-        return images or None
-    return math.sqrt(ours**2 / seeds + known**2 / published.seeds + images**2)
+    if not table.same_images:
+        images = standard_error(per_image) * math.sqrt(1 + len(per_image) / table.images)
+    elif len(per_image) < table.images:
+        images = standard_error(per_image, population=table.images)
+    return math.sqrt(pooled * (1 / seeds + 1 / published.seeds) + images**2)
 
 
 def pairs_of(results: Sequence[Result], baselines: Sequence[str] = ("gaussian", "smoothadv")) -> list[Pair]:
-    """Every method against Gaussian, and those with the consistency term against the method without it."""
+    """Every method against Gaussian, and those with the consistency term against the method without it.
+
+    Only runs of the same settings are compared, but for the number of images: those that both have are.
+    """
     found = []
     for sigma, group in itertools.groupby(sorted(results, key=lambda one: one.sigma), key=lambda one: one.sigma):
-        runs = {(one.method, one.seed, one.epochs): one for one in group if one.lbd is None}
-        methods = dict.fromkeys(method for method, _, _ in runs)
-        for baseline, method in itertools.product(baselines, methods):
+        runs = {(one.method, *_settings(one), one.seed): one for one in group if one.lbd is None}
+        methods, settings = (dict.fromkeys(key[part] for key in runs) for part in (slice(0, 1), slice(1, 3)))
+        for baseline, (method,), kind in itertools.product(baselines, methods, settings):
             if method == baseline or (baseline != "gaussian" and method != f"{baseline}+consistency"):
                 continue
-            shared = [key[1:] for key in runs if key[0] == method and (baseline, *key[1:]) in runs]
+            shared = [key[1:] for key in runs if key[:3] == (method, *kind) and (baseline, *key[1:]) in runs]
             found += _pair(sigma, method, baseline, [(runs[method, *key], runs[baseline, *key]) for key in shared])
     return found
+
+
+def _settings(one: Result) -> tuple[int, tuple[str, ...]]:
+    """What two methods must have in common to be compared."""
+    return one.epochs, tuple(text for text in one.deviations if not is_about_images(text))
 
 
 def _pair(sigma: float, method: str, baseline: str, runs: list[tuple[Result, Result]]) -> list[Pair]:
@@ -151,7 +180,8 @@ def _pair(sigma: float, method: str, baseline: str, runs: list[tuple[Result, Res
     ours, theirs = (
         np.mean([_radii(pair[side].certificates, common) for pair in runs], axis=0) for side in (0, 1)
     )  # fmt: skip
-    return [Pair(sigma, method, baseline, len(runs), paired_difference(ours, theirs))]
+    notes = tuple(dict.fromkeys(text for pair in runs for one in pair for text in one.deviations))
+    return [Pair(sigma, method, baseline, len(runs), paired_difference(ours, theirs), notes)]
 
 
 def _radii(table: Certificates, images: Sequence[int] | None = None) -> np.ndarray:
@@ -162,7 +192,7 @@ def _radii(table: Certificates, images: Sequence[int] | None = None) -> np.ndarr
 
 
 def together(results: Sequence[Result]) -> Certificates:
-    """The lines of several seeds as one table, whose curve is the mean of theirs."""
+    """The lines of several seeds, a group of `groups_of`, as one table, whose curve is the mean of theirs."""
     tables = [one.certificates for one in results]
     return Certificates(
         *(np.concatenate([getattr(table, name) for table in tables]) for name in Certificates._fields[:-1])

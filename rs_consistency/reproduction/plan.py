@@ -1,6 +1,7 @@
 """The cells of a table: which runs there are, what they are called, and what in them is not as published."""
 
 import importlib
+import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -9,17 +10,23 @@ from ml_collections import ConfigDict
 
 from rs_consistency import data
 from rs_consistency.checks import one_of, whole_number
-from rs_consistency.config import flatten
+from rs_consistency.config import PLACE_KEYS, flatten, validate
 from rs_consistency.errors import UserError
 from rs_consistency.models import MODELS
 from rs_consistency.reproduction.published import TABLES, Table, table_of
 from rs_consistency.shards import Selection, Shard
 
 PUBLISHED_N = 100_000
+PUBLISHED_VOTES = {"mode": "certify", "n0": 100, "alpha": 0.001, "bound": "clopper_pearson"}  # of every certificate
 _TEST_IMAGES = {"mnist_subset": 1_000, "cifar100": 10_000, "fashion_mnist": 10_000, "svhn": 26_032} | {
     table.dataset: table.test_images for table in TABLES.values()
 }
+_TRAIN_IMAGES = {"mnist_subset": 10_000, "imagenet": 1_281_167}
+_MOST_TRAIN_IMAGES = 60_000  # of the others, or a little less: 50,000 to 73,000
 _NEEDS_TEACHER, _TEACHER_SIGMA = "catrs", 0.25
+_FORWARD_PASSES = 3  # that a gradient takes as long as
+_OTHER_ORDER = "images picked in the order of tensorflow-datasets instead of the original one"
+_HAVE_OPTIONS = ("seed", "sigma", "method", "num_epochs", "dataset.name", "model")
 
 
 class Cell(NamedTuple):
@@ -113,10 +120,12 @@ def make_plan(table_name: str, options: Options, *, workdir: Path) -> list[Cell]
       UserError: for an option that cannot work, or cells of which no published settings are known.
     """
     table = table_of(table_name)
-    settings = importlib.import_module(f"configs.{table.config}").PUBLISHED
+    module = importlib.import_module(f"configs.{table.config}")
+    settings = module.PUBLISHED
     seeds = range(whole_number("seeds", options.seeds, at_least=1))
     chosen = _chosen(table_name, table, settings, options)
-    overrides, selection = _overrides(table, options), _selection(table, options)
+    overrides = _overrides(table, options) | _checked(options.settings, flatten(module.get_config()), table_name)
+    selection = _selection(table, options)
     whole_number("n", options.n, at_least=1)
     cells = []
     for seed in seeds:
@@ -132,24 +141,85 @@ def make_plan(table_name: str, options: Options, *, workdir: Path) -> list[Cell]
                 cell = cell._replace(needs=teacher.name)
             if cell.name not in {other.name for other in cells}:
                 cells.append(_settled(cell))
+    for cell in cells:
+        validate(cell.config(), num_devices=1)
     return cells
 
 
 def share_of(cells: list[Cell], shard: Shard | None) -> list[Cell]:
-    """The cells of one of several machines: every count-th."""
-    return cells if shard is None else cells[shard.index - 1 :: shard.count]
+    """The cells of one of several machines, in the order of the plan.
+
+    Shares take about as long, by `cost`: the longest first, each to the share that has least. A cell stays with the one
+    that it needs. Every machine finds the same shares.
+    """
+    if shard is None:
+        return cells
+    groups: dict[str, list[Cell]] = {}
+    for cell in cells:
+        groups.setdefault(cell.needs or cell.name, []).append(cell)
+    loads, share = [0.0] * shard.count, set()
+    for group in sorted(groups.values(), key=lambda group: -sum(map(cost, group))):
+        lightest = loads.index(min(loads))
+        loads[lightest] += sum(map(cost, group))
+        if lightest == shard.index - 1:
+            share.update(cell.name for cell in group)
+    return [cell for cell in cells if cell.name in share]
+
+
+def cost(cell: Cell) -> float:
+    """How long a cell takes, roughly: in images that pass through the model forward."""
+    config = cell.config()
+    images = _TRAIN_IMAGES.get(config.dataset.name, _MOST_TRAIN_IMAGES) * config.num_noise * (1 + attack_steps(config))
+    return config.num_epochs * images * _FORWARD_PASSES + cell.selection.size * votes_of(cell)
+
+
+def votes_of(cell: Cell) -> int:
+    """On each of a cell's images, those that choose the class among them."""
+    return PUBLISHED_VOTES["n0"] + cell.n
+
+
+def attack_steps(config: ConfigDict) -> int:
+    """Of the method's attack in a training step; 0 where it has none."""
+    return config.get(config.method, {}).get("num_steps", 0)
 
 
 def deviations(cell: Cell) -> list[str]:
-    """In what a cell's settings differ from the published ones, a phrase each."""
-    table = table_of(cell.table)
+    """In what a cell's settings differ from the published ones, a phrase each.
+
+    Where it is computed is none of it: no folder or number of devices is named. Another model or dataset is, as
+    `model resnet20` and `dataset.name svhn`, and fewer images as `500 of 10,000 images`.
+    """
+    table, published = table_of(cell.table), flatten(cell._replace(overrides={}).config())
     own = ("seed", "consistency.lbd" if cell.lbd is not None else "", "catrs.teacher")
-    found = [f"{key} {value}" for key, value in cell.overrides.items() if key not in own]
+    found = [
+        f"{key} {Path(value).name if key == 'init_from' else value}"
+        for key, value in cell.overrides.items()
+        if key not in own and key not in PLACE_KEYS and value != published.get(key)
+    ]
     if cell.selection.size != table.images:
         found.append(f"{cell.selection.size:,} of {table.images:,} images")
+    if not table.same_images and cell.selection.size < table.test_images:
+        found.append(_OTHER_ORDER)
     if cell.n != PUBLISHED_N:
         found.append(f"n {cell.n:,}")
     return found
+
+
+def is_about_images(deviation: str) -> bool:
+    """Whether a phrase of `deviations` says no more than how many images were certified."""
+    return re.fullmatch("[0-9,]+ of [0-9,]+ images", deviation) is not None
+
+
+def not_available(table_name: str) -> str:
+    """A line on the published cells that cannot be run; empty where there are none."""
+    table = table_of(table_name)
+    settings = importlib.import_module(f"configs.{table.config}").PUBLISHED
+    missing: dict[str, list[str]] = {}
+    for method, sigma in table.cells:
+        if sigma not in settings.get(method, {}):
+            missing.setdefault(method, []).append(f"{sigma:g}")
+    cells = "; ".join(f"{method} at sigma {', '.join(sigmas)}" for method, sigmas in missing.items())
+    return f"published without settings, so not run here: {cells}" if cells else ""
 
 
 def _chosen(
@@ -191,19 +261,55 @@ def _overrides(table: Table, options: Options) -> dict[str, Any]:
         found["model"] = options.model
     if options.epochs is not None and options.epochs != table.epochs:
         found["num_epochs"] = whole_number("epochs", options.epochs, at_least=1)
-    return found | dict(options.settings)
+    return found
+
+
+def _checked(settings: Mapping[str, Any], known: Mapping[str, Any], table_name: str) -> dict[str, Any]:
+    """Further settings as the configuration takes them, which has the known keys and values."""
+    found = {}
+    for key, value in settings.items():
+        named = f"config={key}={value}"
+        if key in _HAVE_OPTIONS:
+            raise UserError(f"{named}: this key has an option of its own, or is the cell's; reproduce.py --help")
+        if key == "catrs.teacher":
+            raise UserError(f"{named}: the plan trains the teacher itself; leave it out")
+        if key == "consistency.lbd" and table_of(table_name).lbds:
+            raise UserError(f"{named}: table={table_name} compares values of it; leave it out")
+        if key not in known:
+            raise UserError(f"{named}: there is no such key; configs/default.py names every key")
+        kind = type(known[key])
+        if kind is str or (kind is float and type(value) is int):
+            value = kind(value)
+        if type(value) is not kind:
+            kinds = {int: "a whole number", float: "a number", bool: "True or False"}
+            raise UserError(f"{named}: use {kinds[kind]}, such as {known[key]}")
+        found[key] = value
+    return found
 
 
 def _selection(table: Table, options: Options) -> Selection:
-    """Images spread evenly over the test set."""
+    """Every so-manyth image of the test set: a sample that is spread evenly over it.
+
+    Raises:
+      UserError: for a number of images that no step between them gives; it names the nearest ones.
+    """
     total = _TEST_IMAGES[options.dataset or table.dataset]
-    images = min(table.images, total) if options.images is None else options.images
-    whole_number("images", images, at_least=1, at_most=total)
-    return Selection(total, skip=total // images, most=images)
+    wanted = min(table.images, total)
+    if options.images is not None:
+        wanted = whole_number("images", options.images, at_least=1, at_most=total)
+    skip = -(-total // wanted)
+    size = -(-total // skip)  # the most that are no more than wanted
+    if size != wanted and options.images is not None:
+        more = -(-total // (skip - 1))
+        raise UserError(f"images={wanted}: they are every 2nd, 3rd, ... of {total:,}; use {size} or {more}")
+    return Selection(total, skip=skip, most=size)
 
 
 def _settled(cell: Cell) -> Cell:
-    """With the overrides that are the cell's own: seed, weight, and schedules that follow the number of epochs."""
+    """With the overrides that are the cell's own: seed, weight, and schedules that follow the number of epochs.
+
+    Without those that say what is published anyway.
+    """
     published = cell._replace(overrides={}).config()
     own: dict[str, Any] = {"seed": cell.seed} if cell.seed else {}
     if cell.lbd is not None and cell.lbd != published.consistency.lbd:
@@ -212,4 +318,5 @@ def _settled(cell: Cell) -> Cell:
     for key in ("optimizer.lr_step_size", f"{published.method}.warmup_epochs"):
         if "num_epochs" in cell.overrides and key in flat and key not in cell.overrides:
             own[key] = max(1, round(flat[key] * cell.overrides["num_epochs"] / published.num_epochs))
-    return cell._replace(overrides={**cell.overrides, **own})
+    overrides = {**cell.overrides, **own}
+    return cell._replace(overrides={key: value for key, value in overrides.items() if value != flat[key]})

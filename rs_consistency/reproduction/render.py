@@ -1,21 +1,25 @@
 """Tables and pictures of reproduced results: text, Markdown, LaTeX, PNG, PDF; from the results' folder alone."""
 
 import itertools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 from rs_consistency import formats
+from rs_consistency.analysis import Certificates
 from rs_consistency.files import write_text
 from rs_consistency.plots import plt, save, save_curves
-from rs_consistency.reproduction.comparison import Pair, Row, pairs_of, rows_of, together
+from rs_consistency.reproduction.comparison import Pair, Row, groups_of, pairs_of, rows_of, together
+from rs_consistency.reproduction.plan import not_available
 from rs_consistency.reproduction.published import TRADEOFF, table_of
-from rs_consistency.reproduction.results import read_results
+from rs_consistency.reproduction.results import NOT_RECORDED, Result, read_results
 
 _Cells = list[list[str]]
-_BLUE, _ORANGE = "#0072B2", "#D55E00"
-_HEAD = ["method", "sigma", "ACR", "95 % over images", "published", "difference", "std. errors", "accuracy", "seeds",
-         "images", "epochs", "note"]  # fmt: skip
-_PAIR_HEAD = ["sigma", "method", "minus", "difference", "95 %", "gained", "lost", "images", "seeds"]
+_Letters = Mapping[tuple[str, ...], str]  # of notes
+_COMMIT_DIGITS = 10
+_ORANGE, _COLOURS = "#D55E00", ("#0072B2", "#009E73", "#CC79A7", "#56B4E9", "#000000")
+_HEAD = ["method", "sigma", "ACR", "95 % over images", "reported", "released files", "difference", "std. errors",
+         "accuracy", "seeds", "images", "epochs", "note"]  # fmt: skip
+_PAIR_HEAD = ["sigma", "method", "minus", "difference", "95 % over images", "gained", "lost", "images", "seeds", "note"]
 
 
 def render(table_name: str, results: Path) -> str:
@@ -34,48 +38,84 @@ def render(table_name: str, results: Path) -> str:
     folder, table = results / table_name, table_of(table_name)
     found = read_results(folder)
     rows, pairs = rows_of(found, table), pairs_of(found)
-    cells, notes = _table(rows)
-    paired = _paired(pairs)
+    letters = _letters([*rows, *pairs])
+    cells, paired = _table(rows, letters), _paired(pairs, letters)
+    notes = [f"({letter}) not as published: {', '.join(kind)}" for kind, letter in letters.items()]
+    notes += filter(None, [_made(found), not_available(table_name)])
     escaped = [formats.latex_text(one) for one in notes]
     write_text(folder / "table.md", _document(cells, paired, notes, formats.markdown, "  \n"))
     write_text(folder / "table.tex", _document(cells, paired, escaped, formats.latex, "\n\n"))
     if table.lbds:
-        _save_tradeoff(rows, folder / "tradeoff.png")
+        _save_tradeoff(rows, letters, folder / "tradeoff.png")
     else:
-        for sigma, group in itertools.groupby(found, key=lambda one: one.sigma):
-            by_method = {name: list(runs) for name, runs in itertools.groupby(group, key=lambda one: one.method)}
-            curves = {name: together(runs) for name, runs in by_method.items()}
-            save_curves(curves, folder / f"certified_accuracy_sigma{sigma:.2f}.png")
+        for sigma, some in itertools.groupby(groups_of(found), key=lambda group: group[0].sigma):
+            save_curves(_curves(list(some), letters), folder / f"certified_accuracy_sigma{sigma:.2f}.png")
     return _document(cells, paired, notes, formats.aligned, "\n") + f"\nwritten: {folder}"
 
 
-def _table(rows: Sequence[Row]) -> tuple[_Cells, list[str]]:
-    """Header and lines, and the notes that they refer to."""
-    kinds = list(dict.fromkeys(row.notes for row in rows if row.notes))
-    letters = {kind: chr(ord("a") + number) for number, kind in enumerate(kinds)}
+def _letters(lines: Sequence[Row | Pair]) -> dict[tuple[str, ...], str]:
+    """A letter for every kind of notes: a, b, ..., z, aa, bb, ..."""
+    kinds = dict.fromkeys(line.notes for line in lines if line.notes)
+    return {kind: chr(ord("a") + number % 26) * (1 + number // 26) for number, kind in enumerate(kinds)}
+
+
+def _made(results: Sequence[Result]) -> str:
+    """On which devices, and with which commits, all of it was made; empty where nothing of it was recorded."""
+    made: dict[str, None] = {}
+    for one in results:
+        certified = {"program": "certify", **one.made.get("certified_with", {})}
+        calls = [call for call in one.made.get("calls", []) if call["program"] == "train"]
+        for call in [*calls, *([certified] if len(certified) > 1 else [])]:
+            done = {"train": "trained", "certify": "certified"}[call["program"]]
+            device, commit = (call.get(key) or NOT_RECORDED for key in ("device", "git_commit"))
+            if commit != NOT_RECORDED:
+                commit = commit[:_COMMIT_DIGITS] + (" (dirty)" if "dirty" in commit else "")
+            made[f"{done} on device {device}, at commit {commit}"] = None
+    return "; ".join(made)
+
+
+def _curves(groups: Sequence[Sequence[Result]], letters: _Letters) -> dict[str, Certificates]:
+    """A curve for each group, named as in the table."""
+    curves: dict[str, Certificates] = {}
+    for group in groups:
+        letter = letters.get(group[0].deviations)
+        label = name = group[0].method + (f" ({letter})" if letter else "")
+        number = 1
+        while label in curves:  # other images of the same number
+            number += 1
+            label = f"{name} {number}"
+        curves[label] = together(group)
+    return curves
+
+
+def _table(rows: Sequence[Row], letters: _Letters) -> _Cells:
+    """Header and lines; without a column that has nothing in it."""
     lines = [_HEAD]
     for row in rows:
         name = row.method if row.lbd is None else f"{row.method} (lbd {row.lbd:g})"
+        published = row.published
         lines.append([
             name, f"{row.sigma:.2f}", _with_deviation(row.acr, row.deviation),
             f"{row.interval.low:.4f} to {row.interval.high:.4f}",
-            "-" if row.published is None else _with_deviation(row.published.acr, row.published.deviation),
+            _with_deviation(published.acr, published.deviation) if published and published.reported else "-",
+            f"{published.released:.4f}" if published and published.released is not None else "-",
             "-" if row.difference is None else f"{row.difference:+.4f}",
             "-" if row.errors_apart is None else f"{row.errors_apart:+.1f}",
             f"{row.accuracy:.4f}", str(row.seeds), f"{row.images:,}", str(row.epochs), letters.get(row.notes, ""),
         ])  # fmt: skip
-    notes = [f"({letter}) not as published: {', '.join(kind)}" for kind, letter in letters.items()]
-    return lines, notes
+    if all(line[_HEAD.index("released files")] == "-" for line in lines[1:]):
+        lines = [[cell for name, cell in zip(_HEAD, line, strict=True) if name != "released files"] for line in lines]
+    return lines
 
 
-def _paired(pairs: Sequence[Pair]) -> _Cells:
+def _paired(pairs: Sequence[Pair], letters: _Letters) -> _Cells:
     lines = [_PAIR_HEAD]
     for pair in pairs:
         found = pair.difference
         lines.append([
             f"{pair.sigma:.2f}", pair.method, pair.baseline, f"{found.mean:+.4f} +- {found.standard_error:.4f}",
             f"{found.interval.low:+.4f} to {found.interval.high:+.4f}", f"{found.gained:,}", f"{found.lost:,}",
-            f"{found.images:,}", str(pair.seeds),
+            f"{found.images:,}", str(pair.seeds), letters.get(pair.notes, ""),
         ])  # fmt: skip
     return lines
 
@@ -91,19 +131,32 @@ def _document(cells: _Cells, paired: _Cells, notes: Sequence[str], write: Callab
     return "\n".join(part for part in tables if part)
 
 
-def _save_tradeoff(rows: Sequence[Row], path: Path) -> None:
-    """ACR and clean accuracy against the weight of the consistency term, measured and published."""
+def _save_tradeoff(rows: Sequence[Row], letters: _Letters, path: Path) -> None:
+    """ACR and clean accuracy against the weight of the consistency term, measured and published.
+
+    Runs of different settings are lines of their own, named by the letter of their note.
+    """
     figure, axes = plt.subplots(1, 2, figsize=(9, 4), layout="constrained")
     weights = sorted(TRADEOFF)
     for number, (one, label) in enumerate(zip(axes, ("ACR", "accuracy of the smoothed classifier"), strict=True)):
         one.plot(weights, [TRADEOFF[lbd][number] for lbd in weights], "s--", color=_ORANGE, label="published")
-        measured = [row.acr if number == 0 else row.accuracy for row in rows]
-        one.plot([row.lbd for row in rows], measured, "o-", color=_BLUE, label="measured")
-        if number == 0:
-            low = [row.acr - row.interval.low for row in rows]
-            high = [row.interval.high - row.acr for row in rows]
-            one.errorbar([row.lbd for row in rows], measured, yerr=[low, high], fmt="none", color=_BLUE, capsize=3)
+        for colour, (name, some) in zip(itertools.cycle(_COLOURS), _lines(rows, letters).items(), strict=False):
+            measured = [row.acr if number == 0 else row.accuracy for row in some]
+            one.plot([row.lbd for row in some], measured, "o-", color=colour, label=name)
+            if number == 0:
+                low = [row.acr - row.interval.low for row in some]
+                high = [row.interval.high - row.acr for row in some]
+                one.errorbar([row.lbd for row in some], measured, yerr=[low, high], fmt="none", color=colour, capsize=3)
         one.set(xlabel="weight of the consistency term (lbd)", ylabel=label, ylim=(0, None))
         one.grid(alpha=0.3)
     axes[0].legend()
     save(figure, path)
+
+
+def _lines(rows: Sequence[Row], letters: _Letters) -> dict[str, list[Row]]:
+    """Rows of the same settings: what a line of the picture may connect."""
+    lines: dict[str, list[Row]] = {}
+    for row in rows:
+        letter = letters.get(row.notes)
+        lines.setdefault("measured" + (f" ({letter})" if letter else ""), []).append(row)
+    return lines

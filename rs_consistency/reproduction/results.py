@@ -6,22 +6,24 @@
 
 import gzip
 import json
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from rs_consistency.analysis import Certificates, read_certificates
+from rs_consistency.config import PLACE_KEYS
 from rs_consistency.errors import UserError
-from rs_consistency.files import read_json, replace_atomically, write_json
+from rs_consistency.files import read_json, replace_atomically
 from rs_consistency.metrics import METRICS_FILE, read_lines
 from rs_consistency.reproduction.plan import Cell, deviations
-from rs_consistency.reproduction.runner import provenance_of
-from rs_consistency.reproduction.state import CERTIFICATES
+from rs_consistency.reproduction.state import CERTIFICATES, calls_of
 from rs_consistency.rows import seconds_of
 from rs_consistency.tables import PROVENANCE, in_order, record_of
 from rs_consistency.workdir import CONFIG_FILE
 
 PACKED = "certificates.tsv.gz"
 RUN_FILE = "run.json"
+NOT_RECORDED = "not recorded"  # by earlier versions
 
 
 class Result(NamedTuple):
@@ -50,8 +52,22 @@ class Result(NamedTuple):
     certificates: Certificates
 
 
+def check_keepable(cells: Sequence[Cell], results: Path) -> None:
+    """Whether the results have room for the cells: none of them made with other settings.
+
+    Raises:
+      UserError: for the first one that would be replaced by something else.
+    """
+    for cell in cells:
+        path = results / cell.table / cell.name / RUN_FILE
+        if path.exists():
+            _check_same(cell, path)
+
+
 def keep(cell: Cell, workdir: Path, results: Path) -> Path:
-    """Copies what stays of a finished cell; whatever was there is replaced, file by file, `run.json` last.
+    """Copies what stays of a finished cell; the same cell from before is replaced.
+
+    `run.json` goes first and comes last: where it is, the other files belong to it.
 
     Args:
       cell: finished.
@@ -60,34 +76,70 @@ def keep(cell: Cell, workdir: Path, results: Path) -> Path:
 
     Returns:
       The cell's folder in it.
+
+    Raises:
+      UserError: when the results hold the cell with other settings, or a file of the workdir is damaged.
     """
+    check_keepable([cell], results)
     folder = results / cell.table / cell.name
+    try:
+        files = _files(cell, workdir)
+    except (KeyError, TypeError, IndexError, ZeroDivisionError) as error:
+        raise UserError(f"{workdir} lacks {error} of a finished run; move it away, and run again") from None
     folder.mkdir(parents=True, exist_ok=True)
-    content = in_order((workdir / CERTIFICATES).read_bytes())
-    with replace_atomically(folder / PACKED) as temporary:
-        temporary.write_bytes(gzip.compress(content, mtime=0))  # without a time: the same bytes at every call
-    record = read_json(record_of(workdir / CERTIFICATES))
-    record["command"] = _command("certify", cell.certify_arguments(Path("runs") / cell.name))
-    record["config"] = _without_places(record["config"])
-    write_json(folder / "certificates.json", record)
-    config = _without_places(read_json(workdir / CONFIG_FILE))
-    write_json(folder / CONFIG_FILE, config)
-    metrics = read_lines(workdir / METRICS_FILE)
-    with replace_atomically(folder / METRICS_FILE) as temporary:
-        temporary.write_text("".join(json.dumps(line) + "\n" for line in metrics), encoding="utf-8")
-    arguments = cell._replace(overrides=_named(cell.overrides)).train_arguments(Path(), Path("runs") / cell.name)
-    write_json(
-        folder / RUN_FILE,
-        {
-            "table": cell.table, "method": cell.method, "sigma": cell.sigma, "seed": cell.seed, "lbd": cell.lbd,
-            "epochs": config["num_epochs"], "images": cell.selection.size, "n": cell.n, "deviations": deviations(cell),
-            "train_command": _command("train", arguments), "certify_command": record["command"],
-            "train_seconds": _train_seconds(metrics, config), "certify_seconds": _certify_seconds(content),
-            "calls": provenance_of(workdir),
-            "certified_with": {key: record.get(key) for key in PROVENANCE},
-        },
-    )  # fmt: skip
+    (folder / RUN_FILE).unlink(missing_ok=True)
+    for name, content in files.items():
+        with replace_atomically(folder / name) as temporary:
+            temporary.write_bytes(content)
     return folder
+
+
+def _files(cell: Cell, workdir: Path) -> dict[str, bytes]:
+    """Name -> content of what is kept, `run.json` last."""
+    table = in_order((workdir / CERTIFICATES).read_bytes())
+    record, config = read_json(record_of(workdir / CERTIFICATES)), read_json(workdir / CONFIG_FILE)
+    metrics = read_lines(workdir / METRICS_FILE)
+    train, certify = _commands(cell)
+    record |= {"command": certify, "config": _without_places(record["config"])}
+    run = {
+        **_identity(cell), "images": table.count(b"\n") - 1, "train_command": train, "certify_command": certify,
+        "train_seconds": _train_seconds(metrics, config), "certify_seconds": _certify_seconds(table),
+        "calls": [{"device": NOT_RECORDED, "processor": NOT_RECORDED, **call} for call in calls_of(workdir)],
+        "certified_with": {key: record.get(key) for key in PROVENANCE},
+    }  # fmt: skip
+    return {
+        PACKED: gzip.compress(table, mtime=0),  # without a time: the same bytes at every call
+        "certificates.json": _json(record),
+        CONFIG_FILE: _json(_without_places(config)),
+        METRICS_FILE: "".join(json.dumps(line) + "\n" for line in metrics).encode(),
+        RUN_FILE: _json(run),
+    }
+
+
+def _identity(cell: Cell) -> dict[str, Any]:
+    """What a kept cell is known by."""
+    return {
+        "table": cell.table, "method": cell.method, "sigma": cell.sigma, "seed": cell.seed, "lbd": cell.lbd,
+        "epochs": cell.config().num_epochs, "images": cell.selection.size, "n": cell.n, "deviations": deviations(cell),
+    }  # fmt: skip
+
+
+def _check_same(cell: Cell, path: Path) -> None:
+    kept = read_json(path)
+    if isinstance(kept.get("deviations"), list):  # earlier versions named places among them
+        kept["deviations"] = [text for text in kept["deviations"] if text.partition(" ")[0] not in PLACE_KEYS]
+    differing = [
+        f"{key}: {kept.get(key)} -> {value}" for key, value in _identity(cell).items() if kept.get(key) != value
+    ]
+    if differing:
+        raise UserError(
+            f"results={path.parents[2]} holds {cell.name} with other settings ({'; '.join(differing)}); choose another"
+            " --results"
+        )
+
+
+def _json(content: Any) -> bytes:
+    return (json.dumps(content, indent=2) + "\n").encode()
 
 
 def read_results(folder: Path) -> list[Result]:
@@ -122,17 +174,23 @@ def _without_places(config: dict[str, Any]) -> dict[str, Any]:
     return {**config, "dataset": dataset, "catrs": catrs, "init_from": Path(config["init_from"]).name}
 
 
-def _named(overrides: Any) -> dict[str, Any]:
-    teacher = overrides.get("catrs.teacher")
-    return {**overrides, **({"catrs.teacher": f"runs/{Path(teacher).name}"} if teacher else {})}
-
-
-def _command(program: str, arguments: list[str]) -> str:
-    return " ".join(["python", f"{program}.py", *arguments])
+def _commands(cell: Cell) -> tuple[str, str]:
+    """Of train.py and certify.py, without the folders of this machine."""
+    workdir, overrides = Path("runs") / cell.name, dict(cell.overrides)
+    for key in ("dataset.data_dir", "dataset.cache_dir"):
+        overrides.pop(key, None)
+    for key in {"catrs.teacher", "init_from"} & overrides.keys():
+        overrides[key] = f"runs/{Path(overrides[key]).name}"
+    train = cell._replace(overrides=overrides).train_arguments(Path(), workdir)
+    certify = cell.certify_arguments(workdir)
+    return " ".join(["python train.py", *train]), " ".join(["python certify.py", *certify])
 
 
 def _train_seconds(metrics: list[dict[str, Any]], config: dict[str, Any]) -> float:
-    """Of the steps of all epochs, without evaluation and compilation."""
+    """Of the steps of all epochs, each at its measured speed: with compilation, without evaluation and checkpoints.
+
+    Steps that an interruption undid count once.
+    """
     total, before = 0.0, 0
     for line in metrics:
         total += (line["step"] - before) * config["batch_size"] / line["noisy_images_per_second"]

@@ -1,15 +1,17 @@
 """How far a cell is, read from its workdir: cheap enough to ask every second, and true after any interruption."""
 
 import json
+from datetime import UTC, datetime
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from rs_consistency.config import differing_keys
 from rs_consistency.errors import UserError
-from rs_consistency.files import read_json
+from rs_consistency.files import read_json, write_json
 from rs_consistency.metrics import METRICS_FILE, read_lines
-from rs_consistency.reproduction.plan import Cell
+from rs_consistency.reproduction.plan import PUBLISHED_VOTES, Cell
 from rs_consistency.tables import read_table
+from rs_consistency.version import code_version
 from rs_consistency.workdir import CONFIG_FILE
 
 CERTIFICATES = "certificates.tsv"
@@ -24,6 +26,7 @@ class State(NamedTuple):
       images: certified.
       certified: whether all of its images are.
       epoch_seconds: how long the last epoch took; None where it is not known.
+      step: of the last record of the training.
     """
 
     epochs: int = 0
@@ -31,41 +34,54 @@ class State(NamedTuple):
     images: int = 0
     certified: bool = False
     epoch_seconds: float | None = None
+    step: int = 0
 
 
 def glance(cell: Cell, workdir: Path) -> State:
-    """The state by counting lines; `certified` where there are enough of them."""
-    record = (read_lines(workdir / METRICS_FILE) or [{}])[-1]
-    epochs = int(record.get("epoch", 0))
-    seconds = None
-    if record.get("noisy_images_per_second"):
-        config = cell.config()
-        seconds = record["step"] / epochs * config.batch_size / record["noisy_images_per_second"]
-    last = record.get("step", 0) if epochs >= cell.config().num_epochs else None
-    trained = last is not None and (workdir / "checkpoints" / str(last)).is_dir()
+    """The state by counting lines; `certified` where there are enough of them.
+
+    Raises:
+      UserError: when the training's records are damaged.
+    """
+    record = (read_lines(workdir / METRICS_FILE) or [{"epoch": 0, "step": 0}])[-1]
+    config, seconds = cell.config(), None
+    try:
+        epochs, step = record["epoch"], int(record["step"])
+        if record.get("noisy_images_per_second"):
+            seconds = step / epochs * config.batch_size / record["noisy_images_per_second"]
+    except (KeyError, TypeError, ValueError, ZeroDivisionError):
+        raise UserError(f"{workdir / METRICS_FILE}: its last line is damaged; delete that line") from None
+    trained = epochs >= config.num_epochs and (workdir / "checkpoints" / str(step)).is_dir()
     path = workdir / CERTIFICATES
     images = max(0, path.read_bytes().count(b"\n") - 1) if trained and path.exists() else 0
-    return State(epochs, trained, images, images >= cell.selection.size, seconds)
+    return State(epochs, trained, images, images >= cell.selection.size, seconds, step)
+
+
+def is_trained(cell: Cell, workdir: Path) -> bool:
+    """Whether the cell's training is finished, with the cell's configuration.
+
+    Raises:
+      UserError: when the workdir holds a run with another one, or is damaged.
+    """
+    _check_config(cell, workdir)
+    return glance(cell, workdir).trained
 
 
 def inspect(cell: Cell, workdir: Path) -> State:
     """The state by reading the files, checked against what the cell asks for.
 
     Raises:
-      UserError: when the workdir holds a run, or certificates, with other settings.
+      UserError: when the workdir holds a run, or certificates, with other settings, or is damaged.
     """
-    path = workdir / CONFIG_FILE
-    if path.exists():
-        differing = differing_keys(json.loads(cell.config().to_json()), read_json(path))
-        if differing:
-            raise UserError(
-                f"workdir={workdir} holds a run with another config ({'; '.join(differing)}); choose another --workdir"
-            )
+    _check_config(cell, workdir)
     state = glance(cell, workdir)
     if not state.images:
         return state
     table = read_table(workdir / CERTIFICATES)
-    wanted = {"n": cell.n, "seed": cell.seed, "sigma": cell.sigma, "skip": cell.selection.skip}
+    wanted = {
+        **PUBLISHED_VOTES, "n": cell.n, "seed": cell.seed, "sigma": cell.sigma, "skip": cell.selection.skip,
+        "dtype": cell.config().dtype, "checkpoint_step": state.step,
+    }  # fmt: skip
     for name, value in wanted.items():
         if table.record.get(name) != value:
             raise UserError(
@@ -74,3 +90,34 @@ def inspect(cell: Cell, workdir: Path) -> State:
             )
     missing = [index for index in cell.selection.indices().tolist() if index not in table.rows]
     return state._replace(images=cell.selection.size - len(missing), certified=not missing)
+
+
+def _check_config(cell: Cell, workdir: Path) -> None:
+    path = workdir / CONFIG_FILE
+    if path.exists():
+        differing = differing_keys(json.loads(cell.config().to_json()), read_json(path))
+        if differing:
+            raise UserError(
+                f"workdir={workdir} holds a run with another config ({'; '.join(differing)}); choose another --workdir"
+            )
+
+
+def calls_of(workdir: Path) -> list[dict[str, Any]]:
+    """The calls that made a cell's workdir; empty for one that was made by hand.
+
+    Each has `program`, `started`, the code's version, and `device` and `processor`, which those of earlier versions
+    lack.
+    """
+    path = _calls_path(workdir)
+    return read_json(path).get("calls", []) if path.exists() else []
+
+
+def record_call(workdir: Path, program: str, *, device: str, processor: str) -> None:
+    """Adds a call: which code does what in this workdir, where, and since when."""
+    started = datetime.now(UTC).isoformat(timespec="seconds")
+    entry = {"program": program, "started": started, "device": device, "processor": processor, **code_version()}
+    write_json(_calls_path(workdir), {"calls": [*calls_of(workdir), entry]})
+
+
+def _calls_path(workdir: Path) -> Path:
+    return workdir.parent / f".{workdir.name}.calls.json"

@@ -1,0 +1,138 @@
+"""One cell under way in a plan: trained, then certified, and started again where a signal ended it."""
+
+import contextlib
+import os
+import subprocess
+from collections.abc import Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, NamedTuple
+
+from rs_consistency.errors import UserError, note
+from rs_consistency.files import lock
+from rs_consistency.reproduction.plan import Cell
+from rs_consistency.reproduction.state import State, inspect, record_call
+
+if TYPE_CHECKING:
+    from rs_consistency.reproduction.runner import Runner
+
+_MOST_CRASHES = 2  # of a run by a signal, such as for want of memory, before its cell counts as failed
+
+
+class Outcome(NamedTuple):
+    """What became of the cells.
+
+    Attributes:
+      finished: those that are trained and certified, in whatever call.
+      failed: name of a cell -> why, with the log.
+      elsewhere: those that another process is at.
+    """
+
+    finished: list[Cell]
+    failed: dict[str, str]
+    elsewhere: list[Cell]
+
+    def ended(self) -> set[str]:
+        """Names of all of them."""
+        return {*self.failed, *(cell.name for cell in (*self.finished, *self.elsewhere))}
+
+
+class CellRun:
+    """A cell under way: what it does now, and what comes next.
+
+    Attributes:
+      cell: which.
+      slot: number of the job that it is.
+      process: that trains or certifies it; None before the first.
+      state: how far it is, when last looked at.
+    """
+
+    def __init__(self, runner: "Runner", cell: Cell, slot: int) -> None:
+        self.cell, self.slot = cell, slot
+        self.process: subprocess.Popen[bytes] | None = None
+        self.state = State()
+        self._runner, self._program, self._crashes = runner, "", 0
+        self._stack = contextlib.ExitStack()
+
+    def step(self, outcome: Outcome) -> bool:
+        """Looks, and starts what is next; False when there is nothing more to do."""
+        runner, cell = self._runner, self.cell
+        try:
+            if self.process is None:
+                try:
+                    self._stack.enter_context(_locked(runner.folder / f".{cell.name}.lock"))
+                except UserError:
+                    outcome.elsewhere.append(cell)
+                    return False
+            elif self.process.poll() is None:
+                self.state = runner.glance(cell)
+                runner.speeds.learn(cell, epoch_seconds=self.state.epoch_seconds)
+                return True
+            elif self.process.returncode and not self._again():
+                outcome.failed[cell.name] = self._reason()
+                return False
+            self.state = inspect(cell, runner.workdir(cell))
+            if self.state.certified:
+                runner.done(cell, self.state)
+                outcome.finished.append(cell)
+                return False
+            program = "certify" if self.state.trained else "train"
+            if program == self._program:
+                outcome.failed[cell.name] = (
+                    f"{program}: ended without an error, but is not finished (log: {runner.log(cell)})"
+                )
+                return False
+            if cell.needs and not self._program:  # its speed could not be measured before that one was trained
+                runner.time(cell, slot=self.slot)
+            self._program = program
+            device = runner.machine.device(cell.config().num_devices if program == "train" else 0)
+            record_call(runner.workdir(cell), program, device=device, processor=runner.machine.processor)
+            self.process = runner.start(cell, program, self.slot)
+            return True
+        except (UserError, OSError) as error:
+            outcome.failed[cell.name] = str(error)
+            return False
+
+    def _again(self) -> bool:
+        """Whether a run that failed is to be started again: after a signal, but not after many."""
+        status = self.process.returncode
+        if status > 0 or self._crashes >= _MOST_CRASHES:
+            return False
+        self._crashes += 1
+        note(f"{self.cell.name}: {self._program} ended by signal {-status}; starting it again")
+        self._program = ""
+        return True
+
+    def _reason(self) -> str:
+        log, status = self._runner.log(self.cell), self.process.returncode
+        reason = last_line(log.read_text(encoding="utf-8", errors="replace"))
+        if status < 0:
+            reason = f"ended by signal {-status}, after: {reason}"
+        return f"{self._program}: {reason} (log: {log})"
+
+    def text(self) -> str:
+        """What it is at, for the bar."""
+        if self._program == "certify":
+            return f"{self.cell.name} image {self.state.images}/{self.cell.selection.size}"
+        return f"{self.cell.name} epoch {self.state.epochs}/{self.cell.config().num_epochs}"
+
+    def close(self) -> None:
+        """Lets others have the cell."""
+        self._stack.close()
+
+
+@contextlib.contextmanager
+def _locked(path: Path) -> Iterator[None]:
+    """Keeps other plans off a cell; the lock ends with the process, however that ends."""
+    descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o644)
+    try:
+        lock(descriptor, str(path))
+        yield
+    finally:
+        os.close(descriptor)
+
+
+def last_line(text: str) -> str:
+    """The last line that says something; of a program's output, its error."""
+    lines = [line.strip() for line in text.replace("\r", "\n").splitlines() if line.strip()]
+    errors = [line for line in lines[-20:] if line.startswith("error: ")]
+    return (errors or lines or ["no message"])[-1].removeprefix("error: ")

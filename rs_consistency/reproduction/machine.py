@@ -1,0 +1,52 @@
+"""This machine, as results and measured speeds name it."""
+
+import json
+import platform
+import subprocess
+import sys
+from typing import NamedTuple
+
+from rs_consistency.backend import processor_name
+from rs_consistency.errors import UserError
+
+_CODE = """
+import jax, json
+devices = jax.local_devices()
+print(json.dumps([devices[0].platform, devices[0].device_kind, len(devices)]))
+"""
+
+
+class Machine(NamedTuple):
+    """What runs are made on.
+
+    Attributes:
+      platform: of its devices: cpu, gpu or tpu.
+      kind: of device, as JAX names it.
+      devices: how many.
+      processor: name of the host's.
+      host: name in its network, or of a container; to tell machines that share a folder apart.
+    """
+
+    platform: str
+    kind: str
+    devices: int
+    processor: str
+    host: str
+
+    def device(self, wanted: int = 0) -> str:
+        """As certificates name it, `1 x cpu (cpu)`; of all devices, or so many as a configuration wants."""
+        return f"{wanted or self.devices} x {self.kind} ({self.platform})"
+
+
+def this_machine() -> Machine:
+    """What JAX finds here, asked in a process of its own: this one must not hold an accelerator.
+
+    Raises:
+      UserError: when JAX finds no device.
+    """
+    done = subprocess.run([sys.executable, "-c", _CODE], capture_output=True, text=True, check=False)
+    if done.returncode:
+        reason = (done.stderr.strip().splitlines() or ["no message"])[-1]
+        raise UserError(f"JAX finds no device ({reason}); set JAX_PLATFORMS=cpu, or make the accelerator free")
+    kind, name, devices = json.loads(done.stdout.splitlines()[-1])
+    return Machine(kind, name, devices, processor_name(), platform.node())

@@ -1,0 +1,95 @@
+"""How long cells take on this machine, and a plan of them."""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+from rs_consistency.errors import UserError, note
+from rs_consistency.estimates import duration
+from rs_consistency.files import read_json, write_json
+from rs_consistency.reproduction.plan import Cell, attack_steps, votes_of
+from rs_consistency.reproduction.state import State
+
+_Known = dict[str, dict[str, float]]
+_BOTH = {"epoch_seconds", "votes_per_second"}
+
+
+class Estimate(NamedTuple):
+    """Time of some cells.
+
+    Attributes:
+      seconds: of those whose speed is known.
+      unknown: how many others there are.
+    """
+
+    seconds: float
+    unknown: int = 0
+
+    def text(self) -> str:
+        """For people."""
+        if not self.unknown:
+            return f"about {duration(self.seconds)}"
+        cells = f"{self.unknown} cell{'s' if self.unknown > 1 else ''}"
+        if not self.seconds:
+            return f"time of {cells} not known"
+        return f"at least {duration(self.seconds)}, without {cells} whose speed is not known"
+
+
+class Speeds:
+    """How long things take here: measured before the first run, and again by every run.
+
+    Kept in the plan's folder, so that the next call knows them; machines that share the folder share the file.
+    """
+
+    def __init__(self, path: Path, *, where: str = "") -> None:
+        """Reads what is known.
+
+        Args:
+          path: of the JSON file; what is damaged in it is measured again.
+          where: names host and device: speeds of others are kept, and not used.
+        """
+        self._path, self._where = path, where
+        self._known = self._read()
+        self._learned: set[str] = set()
+
+    def _read(self) -> _Known:
+        try:
+            found = read_json(self._path) if self._path.exists() else {}
+        except UserError as error:
+            note(f"{error}; until then, speeds are measured again")
+            return {}
+        return {kind: speeds for kind, speeds in found.items() if isinstance(speeds, dict)}
+
+    def knows(self, cell: Cell) -> bool:
+        """Whether all of a cell of this kind was measured."""
+        return self._known.get(self.kind(cell), {}).keys() >= _BOTH
+
+    def learn(self, cell: Cell, *, keep: bool = False, **found: float | None) -> None:
+        """Takes `epoch_seconds` or `votes_per_second` of a cell's kind; writes all of them when asked to keep them."""
+        new, kind = {name: value for name, value in found.items() if value}, self.kind(cell)
+        self._known.setdefault(kind, {}).update(new)
+        self._learned.add(kind)
+        if keep:  # beside what others have written meanwhile
+            write_json(self._path, {**self._read(), **{kind: self._known[kind] for kind in self._learned}})
+
+    def seconds_left(self, cell: Cell, state: State) -> float | None:
+        """Of a cell, at the speed of one run; None where it is not known."""
+        known = self._known.get(self.kind(cell), {})
+        if not known.keys() >= _BOTH:
+            return None
+        epochs = 0 if state.trained else cell.config().num_epochs - state.epochs
+        votes = (cell.selection.size - state.images) * votes_of(cell)
+        return epochs * known["epoch_seconds"] + votes / known["votes_per_second"]
+
+    def estimate(self, cells: Sequence[tuple[Cell, State]], *, jobs: int) -> Estimate:
+        """Of all of them together, so many at a time."""
+        found = [self.seconds_left(cell, state) for cell, state in cells]
+        known = [seconds for seconds in found if seconds is not None]
+        return Estimate(max(sum(known) / jobs, max(known, default=0.0)), len(found) - len(known))
+
+    def kind(self, cell: Cell) -> str:
+        """What decides the speed: machine, data, model and method. Sigma, seed and schedule do not."""
+        config = cell.config()
+        consistency = "+consistency" if config.consistency.lbd > 0 else ""
+        method = f"{config.method}{consistency} M{config.num_noise} T{attack_steps(config)}"
+        return " ".join(filter(None, [self._where, config.dataset.name, config.model, config.dtype, method]))

@@ -1,0 +1,258 @@
+"""Plans under way, with programs that only write files: locks, signals, kills, needs, damage, and what is shown."""
+
+import contextlib
+import fcntl
+import json
+import os
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from rs_consistency import files
+from rs_consistency.cli import reproduce
+from rs_consistency.errors import UserError
+from rs_consistency.reproduction import runner as runner_module
+from rs_consistency.reproduction.machine import Machine
+from rs_consistency.reproduction.plan import Options, make_plan
+from rs_consistency.reproduction.runner import Runner
+from rs_consistency.reproduction.speeds import Speeds
+from rs_consistency.reproduction.state import State, calls_of, inspect, is_trained
+from tests import fakes
+from tests.helpers import ROOT, count_lines, kill_when, processes_with
+
+MACHINE = Machine("cpu", "cpu", 1, "a processor", "here")
+FAKES = dict.fromkeys(("train", "certify", "measure"), "tests.fakes")
+
+
+@pytest.fixture(autouse=True)
+def quick(monkeypatch):
+    monkeypatch.setattr(runner_module, "_POLL_SECONDS", 0.02)
+
+
+def cells_of(folder, table="mnist", **options):
+    chosen = {"methods": ["gaussian"], "sigmas": [0.5], "images": 4, "n": 1000, "epochs": 2, **options}
+    return make_plan(table, Options(**chosen), workdir=folder)
+
+
+def runner_of(folder, finished=lambda cell: None, jobs=1):
+    return Runner(folder, root=ROOT, jobs=jobs, machine=MACHINE, finished=finished, modules=FAKES)
+
+
+@contextlib.contextmanager
+def held(folder, cell):
+    """Another process is at the cell, as far as anybody can tell."""
+    descriptor = os.open(folder / f".{cell.name}.lock", os.O_RDWR | os.O_CREAT)
+    fcntl.flock(descriptor, fcntl.LOCK_EX)
+    try:
+        yield lambda: os.close(descriptor)
+    finally:
+        with contextlib.suppress(OSError):
+            os.close(descriptor)
+
+
+def test_a_run_that_a_signal_ended_starts_again_and_says_where(tmp_path, capfd):
+    (cell,) = cells_of(tmp_path)
+    (tmp_path / f"crash_{cell.name}").touch()
+    finished = []
+    outcome = runner_of(tmp_path, finished.append).run([cell])
+    assert outcome.finished == finished == [cell] and not outcome.failed
+    assert f"{cell.name}: train ended by signal 9; starting it again" in capfd.readouterr().err
+    calls = calls_of(tmp_path / cell.name)
+    assert [call["program"] for call in calls] == ["train", "train", "certify"]
+    assert {(call["device"], call["processor"]) for call in calls} == {("1 x cpu (cpu)", "a processor")}
+
+
+def test_a_cell_that_another_process_holds_is_left_to_it(tmp_path):
+    mine, other = cells_of(tmp_path, methods=["gaussian", "stability"])
+    runner = runner_of(tmp_path)
+    with held(tmp_path, other):
+        outcome = runner.run([mine, other])
+    assert outcome.finished == [mine] and outcome.elsewhere == [other] and not outcome.failed
+    assert not (tmp_path / other.name).exists()
+    assert runner.run([mine, other]).finished == [mine, other]
+
+
+def test_what_needs_a_cell_waits_for_it_wherever_it_is_trained(tmp_path, capfd):
+    teacher, student = cells_of(tmp_path, "cifar10", methods=["catrs"], sigmas=[0.25])
+    runner = runner_of(tmp_path, jobs=2)
+    with held(tmp_path, teacher) as release:
+        looked = iter(range(5))
+
+        def show(*_):
+            if next(looked, None) is None and not (tmp_path / teacher.name).exists():
+                fakes.write_trained(teacher.config(), tmp_path / teacher.name)  # by the other process
+                release()
+
+        runner._show = show
+        outcome = runner.run([teacher, student])
+    assert not outcome.failed and not outcome.elsewhere
+    assert {cell.name for cell in outcome.finished} == {teacher.name, student.name}
+    assert [call["program"] for call in calls_of(tmp_path / teacher.name)] == ["certify"]
+    err = capfd.readouterr().err
+    assert err.count(f"{student.name} waits for {teacher.name}, which another process is at") == 1
+    assert runner.speeds.knows(student)  # measured as soon as it could be
+
+
+def test_what_needs_a_cell_that_failed_fails_and_says_so(tmp_path):
+    cells = cells_of(tmp_path, "cifar10", methods=["catrs"], sigmas=[0.25])
+    other = cells_of(tmp_path, "cifar10", sigmas=[0.25], epochs=3)[0]
+    fakes.write_trained(other.config(), tmp_path / cells[0].name)
+    outcome = runner_of(tmp_path).run(cells)
+    assert set(outcome.failed) == {cell.name for cell in cells}
+    assert all("holds a run with another config (num_epochs: 3 -> 2" in reason for reason in outcome.failed.values())
+    with pytest.raises(UserError, match="another config"):  # a finished run, but not the teacher that is wanted
+        is_trained(cells[0], tmp_path / cells[0].name)
+    assert "is not in this plan" in runner_of(tmp_path).run(cells[1:]).failed[cells[1].name]
+
+
+def test_a_plan_that_is_killed_while_it_certifies_goes_on(tmp_path):
+    folder = tmp_path / "runs"
+    folder.mkdir()
+    command = [sys.executable, "-m", "tests.fakes", folder, "--methods=gaussian", "--sigmas=0.5", "--images=4"]
+    name = "gaussian_sigma0.50_seed0"
+    table = folder / name / "certificates.tsv"
+    (folder / f"hang_{name}").touch()
+    process = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    kill_when(process, lambda: count_lines(table) == 2)
+    (folder / f"hang_{name}").unlink()
+    first = table.read_bytes()
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=120, check=False)
+    assert done.returncode == 0, done.stderr  # the certification ended with the plan: it holds nothing
+    assert "epoch 90/90, image 1/4, about 0:00:0" in done.stdout
+    assert table.read_bytes().startswith(first) and count_lines(table) == 5
+    run = json.loads((tmp_path / "runs-results" / "mnist" / name / "run.json").read_text())
+    assert [call["program"] for call in run["calls"]] == ["train", "certify", "certify"]
+
+
+def test_a_damaged_record_fails_its_cell_and_no_other(tmp_path):
+    bad, good = cells_of(tmp_path, methods=["gaussian", "stability"])
+    for text, message in (
+        ("{}\n", "line 1 is damaged"),
+        ('{"epoch": 0, "step": 5, "noisy_images_per_second": 1.0}\n', "its last line is damaged"),
+        ('{"epoch": 1}\n', "its last line is damaged"),
+    ):
+        folder = tmp_path / str(len(text))
+        fakes.write_trained(bad.config(), folder / bad.name)
+        (folder / bad.name / "metrics.jsonl").write_text(text)
+        runner = runner_of(folder)
+        assert runner.look(bad) == runner.glance(bad) == State()
+        runner.measure([bad, good])
+        assert runner.estimate([bad, good]).unknown == 0
+        assert message in runner.run([bad]).failed[bad.name]
+    outcome = runner.run([bad, good])
+    assert outcome.finished == [good] and set(outcome.failed) == {bad.name}
+
+
+def test_certificates_with_other_settings_do_not_count(tmp_path):
+    (cell,) = cells_of(tmp_path)
+    workdir = tmp_path / cell.name
+    assert runner_of(tmp_path).run([cell]).finished == [cell]
+    assert inspect(cell, workdir).certified
+    record = json.loads((workdir / "certificates.json").read_text())
+    assert record["checkpoint_step"] == 10
+    others = {"alpha": 0.01, "n0": 10, "bound": "two_class", "dtype": "bfloat16", "checkpoint_step": 5, "n": 7}
+    for key, value in others.items():
+        (workdir / "certificates.json").write_text(json.dumps({**record, key: value}))
+        with pytest.raises(UserError, match=f"was made with {key}={value}, not "):
+            inspect(cell, workdir)
+
+
+def test_a_measurement_that_does_not_end_costs_the_estimate_alone(tmp_path, monkeypatch, capfd):
+    cells = cells_of(tmp_path, methods=["gaussian", "stability"])
+    runner = runner_of(tmp_path)
+    runner.speeds.learn(cells[0], epoch_seconds=10.0, votes_per_second=440.0)
+    (tmp_path / "hang_measure").touch()
+    monkeypatch.setattr(runner_module, "_MEASURE_SECONDS", 1)
+    runner.measure(cells)
+    assert "its speed is not known: not measured in 1 seconds" in capfd.readouterr().err
+    assert runner.estimate(cells).text() == "at least 0:00:30, without 1 cell whose speed is not known"
+    assert runner.estimate(cells[1:]).text() == "time of 1 cell not known"
+
+
+def test_speeds_are_those_of_this_machine_and_others_keep_theirs(tmp_path):
+    (cell,) = cells_of(tmp_path)
+    here, there = (Speeds(tmp_path / "speeds.json", where=where) for where in ("here", "there"))
+    here.learn(cell, keep=True, epoch_seconds=1.0, votes_per_second=1.0)
+    there.learn(cell, keep=True, epoch_seconds=2.0, votes_per_second=2.0)
+    here.learn(cell, keep=True, epoch_seconds=3.0)
+    for where, seconds in (("here", 3.0), ("there", 2.0)):
+        kept = Speeds(tmp_path / "speeds.json", where=where)
+        assert kept.seconds_left(cell, State(images=4)) == pytest.approx(2 * seconds)
+    assert not Speeds(tmp_path / "speeds.json", where="elsewhere").knows(cell)
+    (tmp_path / "speeds.json").write_text("{")
+    assert not Speeds(tmp_path / "speeds.json", where="here").knows(cell)
+
+
+def test_the_bar_shows_every_change(tmp_path, monkeypatch, capfd):
+    monkeypatch.setattr(runner_module, "_SECONDS_BETWEEN_LINES", 0)
+    with runner_of(tmp_path)._bar(10) as bar:
+        for number in (5.0, 5.01, 5.02, 5.03):
+            bar.n = number
+            bar.update(0)
+            time.sleep(0.01)
+    shown = capfd.readouterr().err
+    assert all(f"{number:.2f}/10" in shown for number in (5.0, 5.01, 5.02, 5.03))
+
+
+def test_compiled_code_and_speeds_are_kept_apart_by_machine(tmp_path, monkeypatch):
+    monkeypatch.delenv("JAX_COMPILATION_CACHE_DIR", raising=False)
+    folder = Path(runner_of(tmp_path)._environment()["JAX_COMPILATION_CACHE_DIR"])
+    assert folder.parent == tmp_path / ".compiled" and folder.name.startswith("xla-")
+
+
+def test_results_of_other_settings_are_refused_before_anything_runs(tmp_path, monkeypatch, capsys):
+    arguments = ["--methods=gaussian", "--sigmas=0.5", "--images=4", "--n=1000"]
+    monkeypatch.setitem(Runner.__init__.__kwdefaults__, "modules", FAKES)
+    results = tmp_path / "results"
+    command = [*arguments, f"--results={results}"]
+    reproduce.main([*command, f"--workdir={tmp_path / 'a'}"])
+    kept = results / "mnist" / "gaussian_sigma0.50_seed0"
+    before = {path.name: path.read_bytes() for path in kept.iterdir()}
+    capsys.readouterr()
+    for other, named in (
+        ("--epochs=1", "epochs: 90 -> 1"),
+        ("--images=5", "images: 4 -> 5"),
+        ("--n=30", "n: 1000 -> 30"),
+        ("--config=optimizer.lr=0.1", "deviations: "),
+    ):
+        with pytest.raises(SystemExit):
+            reproduce.main([*command, other, f"--workdir={tmp_path / 'b'}"])
+        err = capsys.readouterr().err
+        assert f"results={results} holds gaussian_sigma0.50_seed0 with other settings" in err
+        assert named in err and "choose another --results" in err
+    assert not (tmp_path / "b").exists()
+    assert {path.name: path.read_bytes() for path in kept.iterdir()} == before
+    # The same settings, in whatever place, are the same cell.
+    reproduce.main(
+        [*command, f"--workdir={tmp_path / 'c'}", "--config=dataset.cache_dir=/nowhere", "--config=optimizer.lr=0.01"]
+    )
+    assert "/nowhere" not in "".join(path.read_text() for path in kept.glob("*.json"))
+    assert json.loads((kept / "run.json").read_text())["deviations"] == ["4 of 10,000 images", "n 1,000"]
+
+
+def test_temporary_files_of_two_hosts_that_share_a_folder_differ(tmp_path, monkeypatch):
+    def temporary(host):
+        monkeypatch.setattr(files.platform, "node", lambda: host)
+        with files.replace_atomically(tmp_path / "speeds.json") as path:
+            path.touch()
+        return path
+
+    assert temporary("one") != temporary("two")
+
+
+def test_a_measurement_ends_with_its_plan_however_that_ends(tmp_path):
+    (tmp_path / "hang_measure").touch()
+    command = [sys.executable, "-m", "tests.fakes", tmp_path, "--methods=gaussian", "--sigmas=0.5", "--dry_run"]
+    process = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+
+    def measuring():
+        return processes_with(f"{tmp_path}/.measured")
+
+    kill_when(process, measuring)
+    deadline = time.monotonic() + 20
+    while measuring() and time.monotonic() < deadline:
+        time.sleep(0.05)
+    assert not measuring()
