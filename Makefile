@@ -31,8 +31,8 @@ test: $(VENV)/installed
 test-all: $(VENV)/installed
 	$(RUN) -m pytest -n 2 --dist loadfile -m ""
 
-# What needs PyTorch, which no other target installs: its checkpoints, read and written. None of it is skipped here. A build
-# for the CPU is smaller: PIP_EXTRA_INDEX_URL=https://download.pytorch.org/whl/cpu make test-torch
+# What needs PyTorch, which no other target installs: its checkpoints, read and written. None of it is skipped here.
+# PyTorch's build for the CPU is smaller than what pip takes by default; PIP_EXTRA_INDEX_URL can name where it is.
 test-torch: $(VENV)/installed-torch
 	RS_CONSISTENCY_NEEDS_TORCH=1 $(RUN) -m pytest -n 2 tests/test_torch_checkpoints.py tests/test_torch_programs.py
 
