@@ -83,7 +83,7 @@ def _main(argv: Sequence[str] | None) -> None:
     from rs_consistency.reproduction.runner import Runner
 
     check_keepable(cells, results)  # before hours of training
-    machine = this_machine()
+    machine = this_machine(args.jobs)
     jobs = _jobs(args.jobs, machine.platform)
     finished: list[Cell] = []
 

@@ -1,16 +1,20 @@
 """This machine, as results and measured speeds name it."""
 
 import json
+import os
 import platform
 import subprocess
 import sys
 from typing import NamedTuple
 
-from rs_consistency.backend import processor_name
+from rs_consistency.backend import CPU_DEVICES, processor_name
 from rs_consistency.errors import UserError
 
 _CODE = """
-import jax, json
+import jax, json, sys
+from rs_consistency.backend import use_cores
+if sys.argv[1:]:
+    use_cores()
 devices = jax.local_devices()
 print(json.dumps([devices[0].platform, devices[0].device_kind, len(devices)]))
 """
@@ -38,13 +42,18 @@ class Machine(NamedTuple):
         return f"{wanted or self.devices} x {self.kind} ({self.platform})"
 
 
-def this_machine() -> Machine:
+def this_machine(jobs: int | None = None) -> Machine:
     """What JAX finds here, asked in a process of its own: this one must not hold an accelerator.
+
+    Args:
+      jobs: runs at a time, which have the cores of a CPU between them; None for one on each core.
 
     Raises:
       UserError: when JAX finds no device.
     """
-    done = subprocess.run([sys.executable, "-c", _CODE], capture_output=True, text=True, check=False)
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    several = ["cores"] if jobs and cores // jobs >= CPU_DEVICES else []  # of which a run makes devices
+    done = subprocess.run([sys.executable, "-c", _CODE, *several], capture_output=True, text=True, check=False)
     if done.returncode:
         reason = (done.stderr.strip().splitlines() or ["no message"])[-1]
         raise UserError(f"JAX finds no device ({reason}); set JAX_PLATFORMS=cpu, or make the accelerator free")
