@@ -33,7 +33,7 @@ from rs_consistency import formats
 from rs_consistency.analysis import DEFAULT_RADII, Certificates, summarize
 from rs_consistency.bounds import BOUNDS
 from rs_consistency.checks import probability
-from rs_consistency.cli.common import Parser, run_main, run_program
+from rs_consistency.cli.common import Parser, program_words, run_main, run_program
 from rs_consistency.errors import UserError
 from rs_consistency.joint import DEFAULT_DELTA, joint_statement
 from rs_consistency.reanalysis import Evidence, load, summarize_votes
@@ -41,7 +41,7 @@ from rs_consistency.report import tables
 
 
 def _parser() -> Parser:
-    parser = Parser(prog="analyze.py", description=__doc__)
+    parser = Parser(prog=program_words("analyze")[-1], description=__doc__)
     add = parser.add_argument
     add("paths", nargs="+", type=Path, metavar="PATH", help="a workdir or a certificate file")
     add("--radii", nargs="+", type=float, default=DEFAULT_RADII, help="radii of the certified accuracies")

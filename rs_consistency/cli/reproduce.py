@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from rs_consistency.checks import whole_number
-from rs_consistency.cli.common import Parser, run_main, run_program, whole
+from rs_consistency.cli.common import Parser, program_words, run_main, run_program, whole
 from rs_consistency.errors import UserError
 from rs_consistency.reproduction.plan import (
     PUBLISHED_N,
@@ -45,7 +45,7 @@ _numbers.__name__ = "list of numbers"
 
 
 def _parser() -> Parser:
-    parser = Parser(prog="reproduce.py", description=__doc__)
+    parser = Parser(prog=program_words("reproduce")[-1], description=__doc__)
     add = parser.add_argument
     add("--table", default="mnist", help=f"{', '.join(TABLES)} (default: %(default)s)")
     add("--workdir", type=Path, help="folder of the runs; shared by all machines that work on the table")
