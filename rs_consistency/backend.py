@@ -46,6 +46,11 @@ def training_compiler_options(platform: str, *, matrix_products: bool) -> dict[s
     return options
 
 
+def available_cores() -> int:
+    """Processor cores that this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
 def use_cores() -> None:
     """Lets the cores of a CPU share the work as JAX's devices do: two devices where the process may use two cores.
 
@@ -56,9 +61,8 @@ def use_cores() -> None:
     To be called before JAX's first computation, later it does nothing; nor does it where XLA_FLAGS or JAX's own
     configuration name a number of devices.
     """
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     named = "xla_force_host_platform_device_count" in os.environ.get("XLA_FLAGS", "")
-    if cores >= CPU_DEVICES and not named and jax.config.jax_num_cpu_devices < 1:
+    if available_cores() >= CPU_DEVICES and not named and jax.config.jax_num_cpu_devices < 1:
         with contextlib.suppress(RuntimeError):  # JAX has its devices already
             jax.config.update("jax_num_cpu_devices", CPU_DEVICES)
 

@@ -1,13 +1,12 @@
 """This machine, as results and measured speeds name it."""
 
 import json
-import os
 import platform
 import subprocess
 import sys
 from typing import NamedTuple
 
-from rs_consistency.backend import CPU_DEVICES, processor_name
+from rs_consistency.backend import CPU_DEVICES, available_cores, processor_name
 from rs_consistency.errors import UserError
 
 _CODE = """
@@ -51,8 +50,7 @@ def this_machine(jobs: int | None = None) -> Machine:
     Raises:
       UserError: when JAX finds no device.
     """
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    several = ["cores"] if jobs and cores // jobs >= CPU_DEVICES else []  # of which a run makes devices
+    several = ["cores"] if jobs and available_cores() // jobs >= CPU_DEVICES else []  # of which a run makes devices
     done = subprocess.run([sys.executable, "-c", _CODE, *several], capture_output=True, text=True, check=False)
     if done.returncode:
         reason = (done.stderr.strip().splitlines() or ["no message"])[-1]
