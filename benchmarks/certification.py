@@ -107,7 +107,8 @@ def _speed(count: Callable[[int], Any], step: int, seconds: float) -> float:
     return done / (time.perf_counter() - start)
 
 
-def _speed_of_ours(ours: Ours, seconds: float) -> float:
+def speed_of_ours(ours: Ours, seconds: float) -> float:
+    """Votes per second over at least so many seconds."""
     done, start = 0, time.perf_counter()
     while time.perf_counter() - start < seconds:
         done += ours.count()
@@ -125,7 +126,7 @@ def _against_rival(name: str, dtype: str, args: argparse.Namespace) -> dict[str,
     ours = Ours(apply_fn, variables, image, n=_VOTES_IN_ROUND, batch_size=None)
     print(f"{name} {dtype}: ours, rival at batch {batch}, ratio", file=sys.stderr)
     found = in_turns(
-        lambda: _speed_of_ours(ours, args.seconds),
+        lambda: speed_of_ours(ours, args.seconds),
         lambda: _speed(lambda n: rival.count(n, batch), batch, args.seconds),
         args.rounds,
     )
@@ -142,7 +143,7 @@ def _overhead(name: str, args: argparse.Namespace) -> dict[str, Any]:
     one = Ours(apply_fn, variables, image, n=n, batch_size=None)
     many = Ours(apply_fn, variables, image, n=1000, batch_size=None)
     print(f"{name}: n = {n} on one image, n = 1,000 on many, ratio", file=sys.stderr)
-    found = in_turns(lambda: _speed_of_ours(one, args.seconds), lambda: _speed_of_ours(many, args.seconds), args.rounds)
+    found = in_turns(lambda: speed_of_ours(one, args.seconds), lambda: speed_of_ours(many, args.seconds), args.rounds)
     case = f"{name}: n={n} (ours) beside n=1000 (rival)"
     return {"case": case, "device": device_name(), **found}
 

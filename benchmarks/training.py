@@ -53,7 +53,7 @@ CASES = {
 }
 
 
-def _config(case: Case, dtype: str) -> ConfigDict:
+def make_config(case: Case, dtype: str) -> ConfigDict:
     """The published step, at full strength from its first epoch on and at a learning rate that changes little."""
     config = (mnist if case.model == "lenet" else cifar10).get_config(case.cell)
     config.update(
@@ -65,7 +65,7 @@ def _config(case: Case, dtype: str) -> ConfigDict:
     return config
 
 
-def _examples(config: ConfigDict) -> data.Split:
+def make_examples(config: ConfigDict) -> data.Split:
     """Images of noise at the dataset's size: speed does not depend on what they show."""
     info, rng = data.dataset_info(config.dataset.name), np.random.default_rng(0)
     images = rng.integers(0, 256, (NUM_EXAMPLES, *info.image_shape), np.uint8)
@@ -152,7 +152,7 @@ def _make_rival(case: Case, config: ConfigDict, variables: Any, examples: data.S
     return Trainer(config, make_twin(case.model, variables), images, labels, torch_device())
 
 
-def _speed(trainer: Ours | Trainer, config: ConfigDict, seconds: float) -> float:
+def speed_of(trainer: Ours | Trainer, config: ConfigDict, seconds: float) -> float:
     """Noisy images per second over at least so many seconds."""
     done, start = 0, time.perf_counter()
     while time.perf_counter() - start < seconds:
@@ -164,8 +164,8 @@ def _speed(trainer: Ours | Trainer, config: ConfigDict, seconds: float) -> float
 
 def _compare(name: str, dtype: str, args: argparse.Namespace) -> dict[str, Any]:
     case = CASES[name]
-    config = _config(case, dtype)
-    examples = _examples(config)
+    config = make_config(case, dtype)
+    examples = make_examples(config)
     ours = Ours(config, examples)
     rival = _make_rival(case, config, ours.variables, examples)
     _check_twins(config, ours.variables, rival, examples)
@@ -175,7 +175,7 @@ def _compare(name: str, dtype: str, args: argparse.Namespace) -> dict[str, Any]:
     ours.wait()
     print(f"{name} {dtype}: ours, rival, ratio", file=sys.stderr)
     found = in_turns(
-        lambda: _speed(ours, config, args.seconds), lambda: _speed(rival, config, args.seconds), args.rounds
+        lambda: speed_of(ours, config, args.seconds), lambda: speed_of(rival, config, args.seconds), args.rounds
     )
     alone = {side: _alone(side, name, dtype) for side in ("ours", "rival")}
     return {
@@ -195,8 +195,8 @@ def _alone(side: str, name: str, dtype: str) -> dict[str, float]:
 
 def _measure_alone(side: str, name: str, dtype: str) -> dict[str, float]:
     case = CASES[name]
-    config = _config(case, dtype)
-    examples = _examples(config)
+    config = make_config(case, dtype)
+    examples = make_examples(config)
     jax.config.update("jax_enable_compilation_cache", False)
     start = time.perf_counter()
     if side == "ours":

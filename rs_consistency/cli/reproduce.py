@@ -9,7 +9,6 @@ and the same command does what is left. Several machines share a table through a
 on each, which takes what no other is at, or by --shard=1/3, 2/3, 3/3.
 """
 
-import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -134,8 +133,9 @@ def _value(text: str) -> Any:
 def _jobs(wanted: int | None, platform: str) -> int:
     if wanted is not None:
         return whole_number("jobs", wanted, at_least=1, at_most=1024)
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    return cores if platform == "cpu" else 1
+    from rs_consistency.backend import available_cores  # JAX is slow to import
+
+    return available_cores() if platform == "cpu" else 1
 
 
 def _root() -> Path:

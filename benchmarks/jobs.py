@@ -1,0 +1,150 @@
+"""The runs of a plan on a CPU: one on each core at a time, beside one after the other, each on all cores.
+
+    python benchmarks/jobs.py --cases "lenet consistency" --json benchmarks.json
+
+The first is what reproduce.py does by default, the second its `--jobs=1`. Noisy images trained on and votes counted in
+a second, by all runs together; the processes stay between the rounds and are asked in turns. Then the seconds from a
+process's start to its first finished step and group of votes, with the plan's compile cache filled and empty. Needs
+PyTorch, as the other benchmarks do: pip install -e '.[benchmarks]'.
+"""
+
+import argparse
+import functools
+import json
+import os
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Sequence
+from contextlib import ExitStack
+from pathlib import Path
+from typing import Any
+
+import certification
+import numpy as np
+import training
+from common import device_name, in_turns, make_network, show
+
+from rs_consistency.backend import keep_memory, use_cores
+from rs_consistency.models.inference import for_inference
+
+_WHAT = {"training": "noisy images", "certification": "votes"}
+
+
+class _Run:
+    """A process that trains and certifies for some seconds whenever it is asked to."""
+
+    def __init__(self, case: str, cores: Sequence[int], cache: str) -> None:
+        start = time.perf_counter()
+        self._process = subprocess.Popen(
+            [sys.executable, __file__, f"--cases={case}", f"--cores={','.join(map(str, cores))}"],
+            stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True,
+            env={**os.environ, "JAX_COMPILATION_CACHE_DIR": cache},
+        )  # fmt: skip
+        self._answer()
+        self.start_seconds = time.perf_counter() - start
+
+    def ask(self, what: str, seconds: float) -> None:
+        """To train or to certify for so many seconds."""
+        self._process.stdin.write(json.dumps([what, seconds]) + "\n")
+        self._process.stdin.flush()
+
+    def answer(self) -> float:
+        """How much of it a second."""
+        return float(self._answer())
+
+    def _answer(self) -> str:
+        line = self._process.stdout.readline()
+        if not line:
+            sys.exit(f"a run ended with status {self._process.wait()}")
+        return line
+
+    def __enter__(self) -> "_Run":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._process.stdin.close()
+        self._process.wait(60)
+
+
+def _together(runs: Sequence[_Run], what: str, seconds: float) -> float:
+    for run in runs:
+        run.ask(what, seconds)
+    return sum(run.answer() for run in runs)
+
+
+def _start(case: str, cores: Sequence[int], cache: str) -> float:
+    with _Run(case, cores, cache) as run:
+        return run.start_seconds
+
+
+def _compare(case: str, args: argparse.Namespace) -> list[dict[str, Any]]:
+    cores = sorted(os.sched_getaffinity(0))
+    found = []
+    with tempfile.TemporaryDirectory() as cache, ExitStack() as stack:
+        all_cores = [stack.enter_context(_Run(case, cores, cache))]
+        each_core = [stack.enter_context(_Run(case, [core], cache)) for core in cores]
+        for what, unit in _WHAT.items():
+            print(f"{case}, {what}: a run on each core, one on all, ratio", file=sys.stderr)
+            speeds = [functools.partial(_together, runs, what, args.seconds) for runs in (each_core, all_cores)]
+            speeds_found = in_turns(*speeds, args.rounds)
+            found.append({"case": f"{case}, {unit} a second", "device": device_name(), **speeds_found})
+    with tempfile.TemporaryDirectory() as filled:
+        _start(case, cores, filled)
+        print(f"{case}, start: milliseconds with a filled compile cache, with an empty one, ratio", file=sys.stderr)
+
+        def empty() -> float:
+            with tempfile.TemporaryDirectory() as cache:
+                return 1000 * _start(case, cores, cache)
+
+        speeds = [lambda: 1000 * _start(case, cores, filled), empty]
+        found.append({"case": f"{case}, start in ms", "device": device_name(), **in_turns(*speeds, args.starts)})
+    return found
+
+
+def _serve(case: str, cores: Sequence[int]) -> None:
+    """What a run's process does: answers on stdout, until stdin ends."""
+    os.sched_setaffinity(0, cores)  # before JAX starts threads
+    use_cores()
+    keep_memory()
+    config = training.make_config(training.CASES[case], "float32")
+    steps = training.Ours(config, training.make_examples(config))
+    steps.step()
+    steps.wait()
+    model, variables, _, shape = make_network(training.CASES[case].model, "float32")
+    apply_fn, variables = for_inference(model, variables, image_shape=shape)
+    image = np.random.default_rng(2).uniform(size=shape).astype(np.float32)
+    votes = certification.Ours(apply_fn, variables, image, n=2000, batch_size=None)
+    print("ready", flush=True)
+    for line in sys.stdin:
+        what, seconds = json.loads(line)
+        trains = what == "training"
+        speed = training.speed_of(steps, config, seconds) if trains else certification.speed_of_ours(votes, seconds)
+        print(speed, flush=True)
+
+
+def main() -> None:
+    """The command."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument(
+        "--cases", default="lenet consistency", help="some of those of training.py (default: %(default)s)"
+    )
+    parser.add_argument("--json", type=Path, help="file for the results, a JSON list")
+    parser.add_argument("--seconds", type=float, default=5.0, help="of a round of each (default: %(default)s)")
+    parser.add_argument("--rounds", type=int, default=5, help="(default: %(default)s)")
+    parser.add_argument("--starts", type=int, default=3, help="rounds of a start (default: %(default)s)")
+    parser.add_argument("--cores", help=argparse.SUPPRESS)
+    args = parser.parse_args()
+    cases = args.cases.split(",")
+    unknown = [case for case in cases if case not in training.CASES]
+    if unknown:
+        parser.error(f"cases={args.cases}: {unknown[0]!r} is unknown; use some of {', '.join(training.CASES)}")
+    if args.cores:
+        _serve(cases[0], [int(core) for core in args.cores.split(",")])
+        return
+    show([result for case in cases for result in _compare(case, args)], "ours: a run on each core", args.json)
+
+
+if __name__ == "__main__":
+    main()
