@@ -160,14 +160,23 @@ def test_tables_and_pictures_come_from_the_results_alone(program, tmp_path):
 
 def test_a_table_says_where_it_was_made_and_what_was_not_recorded(tmp_path):
     calls = [{"program": "train", "git_commit": "0123456789abcdef (dirty)"}, {"program": "certify"}]
-    new = [{"program": "train", "device": "2 x gpu", "git_commit": "f" * 40}]
-    certified = {"device": "1 x cpu (cpu)", "git_commit": "a" * 40}
-    write_result(tmp_path / "mnist", "gaussian", 0.5, 0, [1.0, 1.5], calls=calls, certified_with=certified)
-    write_result(tmp_path / "mnist", "gaussian", 0.5, 1, [1.0, 1.5], calls=new, certified_with=certified)
-    assert (
-        "trained on device not recorded, at commit 0123456789 (dirty);"
-        " certified on device 1 x cpu (cpu), at commit aaaaaaaaaa; trained on device 2 x gpu, at commit ffffffffff\n"
-    ) in render.render("mnist", tmp_path)
+    new = [{"program": "train", "device": "2 x gpu", "processor": "P", "git_commit": "f" * 40}]
+    places = {"certified_with": {"device": "1 x cpu (cpu)", "git_commit": "a" * 40}}
+    places["continued_with"] = [places["certified_with"], {"device": "8 x tpu", "git_commit": "b" * 40}]
+    write_result(tmp_path / "mnist", "gaussian", 0.5, 0, [1.0, 1.5], calls=calls, **places)
+    alone = (
+        "trained on device not recorded, at commit 0123456789 (dirty); certified on device 1 x cpu (cpu), at commit"
+        " aaaaaaaaaa and on device 8 x tpu, at commit bbbbbbbbbb"
+    )
+    assert f"\n{alone}\n" in render.render("mnist", tmp_path)
+    for seed in (1, 2):
+        write_result(tmp_path / "mnist", "gaussian", 0.5, seed, [1.0, 1.5], calls=new)
+    write_result(tmp_path / "mnist", "gaussian", 0.5, 3, [1.0, 1.5])  # by hand
+    text = render.render("mnist", tmp_path)
+    assert f"\ngaussian_sigma0.50_seed0_0: {alone}\n" in text
+    both = "gaussian_sigma0.50_seed1_0, gaussian_sigma0.50_seed2_0"
+    assert f"\n{both}: trained on device 2 x gpu, at commit ffffffffff; processor P\n" in text
+    assert "seed3_0:" not in text
 
 
 def missing_tables(results, document):

@@ -4,6 +4,7 @@ import contextlib
 import fcntl
 import json
 import os
+import shutil
 import subprocess
 import sys
 import time
@@ -14,6 +15,7 @@ import pytest
 from rs_consistency import files
 from rs_consistency.cli import reproduce
 from rs_consistency.errors import UserError
+from rs_consistency.files import write_json
 from rs_consistency.reproduction import runner as runner_module
 from rs_consistency.reproduction.machine import Machine
 from rs_consistency.reproduction.plan import Options, make_plan
@@ -61,8 +63,28 @@ def test_a_run_that_a_signal_ended_starts_again_and_says_where(tmp_path, capfd):
     assert outcome.finished == finished == [cell] and not outcome.failed
     assert f"{cell.name}: train ended by signal 9; starting it again" in capfd.readouterr().err
     calls = calls_of(tmp_path / cell.name)
-    assert [call["program"] for call in calls] == ["train", "train", "certify"]
+    assert [call["program"] for call in calls] == ["train", "certify"]  # the first had made nothing
     assert {(call["device"], call["processor"]) for call in calls} == {("1 x cpu (cpu)", "a processor")}
+
+
+def test_calls_whose_work_was_taken_away_are_forgotten(tmp_path):
+    (cell,) = cells_of(tmp_path)
+    workdir, runner = tmp_path / cell.name, runner_of(tmp_path)
+
+    def programs_and_starts():
+        runner.run([cell])
+        return [(call["program"], call["started"]) for call in calls_of(workdir)]
+
+    before = programs_and_starts()
+    assert [program for program, _ in before] == ["train", "certify"]
+    write_json(tmp_path / f".{cell.name}.calls.json", {"calls": [{"program": p, "started": "then"} for p, _ in before]})
+    (workdir / "certificates.tsv").unlink()
+    (train, _), (certify, started) = programs_and_starts()
+    assert (train, certify) == ("train", "certify") and started != "then"
+    assert calls_of(workdir)[0]["started"] == "then"
+    shutil.rmtree(workdir)
+    assert [program for program, started in programs_and_starts() if started != "then"] == ["train", "certify"]
+    assert len(calls_of(workdir)) == 2
 
 
 def test_a_cell_that_another_process_holds_is_left_to_it(tmp_path):

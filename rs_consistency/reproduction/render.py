@@ -3,6 +3,7 @@
 import itertools
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 from rs_consistency import formats
 from rs_consistency.analysis import Certificates
@@ -41,7 +42,7 @@ def render(table_name: str, results: Path) -> str:
     letters = _letters([*rows, *pairs])
     cells, paired = _table(rows, letters), _paired(pairs, letters)
     notes = [f"({letter}) not as published: {', '.join(kind)}" for kind, letter in letters.items()]
-    notes += filter(None, [_made(found), not_available(table_name)])
+    notes += [*_made(found), *filter(None, [not_available(table_name)])]
     escaped = [formats.latex_text(one) for one in notes]
     write_text(folder / "table.md", _document(cells, paired, notes, formats.markdown, "  \n"))
     write_text(folder / "table.tex", _document(cells, paired, escaped, formats.latex, "\n\n"))
@@ -59,19 +60,34 @@ def _letters(lines: Sequence[Row | Pair]) -> dict[tuple[str, ...], str]:
     return {kind: chr(ord("a") + number % 26) * (1 + number // 26) for number, kind in enumerate(kinds)}
 
 
-def _made(results: Sequence[Result]) -> str:
-    """On which devices, and with which commits, all of it was made; empty where nothing of it was recorded."""
-    made: dict[str, None] = {}
+def _made(results: Sequence[Result]) -> list[str]:
+    """On which devices, and with which commits, the cells were made: a line for those that have it in common."""
+    cells: dict[str, list[str]] = {}
     for one in results:
-        certified = {"program": "certify", **one.made.get("certified_with", {})}
-        calls = [call for call in one.made.get("calls", []) if call["program"] == "train"]
-        for call in [*calls, *([certified] if len(certified) > 1 else [])]:
-            done = {"train": "trained", "certify": "certified"}[call["program"]]
-            device, commit = (call.get(key) or NOT_RECORDED for key in ("device", "git_commit"))
-            if commit != NOT_RECORDED:
-                commit = commit[:_COMMIT_DIGITS] + (" (dirty)" if "dirty" in commit else "")
-            made[f"{done} on device {device}, at commit {commit}"] = None
-    return "; ".join(made)
+        cells.setdefault(_places(one.made), []).append(one.name)
+    if len(cells) == 1:
+        return list(filter(None, cells))
+    return [f"{', '.join(names)}: {places}" for places, names in cells.items() if places]
+
+
+def _places(made: Mapping[str, Any]) -> str:
+    """Of the calls that made a cell; empty where nothing was recorded."""
+    calls = [call for call in made.get("calls", []) if call["program"] == "train"]
+    votes = [made.get("certified_with", {}), *made.get("continued_with", [])]
+    parts = []
+    for done, some in (("trained", calls), ("certified", votes)):
+        places = dict.fromkeys(_place(call) for call in some if call)
+        if places:
+            parts.append(f"{done} on {' and on '.join(places)}")
+    processors = {call.get("processor") or NOT_RECORDED for call in made.get("calls", [])} - {NOT_RECORDED}
+    return "; ".join([*parts, *([f"processor {', '.join(sorted(processors))}"] if processors else [])])
+
+
+def _place(call: Mapping[str, Any]) -> str:
+    device, commit = (call.get(key) or NOT_RECORDED for key in ("device", "git_commit"))
+    if commit != NOT_RECORDED:
+        commit = commit[:_COMMIT_DIGITS] + (" (dirty)" if "dirty" in commit else "")
+    return f"device {device}, at commit {commit}"
 
 
 def _curves(groups: Sequence[Sequence[Result]], letters: _Letters) -> dict[str, Certificates]:

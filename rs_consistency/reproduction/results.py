@@ -18,7 +18,7 @@ from rs_consistency.metrics import METRICS_FILE, read_lines
 from rs_consistency.reproduction.plan import Cell, deviations
 from rs_consistency.reproduction.state import CERTIFICATES, calls_of
 from rs_consistency.rows import seconds_of
-from rs_consistency.tables import PROVENANCE, in_order, record_of
+from rs_consistency.tables import in_order, provenances, record_of
 from rs_consistency.workdir import CONFIG_FILE
 
 PACKED = "certificates.tsv.gz"
@@ -100,12 +100,13 @@ def _files(cell: Cell, workdir: Path) -> dict[str, bytes]:
     record, config = read_json(record_of(workdir / CERTIFICATES)), read_json(workdir / CONFIG_FILE)
     metrics = read_lines(workdir / METRICS_FILE)
     train, certify = _commands(cell)
+    places = provenances(record)
     record |= {"command": certify, "config": _without_places(record["config"])}
     run = {
         **_identity(cell), "images": table.count(b"\n") - 1, "train_command": train, "certify_command": certify,
         "train_seconds": _train_seconds(metrics, config), "certify_seconds": _certify_seconds(table),
         "calls": [{"device": NOT_RECORDED, "processor": NOT_RECORDED, **call} for call in calls_of(workdir)],
-        "certified_with": {key: record.get(key) for key in PROVENANCE},
+        "certified_with": next(iter(places), {}), "continued_with": places[1:],
     }  # fmt: skip
     return {
         PACKED: gzip.compress(table, mtime=0),  # without a time: the same bytes at every call

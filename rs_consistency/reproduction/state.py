@@ -113,10 +113,15 @@ def calls_of(workdir: Path) -> list[dict[str, Any]]:
 
 
 def record_call(workdir: Path, program: str, *, device: str, processor: str) -> None:
-    """Adds a call: which code does what in this workdir, where, and since when."""
+    """Adds a call: which code does what in this workdir, where, and since when.
+
+    Earlier calls whose work was taken away since, the whole workdir or its certificates, are forgotten.
+    """
     started = datetime.now(UTC).isoformat(timespec="seconds")
     entry = {"program": program, "started": started, "device": device, "processor": processor, **code_version()}
-    write_json(_calls_path(workdir), {"calls": [*calls_of(workdir), entry]})
+    made = {"train": CONFIG_FILE, "certify": CERTIFICATES}
+    before = [call for call in calls_of(workdir) if (workdir / made[call["program"]]).exists()]
+    write_json(_calls_path(workdir), {"calls": [*before, entry]})
 
 
 def _calls_path(workdir: Path) -> Path:
