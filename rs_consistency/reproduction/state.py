@@ -120,7 +120,7 @@ def record_call(workdir: Path, program: str, *, device: str, processor: str) -> 
     started = datetime.now(UTC).isoformat(timespec="seconds")
     entry = {"program": program, "started": started, "device": device, "processor": processor, **code_version()}
     made = {"train": CONFIG_FILE, "certify": CERTIFICATES}
-    before = [call for call in calls_of(workdir) if (workdir / made[call["program"]]).exists()]
+    before = [call for call in calls_of(workdir) if (workdir / made.get(call.get("program"), "")).exists()]
     write_json(_calls_path(workdir), {"calls": [*before, entry]})
 
 
