@@ -7,8 +7,10 @@ import math
 import numpy as np
 import pytest
 
+from rs_consistency.errors import UserError
 from rs_consistency.reproduction import render
 from rs_consistency.reproduction.comparison import difference_error, groups_of, pairs_of, rows_of
+from rs_consistency.reproduction.plan import Options, deviations, make_plan
 from rs_consistency.reproduction.published import Published, table_of
 from rs_consistency.reproduction.results import read_results
 from tests.helpers import ROOT
@@ -156,6 +158,32 @@ def test_tables_and_pictures_come_from_the_results_alone(program, tmp_path):
     out = program.succeeds("cli.reproduce", "--render", "--table=tradeoff", f"--results={tmp_path}").out
     assert "consistency (lbd 25)" in out and "1.2261" in out
     assert (tmp_path / "tradeoff" / "tradeoff.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_a_tradeoff_of_equal_radii_is_drawn(tmp_path):
+    for number, lbd in ((7, 1.0), (9, 5.0), (13, 15.0)):  # whose mean and quantiles round differently
+        write_result(tmp_path / "tradeoff", "consistency", 1.0, 0, [3.811493] * number, lbd=lbd)
+    render.render("tradeoff", tmp_path)
+    assert (tmp_path / "tradeoff" / "tradeoff.png").exists()
+
+
+@pytest.mark.parametrize("change", [{"deviations": None}, {"epochs": "many"}])
+def test_a_damaged_record_is_named(tmp_path, change):
+    write_result(tmp_path, "gaussian", 0.5, 0, [1.0, 1.5], **change)
+    with pytest.raises(UserError, match=r"run\.json is damaged \(.*run reproduce\.py again"):
+        read_results(tmp_path)
+
+
+def test_methods_are_compared_after_other_numbers_of_epochs_too(tmp_path):
+    options = Options(methods=["gaussian", "smoothadv"], sigmas=[0.5], epochs=45)
+    for cell in make_plan("mnist", options, workdir=tmp_path):
+        write_result(tmp_path, cell.method, 0.5, 0, [1.0, 1.5, 0.2], notes=deviations(cell), epochs=45)
+    notes = [one.deviations for one in read_results(tmp_path)]
+    assert notes[0] != notes[1]  # only one of them has a warm-up
+    (pair,) = pairs_of(read_results(tmp_path))
+    assert (pair.method, pair.baseline) == ("smoothadv", "gaussian")
+    write_result(tmp_path, "macer", 0.5, 0, [1.0, 1.5, 0.2], notes=["num_epochs 45"], epochs=45)  # another schedule
+    assert len(pairs_of(read_results(tmp_path))) == 1
 
 
 def test_a_table_says_where_it_was_made_and_what_was_not_recorded(tmp_path):

@@ -19,6 +19,7 @@ from rs_consistency.files import write_json
 from rs_consistency.reproduction import runner as runner_module
 from rs_consistency.reproduction.machine import Machine
 from rs_consistency.reproduction.plan import Options, make_plan
+from rs_consistency.reproduction.results import check_keepable
 from rs_consistency.reproduction.runner import Runner
 from rs_consistency.reproduction.speeds import Speeds
 from rs_consistency.reproduction.state import State, calls_of, inspect, is_trained
@@ -246,6 +247,8 @@ def test_results_of_other_settings_are_refused_before_anything_runs(tmp_path, mo
         assert f"results={results} holds gaussian_sigma0.50_seed0 with other settings" in err
         assert named in err and "choose another --results" in err
     assert not (tmp_path / "b").exists()
+    reproduce.main([*command, "--images=5", "--dry_run", f"--workdir={tmp_path / 'e'}"])
+    assert "note: results=" in capsys.readouterr().err  # what would be refused, beside the plan
     assert {path.name: path.read_bytes() for path in kept.iterdir()} == before
     # The same settings, in whatever place, are the same cell.
     reproduce.main(
@@ -253,6 +256,30 @@ def test_results_of_other_settings_are_refused_before_anything_runs(tmp_path, mo
     )
     assert "/nowhere" not in "".join(path.read_text() for path in kept.glob("*.json"))
     assert json.loads((kept / "run.json").read_text())["deviations"] == ["4 of 10,000 images", "n 1,000"]
+    # Every 1,250th image is more than every 2,500th, and not the other way round.
+    capsys.readouterr()
+    reproduce.main([*command, "--images=8", f"--workdir={tmp_path / 'd'}"])
+    assert "1 cells, 1 to do, 1 at a time" in capsys.readouterr().out  # not more than there are cells
+    run = json.loads((kept / "run.json").read_text())
+    assert run["images"] == 8 and run["deviations"] == ["8 of 10,000 images", "n 1,000"]
+    for fewer_or_other in (["--images=4"], ["--images=16", "--n=30"]):
+        with pytest.raises(SystemExit):
+            reproduce.main([*command, *fewer_or_other, f"--workdir={tmp_path / 'b'}"])
+    assert "(n: 1000 -> 30; deviations: ['n 1,000'] -> ['n 30'])" in capsys.readouterr().err
+    assert json.loads((kept / "run.json").read_text()) == run
+
+
+def test_the_whole_table_can_be_run_beside_the_results_that_are_here():
+    cells = make_plan("mnist", Options(seeds=5), workdir=ROOT / "runs")
+    assert any((ROOT / "results" / "mnist" / cell.name).exists() for cell in cells)
+    check_keepable(cells, ROOT / "results")
+
+
+def test_a_cell_that_cannot_go_on_is_told_before_anything_runs(tmp_path, capsys):
+    (cell,), (other,) = cells_of(tmp_path), cells_of(tmp_path, epochs=3)
+    fakes.write_trained(other.config(), tmp_path / cell.name)
+    assert runner_of(tmp_path).look(cell) == State()
+    assert f"{cell.name}: workdir=" in (err := capsys.readouterr().err) and "another config (num_epochs: 3 -> 2" in err
 
 
 def test_temporary_files_of_two_hosts_that_share_a_folder_differ(tmp_path, monkeypatch):

@@ -4,6 +4,7 @@ import gzip
 import json
 import re
 import shutil
+from pathlib import Path
 
 import pytest
 
@@ -84,6 +85,8 @@ def test_deviations_are_what_differs_from_the_published_and_no_place():
     assert deviations(cell) == [] and cell.config().dataset.data_dir == "/home/me"
     (cell,) = plan(methods=["gaussian"], sigmas=[0.5], settings={"init_from": "/home/me/run", "batch_size": 128}, n=50)
     assert deviations(cell) == ["init_from run", "batch_size 128", "n 50"]
+    (cell,) = plan(methods=["gaussian"], sigmas=[0.5], settings={"init_from": "some/run"})
+    assert cell.overrides["init_from"] == str(Path("some/run").resolve())  # as the run's config.json has it
     assert not any(deviations(cell) for cell in plan("tradeoff"))
     (cell,) = plan("imagenet", methods=["gaussian"], sigmas=[0.5])
     assert deviations(cell) == ["images picked in the order of tensorflow-datasets instead of the original one"]

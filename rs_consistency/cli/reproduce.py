@@ -16,7 +16,7 @@ from typing import Any
 
 from rs_consistency.checks import whole_number
 from rs_consistency.cli.common import Parser, program_words, run_main, run_program, whole
-from rs_consistency.errors import UserError
+from rs_consistency.errors import UserError, note
 from rs_consistency.reproduction.plan import (
     PUBLISHED_N,
     Cell,
@@ -58,7 +58,11 @@ def _parser() -> Parser:
     add("--dataset", help="another dataset with such images, such as mnist_subset (default: as published)")
     add("--model", help="another model, such as resnet20 (default: as published)")
     add("--config", action="append", default=[], metavar="KEY=VALUE", help="any other key of all configurations")
-    add("--jobs", type=whole, help="runs at a time (default: one for each processor core on a CPU, else 1)")
+    add(
+        "--jobs",
+        type=whole,
+        help="runs at a time (default: one for each processor core on a CPU, as far as there are cells; else 1)",
+    )
     add("--shard", help="I/K: only share I of K of the cells, for one of several machines")
     add("--dry_run", action="store_true", help="print cells and estimated time; train nothing")
     add("--render", action="store_true", help="only write tables and pictures, from the results")
@@ -81,9 +85,16 @@ def _main(argv: Sequence[str] | None) -> None:
     from rs_consistency.reproduction.results import check_keepable, keep
     from rs_consistency.reproduction.runner import Runner
 
-    check_keepable(cells, results)  # before hours of training
-    machine = this_machine(args.jobs)
-    jobs = _jobs(args.jobs, machine.platform)
+    try:
+        check_keepable(cells, results)  # before hours of training
+    except UserError as error:
+        if not args.dry_run:
+            raise
+        note(str(error))
+    jobs = _jobs(args.jobs, len(cells))
+    machine = this_machine(jobs)
+    if args.jobs is None and machine.platform != "cpu":
+        jobs = 1
     finished: list[Cell] = []
 
     def on_finished(cell: Cell) -> None:
@@ -130,12 +141,13 @@ def _value(text: str) -> Any:
     return {"True": True, "False": False}.get(text, text)
 
 
-def _jobs(wanted: int | None, platform: str) -> int:
+def _jobs(wanted: int | None, cells: int) -> int:
+    """Runs at a time, on a CPU."""
     if wanted is not None:
         return whole_number("jobs", wanted, at_least=1, at_most=1024)
     from rs_consistency.backend import available_cores  # JAX is slow to import
 
-    return available_cores() if platform == "cpu" else 1
+    return min(available_cores(), cells)
 
 
 def _root() -> Path:

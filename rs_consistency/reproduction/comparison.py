@@ -166,8 +166,11 @@ def pairs_of(results: Sequence[Result], baselines: Sequence[str] = ("gaussian", 
 
 
 def _settings(one: Result) -> tuple[int, tuple[str, ...]]:
-    """What two methods must have in common to be compared."""
-    return one.epochs, tuple(text for text in one.deviations if not is_about_images(text))
+    """What two methods must have in common to be compared; warm-ups, which not all have, follow the epochs."""
+    texts = [text for text in one.deviations if not is_about_images(text)]
+    if any(text.startswith("num_epochs ") for text in texts):
+        texts = [text for text in texts if not text.partition(" ")[0].endswith(".warmup_epochs")]
+    return one.epochs, tuple(texts)
 
 
 def _pair(sigma: float, method: str, baseline: str, runs: list[tuple[Result, Result]]) -> list[Pair]:

@@ -283,7 +283,8 @@ def _checked(settings: Mapping[str, Any], known: Mapping[str, Any], table_name: 
         if type(value) is not kind:
             kinds = {int: "a whole number", float: "a number", bool: "True or False"}
             raise UserError(f"{named}: use {kinds[kind]}, such as {known[key]}")
-        found[key] = value
+        # By its absolute path, as train.py writes it down.
+        found[key] = str(Path(value).expanduser().resolve()) if key == "init_from" and value else value
     return found
 
 

@@ -20,7 +20,18 @@ _COMMIT_DIGITS = 10
 _ORANGE, _COLOURS = "#D55E00", ("#0072B2", "#009E73", "#CC79A7", "#56B4E9", "#000000")
 _HEAD = ["method", "sigma", "ACR", "95 % over images", "reported", "released files", "difference", "std. errors",
          "accuracy", "seeds", "images", "epochs", "note"]  # fmt: skip
-_PAIR_HEAD = ["sigma", "method", "minus", "difference", "95 % over images", "gained", "lost", "images", "seeds", "note"]
+_PAIR_HEAD = [
+    "sigma",
+    "method",
+    "minus",
+    "difference +- std. error",
+    "95 % over images",
+    "gained",
+    "lost",
+    "images",
+    "seeds",
+    "note",
+]
 
 
 def render(table_name: str, results: Path) -> str:
@@ -160,8 +171,8 @@ def _save_tradeoff(rows: Sequence[Row], letters: _Letters, path: Path) -> None:
             measured = [row.acr if number == 0 else row.accuracy for row in some]
             one.plot([row.lbd for row in some], measured, "o-", color=colour, label=name)
             if number == 0:
-                low = [row.acr - row.interval.low for row in some]
-                high = [row.interval.high - row.acr for row in some]
+                low = [max(0.0, row.acr - row.interval.low) for row in some]  # of equal radii, rounding can be negative
+                high = [max(0.0, row.interval.high - row.acr) for row in some]
                 one.errorbar([row.lbd for row in some], measured, yerr=[low, high], fmt="none", color=colour, capsize=3)
         one.set(xlabel="weight of the consistency term (lbd)", ylabel=label, ylim=(0, None))
         one.grid(alpha=0.3)

@@ -15,7 +15,7 @@ from rs_consistency.config import PLACE_KEYS
 from rs_consistency.errors import UserError
 from rs_consistency.files import read_json, replace_atomically
 from rs_consistency.metrics import METRICS_FILE, read_lines
-from rs_consistency.reproduction.plan import Cell, deviations
+from rs_consistency.reproduction.plan import Cell, deviations, is_about_images
 from rs_consistency.reproduction.state import CERTIFICATES, calls_of
 from rs_consistency.rows import seconds_of
 from rs_consistency.tables import in_order, provenances, record_of
@@ -129,14 +129,25 @@ def _check_same(cell: Cell, path: Path) -> None:
     kept = read_json(path)
     if isinstance(kept.get("deviations"), list):  # earlier versions named places among them
         kept["deviations"] = [text for text in kept["deviations"] if text.partition(" ")[0] not in PLACE_KEYS]
-    differing = [
-        f"{key}: {kept.get(key)} -> {value}" for key, value in _identity(cell).items() if kept.get(key) != value
-    ]
+    wanted = _identity(cell)
+    if _has_all_images(cell, kept):
+        wanted["images"] = kept["images"]
+        for texts in (wanted, kept):
+            texts["deviations"] = [text for text in texts["deviations"] if not is_about_images(text)]
+    differing = [f"{key}: {kept.get(key)} -> {value}" for key, value in wanted.items() if kept.get(key) != value]
     if differing:
         raise UserError(
             f"results={path.parents[2]} holds {cell.name} with other settings ({'; '.join(differing)}); choose another"
             " --results"
         )
+
+
+def _has_all_images(cell: Cell, kept: dict[str, Any]) -> bool:
+    """Whether the cell's images are those of the kept one and others besides: then it may take its place."""
+    images, split_size = kept.get("images"), cell.selection.split_size
+    if not isinstance(images, int) or not 0 < images < cell.selection.size or "deviations" not in kept:
+        return False
+    return -(-split_size // images) % cell.selection.skip == 0  # every 20th image is one of every 4th
 
 
 def _json(content: Any) -> bytes:
@@ -162,6 +173,8 @@ def read_results(folder: Path) -> list[Result]:
             )  # fmt: skip
         except KeyError as error:
             raise UserError(f"{path} lacks {error}; run reproduce.py again for this cell") from None
+        except (TypeError, ValueError) as error:
+            raise UserError(f"{path} is damaged ({error}); run reproduce.py again for this cell") from None
         found.append(result)
     if not found:
         raise UserError(f"{folder} holds no finished cell; run reproduce.py without --render first")

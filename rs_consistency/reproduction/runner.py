@@ -96,11 +96,12 @@ class Runner:
             return State()
 
     def look(self, cell: Cell) -> State:
-        """How far a cell is, and how fast it went. One that cannot go on counts as not begun; its run will say why."""
+        """How far a cell is, and how fast it went. One that cannot go on counts as not begun, and is told."""
         try:
             state = inspect(cell, self.workdir(cell))
             votes = self._votes_per_second(cell, state)
-        except (UserError, OSError):
+        except (UserError, OSError) as error:
+            note(f"{cell.name}: {error}")
             return State()
         self.speeds.learn(cell, epoch_seconds=state.epoch_seconds, votes_per_second=votes)
         return state
@@ -163,10 +164,10 @@ class Runner:
             raise
         finally:
             for run in queue.running:
-                run.close()
                 if run.process and run.process.poll() is None:
                     run.process.kill()
                     run.process.wait()
+                run.close()
         return outcome
 
     def _begin(self, queue: "_Queue", cells: Sequence[Cell], outcome: Outcome) -> None:
@@ -215,7 +216,7 @@ class Runner:
 
     def command(self, program: str, arguments: Sequence[str], slot: int) -> list[str]:
         """What a program is started with."""
-        child = [sys.executable, "-m", "rs_consistency.reproduction.child"]
+        child = [sys.executable, "-P", "-m", "rs_consistency.reproduction.child"]  # not of the current folder
         return [*child, str(os.getpid()), ",".join(map(str, self._cores[slot])), self._modules[program], *arguments]
 
     def start(self, cell: Cell, program: str, slot: int) -> subprocess.Popen[bytes]:
