@@ -1,4 +1,4 @@
-"""Convolutions in other forms, where XLA's own is slow: on the CPU.
+"""Convolutions in other forms, where XLA's own is slow: on the CPU, and on a GPU in small batches.
 
 All of them take `[N, H, W, C]` and `[kh, kw, C, F]` and give the sums of `jax.lax.conv_general_dilated` up to the
 order of their terms.
@@ -16,14 +16,15 @@ import numpy as np
 def convolution(columns: int) -> Callable[..., jax.Array]:
     """What convolves in a `flax.linen.Conv(conv_general_dilated=...)`, chosen by platform.
 
-    On the CPU a matrix product that computes `columns` neighbouring output pixels at once: see `as_matrix_product`.
+    On CPUs and GPUs a matrix product that computes `columns` neighbouring output pixels at once: `as_matrix_product`.
     LeNet, one core of an Intel Xeon, medians: forward 1.5 times as many images a second as XLA's convolution, gradient
-    of the parameters 1.9 times, gradient of the images 2.7 times. Elsewhere XLA's convolution.
+    of the parameters 1.9 times, gradient of the images 2.7 times. On one NVIDIA H100, 256 noisy images in a step: 1.5
+    times as many Gaussian steps a second, 1.6 times as many of SmoothAdv. Elsewhere XLA's convolution.
 
     Args:
       columns: at most so many output pixels of a row at once.
     """
-    if jax.default_backend() != "cpu":
+    if jax.default_backend() not in ("cpu", "gpu"):
         return jax.lax.conv_general_dilated
 
     def convolve(
@@ -103,7 +104,8 @@ def inference_convolution(
 
     On the CPU, float32 5 x 5 convolutions of stride 1 take another form, `winograd_rows` or `as_matrix_product`: LeNet
     classifies 1.6 times as many images a second as with XLA's convolution alone (one core of an Intel Xeon, batches of
-    32 to 128). All else is XLA's convolution: ResNet-20 ran 1.6 to 1.8 times slower with `winograd_rows` (two cores).
+    32 to 128). All else is XLA's convolution: ResNet-20 ran 1.6 to 1.8 times slower with `winograd_rows` (two cores),
+    LeNet on an H100 in batches of 16,384 0.4 to 0.7 times as fast with `as_matrix_product`.
     """
     channels, size = images.shape[-1], kernel.shape[:2]
     simple = _is_plain(settings) and images.dtype == jnp.float32 and tuple(strides) == (1, 1)
