@@ -1,5 +1,6 @@
 """Files that survive: a reader sees the old content or the new one, never half of it."""
 
+import errno
 import fcntl
 import json
 import os
@@ -9,8 +10,9 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from rs_consistency.errors import UserError
+from rs_consistency.errors import UserError, note
 
+_WITHOUT_LOCKS = (errno.ENOSYS, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOLCK)  # what their file systems say
 _REMEDY = "restore it from a copy, or move it away"
 
 
@@ -67,6 +69,8 @@ def read_json(path: Path) -> dict[str, Any]:
 def lock(descriptor: int, what: str) -> None:
     """Takes an exclusive lock on an open file or folder; it ends when the descriptor is closed, or the process dies.
 
+    Where the file system has no locks, it is left without one, and a note says so.
+
     Raises:
       UserError: when another process holds it.
     """
@@ -74,3 +78,7 @@ def lock(descriptor: int, what: str) -> None:
         fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
         raise UserError(f"{what} is in use by another process; wait for it, or choose another") from None
+    except OSError as error:
+        if error.errno not in _WITHOUT_LOCKS:
+            raise
+        note(f"{what} cannot be locked here ({error.strerror}): nothing else may use it meanwhile")

@@ -1,7 +1,8 @@
 """What stands for train.py, certify.py and the measurement in tests of a plan: files of a run, without a network.
 
 Files in the plan's folder change what they do: `crash_NAME` ends the cell's training by a signal, once; `hang_NAME`
-makes its certification wait after the first image, `hang_measure` a measurement.
+makes its certification wait after the first image, `hang_measure` a measurement; with `damaged_NAME` the last
+checkpoint cannot be read until it is trained again, nor then when there is a text in that file.
 """
 
 import json
@@ -12,6 +13,7 @@ import time
 from pathlib import Path
 
 from rs_consistency.certificates import CertificateFile
+from rs_consistency.cli.common import EXIT_NOT_FINISHED
 from rs_consistency.cli.train import parse
 from rs_consistency.files import read_json, write_json
 from rs_consistency.rows import CERTIFY
@@ -42,13 +44,16 @@ def train(config, workdir):
     if crash.exists():
         crash.unlink()
         os.kill(os.getpid(), signal.SIGKILL)
+    damaged = workdir.parent / f"damaged_{workdir.name}"
+    if damaged.exists() and not damaged.read_text():
+        damaged.unlink()
     write_trained(config, workdir)
 
 
 def write_trained(config, workdir):
     """The files of a finished training."""
     step = config.num_epochs * STEPS
-    (workdir / "checkpoints" / str(step)).mkdir(parents=True)
+    (workdir / "checkpoints" / str(step)).mkdir(parents=True, exist_ok=True)
     write_json(workdir / "config.json", json.loads(config.to_json()))
     line = {"epoch": config.num_epochs, "step": step, "noisy_images_per_second": 1000.0}
     (workdir / "metrics.jsonl").write_text(json.dumps(line) + "\n")
@@ -56,12 +61,14 @@ def write_trained(config, workdir):
 
 def certify(workdir, named):
     """An image a time, as the program does it; the radius is the sigma."""
+    if (workdir.parent / f"damaged_{workdir.name}").exists() and "finished" in named:
+        sys.exit(EXIT_NOT_FINISHED)
     config, hang = read_json(workdir / "config.json"), workdir.parent / f"hang_{workdir.name}"
     selection = Selection(10_000, int(named["skip"]), int(named["max"]))
     identity = {
         "sigma": config["sigma"], "n0": 100, "n": int(named["n"]), "alpha": 0.001, "seed": int(named["seed"]),
         "bound": "clopper_pearson", "dtype": config["dtype"], "checkpoint_step": config["num_epochs"] * STEPS,
-        "parameter_digest": "",
+        "parameter_digest": "", "split": "test",
     }  # fmt: skip
     about = {"device": "1 x fake (fake)", "config": config}
     file = CertificateFile(

@@ -14,7 +14,7 @@ import pytest
 import rs_consistency
 from rs_consistency import certificates, data
 from rs_consistency.checkpoints import digest
-from rs_consistency.cli.common import EXIT_INTERRUPTED
+from rs_consistency.cli.common import EXIT_INTERRUPTED, EXIT_NOT_FINISHED
 from rs_consistency.models import create_model
 from rs_consistency.rows import CERTIFY, format_radius, format_time
 from tests.helpers import count_lines, damage_checkpoint, final_params, kill_when, rows, start
@@ -247,6 +247,16 @@ def test_an_unfinished_run_is_told(program, trained, tmp_path):
     workdir = tmp_path / "run"
     shutil.copytree(trained, workdir)
     shutil.rmtree(workdir / "checkpoints" / "14")
+    program("cli.certify", f"--workdir={workdir}", *QUICK, "--max=1", "--finished")
+    assert program.status == EXIT_NOT_FINISHED and not list(workdir.glob("certificates*"))
+    assert f"error: workdir={workdir}: the newest checkpoint that can be read is of step 7 of 14" in program.err
+    message = "finished is for new lines, and verify draws"
+    assert message in program.fails("cli.certify", f"--workdir={workdir}", "--verify=1", "--finished")
+    message = "finished is about the training of a --workdir; leave it out"
+    assert message in program.fails("cli.certify", "--torch_checkpoint=x", "--finished")
+    program.succeeds(
+        "cli.certify", f"--workdir={trained}", *QUICK, "--max=1", "--finished", f"--output={tmp_path}/c.tsv"
+    )
     program.succeeds("cli.certify", f"--workdir={workdir}", *QUICK, "--max=1")
     assert "note: the training is not finished: step 7 of 14" in program.err
 

@@ -99,6 +99,19 @@ def test_pairs_are_compared_on_the_same_images(tmp_path):
     assert (pair.difference.gained, pair.difference.lost) == (200, 0) and pair.notes == tuple(few)
 
 
+def test_images_of_another_content_are_no_pair_and_no_mean(tmp_path):
+    write_result(tmp_path, "consistency", 0.5, 0, [0.5, 0.7])
+    for seed, data_digest in enumerate(("aa", "aa", "bb")):
+        write_result(tmp_path, "gaussian", 0.5, seed, [0.5, 0.7])
+        record = tmp_path / f"gaussian_sigma0.50_seed{seed}_0" / "certificates.json"
+        record.write_text(json.dumps({"data_digest": data_digest}))
+    found = read_results(tmp_path)
+    assert [[one.seed for one in group] for group in groups_of(found)] == [[0], [0, 1], [2]]
+    assert pairs_of(found) == []  # of what the consistency run was certified on, nothing is known
+    (tmp_path / "consistency_sigma0.50_seed0_0" / "certificates.json").write_text('{"data_digest": "aa"}')
+    assert len(pairs_of(read_results(tmp_path))) == 1
+
+
 def test_runs_of_different_settings_are_no_pair_no_curve_and_no_mean(tmp_path, monkeypatch):
     rng = np.random.default_rng(3)
     radii = np.round(rng.uniform(0.2, 1.5, size=(4, 50)), 6)

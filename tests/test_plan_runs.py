@@ -1,6 +1,7 @@
 """Plans under way, with programs that only write files: locks, signals, kills, needs, damage, and what is shown."""
 
 import contextlib
+import errno
 import fcntl
 import json
 import os
@@ -42,6 +43,10 @@ def cells_of(folder, table="mnist", **options):
 
 def runner_of(folder, finished=lambda cell: None, jobs=1):
     return Runner(folder, root=ROOT, jobs=jobs, machine=MACHINE, finished=finished, modules=FAKES)
+
+
+def estimate(runner, cells):
+    return runner.speeds.estimate([(cell, runner.glance(cell)) for cell in cells], jobs=1)
 
 
 @contextlib.contextmanager
@@ -88,6 +93,19 @@ def test_calls_whose_work_was_taken_away_are_forgotten(tmp_path):
     assert len(calls_of(workdir)) == 2
 
 
+def test_a_damaged_last_checkpoint_is_trained_again_once(tmp_path, capfd):
+    saved, lost = cells_of(tmp_path, methods=["gaussian", "stability"])
+    for cell, text in ((saved, ""), (lost, "for good")):
+        fakes.write_trained(cell.config(), tmp_path / cell.name)
+        (tmp_path / f"damaged_{cell.name}").write_text(text)
+    outcome = runner_of(tmp_path).run([saved, lost])
+    assert outcome.finished == [saved]
+    assert [call["program"] for call in calls_of(tmp_path / saved.name)] == ["train", "certify"]
+    assert f"{saved.name}: its last checkpoint is damaged; training it again" in capfd.readouterr().err
+    assert outcome.failed[lost.name].startswith("certify: ")
+    assert not (tmp_path / lost.name / "certificates.tsv").exists()
+
+
 def test_a_cell_that_another_process_holds_is_left_to_it(tmp_path):
     mine, other = cells_of(tmp_path, methods=["gaussian", "stability"])
     runner = runner_of(tmp_path)
@@ -96,6 +114,46 @@ def test_a_cell_that_another_process_holds_is_left_to_it(tmp_path):
     assert outcome.finished == [mine] and outcome.elsewhere == [other] and not outcome.failed
     assert not (tmp_path / other.name).exists()
     assert runner.run([mine, other]).finished == [mine, other]
+
+
+def test_cells_that_another_machine_left_are_taken_at_the_end(tmp_path, monkeypatch, capfd):
+    monkeypatch.setattr(runner_module, "_SECONDS_BETWEEN_LINES", 0)
+    other, mine = cells_of(tmp_path, methods=["gaussian", "stability"])
+    runner = runner_of(tmp_path)
+    with held(tmp_path, other) as release:
+        begin = runner.start
+
+        def start(cell, program, slot):  # the other machine goes while this one is at its cell
+            if (cell, program) == (mine, "train"):
+                release()
+            return begin(cell, program, slot)
+
+        monkeypatch.setattr(runner, "start", start)
+        outcome = runner.run([other, mine])
+    assert outcome.finished == [mine, other] and not outcome.elsewhere
+    shown = [line for line in capfd.readouterr().err.replace("\r", "\n").splitlines() if "elsewhere" in line]
+    assert shown and all(
+        f"{other.name} elsewhere" in line and float(line.split()[1].split("/")[0]) < 2 for line in shown
+    )
+
+
+def test_a_file_system_without_locks_is_told_and_used(tmp_path, monkeypatch, capsys):
+    (tmp_path / "file").touch()
+
+    def lock(number):
+        def flock(*_):
+            raise OSError(number, os.strerror(number))
+
+        monkeypatch.setattr(files.fcntl, "flock", flock)
+        with (tmp_path / "file").open() as file:
+            files.lock(file.fileno(), "workdir=x")
+
+    lock(errno.ENOLCK)
+    assert "workdir=x cannot be locked here (No locks available)" in capsys.readouterr().err
+    with pytest.raises(OSError, match="Input/output"):
+        lock(errno.EIO)
+    with pytest.raises(UserError, match="in use by another process"):
+        lock(errno.EWOULDBLOCK)
 
 
 def test_what_needs_a_cell_waits_for_it_wherever_it_is_trained(tmp_path, capfd):
@@ -163,7 +221,7 @@ def test_a_damaged_record_fails_its_cell_and_no_other(tmp_path):
         runner = runner_of(folder)
         assert runner.look(bad) == runner.glance(bad) == State()
         runner.measure([bad, good])
-        assert runner.estimate([bad, good]).unknown == 0
+        assert estimate(runner, [bad, good]).unknown == 0
         assert message in runner.run([bad]).failed[bad.name]
     outcome = runner.run([bad, good])
     assert outcome.finished == [good] and set(outcome.failed) == {bad.name}
@@ -176,7 +234,25 @@ def test_certificates_with_other_settings_do_not_count(tmp_path):
     assert inspect(cell, workdir).certified
     record = json.loads((workdir / "certificates.json").read_text())
     assert record["checkpoint_step"] == 10
-    others = {"alpha": 0.01, "n0": 10, "bound": "two_class", "dtype": "bfloat16", "checkpoint_step": 5, "n": 7}
+    (workdir / "certificates.json").write_text(json.dumps({key: record[key] for key in record if key != "finished"}))
+    state = inspect(cell, workdir)
+    assert state.images == 4 and not state.certified  # killed after the last line; certify.py has to finish it
+    (workdir / "certificates.json").write_text(json.dumps(record))
+    lines = (workdir / "certificates.tsv").read_text()
+    (workdir / "certificates.tsv").write_text(lines.replace("0.500000", "0.600000", 1))
+    with pytest.raises(UserError, match="was changed after it was finished"):
+        inspect(cell, workdir)
+    (workdir / "certificates.tsv").write_text(lines)
+    others = {
+        "split": "train",
+        "split_size": 20_000,
+        "alpha": 0.01,
+        "n0": 10,
+        "bound": "two_class",
+        "dtype": "bfloat16",
+        "checkpoint_step": 5,
+        "n": 7,
+    }
     for key, value in others.items():
         (workdir / "certificates.json").write_text(json.dumps({**record, key: value}))
         with pytest.raises(UserError, match=f"was made with {key}={value}, not "):
@@ -191,8 +267,8 @@ def test_a_measurement_that_does_not_end_costs_the_estimate_alone(tmp_path, monk
     monkeypatch.setattr(runner_module, "_MEASURE_SECONDS", 1)
     runner.measure(cells)
     assert "its speed is not known: not measured in 1 seconds" in capfd.readouterr().err
-    assert runner.estimate(cells).text() == "at least 0:00:30, without 1 cell whose speed is not known"
-    assert runner.estimate(cells[1:]).text() == "time of 1 cell not known"
+    assert estimate(runner, cells).text() == "at least 0:00:30, without 1 cell whose speed is not known"
+    assert estimate(runner, cells[1:]).text() == "time of 1 cell not known"
 
 
 def test_speeds_are_those_of_this_machine_and_others_keep_theirs(tmp_path):
@@ -207,6 +283,34 @@ def test_speeds_are_those_of_this_machine_and_others_keep_theirs(tmp_path):
     assert not Speeds(tmp_path / "speeds.json", where="elsewhere").knows(cell)
     (tmp_path / "speeds.json").write_text("{")
     assert not Speeds(tmp_path / "speeds.json", where="here").knows(cell)
+
+
+def test_speeds_of_another_machine_or_number_of_jobs_are_not_learned(tmp_path):
+    (cell,) = cells_of(tmp_path)
+    there = Runner(
+        tmp_path, root=ROOT, jobs=1, machine=MACHINE._replace(host="there"), finished=lambda cell: None, modules=FAKES
+    )
+    assert there.run([cell]).finished == [cell] and there.speeds.knows(cell)
+    for jobs, knows in ((1, False), (2, False)):
+        runner = runner_of(tmp_path, jobs=jobs)
+        assert runner.look(cell).certified and runner.speeds.knows(cell) is knows
+    assert there.look(cell).certified and Speeds(tmp_path / "speeds.json", where=there.where).knows(cell)
+    shutil.rmtree(tmp_path / cell.name)
+    assert runner_of(tmp_path).run([cell]).finished == [cell]
+    assert runner_of(tmp_path).speeds.knows(cell) and not runner_of(tmp_path, jobs=2).speeds.knows(cell)
+
+
+def test_runs_that_share_a_gpu_take_no_memory_in_advance(tmp_path, monkeypatch):
+    name = "XLA_PYTHON_CLIENT_PREALLOCATE"
+    monkeypatch.delenv(name, raising=False)
+
+    def environment(platform, jobs):
+        machine = MACHINE._replace(platform=platform)
+        return Runner(tmp_path, root=ROOT, jobs=jobs, machine=machine, finished=None)._environment().get(name)
+
+    assert [environment("gpu", 2), environment("gpu", 1), environment("cpu", 2)] == ["false", None, None]
+    monkeypatch.setenv(name, "true")
+    assert environment("gpu", 2) == "true"  # as the user wants it
 
 
 def test_the_bar_shows_every_change(tmp_path, monkeypatch, capfd):

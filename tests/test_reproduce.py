@@ -90,6 +90,12 @@ def test_deviations_are_what_differs_from_the_published_and_no_place():
     assert not any(deviations(cell) for cell in plan("tradeoff"))
     (cell,) = plan("imagenet", methods=["gaussian"], sigmas=[0.5])
     assert deviations(cell) == ["images picked in the order of tensorflow-datasets instead of the original one"]
+    (cell,) = plan("imagenet", methods=["gaussian"], sigmas=[0.5], images=50_000)
+    assert deviations(cell) == ["50,000 of 50,000 images"]  # of which 500 are published
+    (cell,) = plan("cifar10", methods=["gaussian"], sigmas=[0.5], dataset="svhn")
+    assert deviations(cell) == ["dataset.name svhn", "8,678 of 26,032 images"]
+    (cell,) = plan(methods=["gaussian"], sigmas=[0.5], dataset="mnist_subset")
+    assert deviations(cell) == ["dataset.name mnist_subset"]  # all of its images
 
 
 def test_images_are_spread_evenly():
@@ -122,7 +128,7 @@ def test_a_killed_plan_goes_on_and_a_failing_cell_stops_no_other(program, tmp_pa
     arguments = [*TINY, "--methods=gaussian,stability", f"--workdir={folder}", f"--results={results}"]
     folder.mkdir()
     machine = this_machine()
-    speeds = Speeds(folder / "speeds.json", where=f"{machine.host}, {machine.device()}:")
+    speeds = Speeds(folder / "speeds.json", where=machine.where(2))
     for cell in plan(methods=["gaussian", "stability"], sigmas=[0.5], dataset="mnist_subset"):
         speeds.learn(cell, keep=True, epoch_seconds=2.0, votes_per_second=1e4)
     (folder / "stability_sigma0.50_seed0").write_text("in the way")
@@ -146,7 +152,7 @@ def test_a_killed_plan_goes_on_and_a_failing_cell_stops_no_other(program, tmp_pa
     ]  # fmt: skip
     assert str(tmp_path) not in "".join(path.read_text() for path in kept.glob("*.json*"))
     run = json.loads((kept / "run.json").read_text())
-    assert run["epochs"] == 3 and run["images"] == 4 and "4 of 10,000 images" in run["deviations"]
+    assert run["epochs"] == 3 and run["images"] == 4 and "4 of 1,000 images" in run["deviations"]
     assert [call["program"] for call in run["calls"]] == ["train", "train", "certify"]
     assert {call["device"] for call in run["calls"]} == {"1 x cpu (cpu)", machine.device()}  # num_devices is 1
     assert re.search(r"^gaussian +0\.50 ", program.out, re.MULTILINE) and "written: " in program.out
@@ -160,6 +166,23 @@ def test_a_killed_plan_goes_on_and_a_failing_cell_stops_no_other(program, tmp_pa
     program("cli.reproduce", *arguments)  # another method's run in its place
     assert program.status == 1 and "holds a run with another config" in program.err
     assert (kept / "certificates.tsv.gz").read_bytes() == packed
+
+    # A last checkpoint that was damaged before the certification is trained again from the one before.
+    shutil.rmtree(folder / "stability_sigma0.50_seed0")
+    for path in (metrics.parent / "certificates.tsv", metrics.parent / "certificates.json"):
+        path.unlink()
+    largest = max((metrics.parent / "checkpoints" / "15").rglob("*"), key=lambda path: path.stat().st_size)
+    largest.write_bytes(largest.read_bytes()[: largest.stat().st_size // 2])
+    program.succeeds("cli.reproduce", *[word.replace("gaussian,stability", "gaussian") for word in arguments])
+    assert "its last checkpoint is damaged; training it again from the one before" in program.err
+    assert (folder / "gaussian_sigma0.50_seed0.log").read_text().count("continuing after step 10") == 1
+    again = json.loads((kept / "run.json").read_text())
+    assert [call["program"] for call in again["calls"]] == ["train", "train", "train", "certify"]
+
+    def votes(content):  # without the time
+        return [line.split("\t")[:5] for line in gzip.decompress(content).decode().splitlines()]
+
+    assert votes((kept / "certificates.tsv.gz").read_bytes()) == votes(packed)
 
 
 def test_speed_is_measured_before_a_plan_starts(program, tmp_path):

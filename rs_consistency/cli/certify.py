@@ -31,7 +31,16 @@ from rs_consistency.certificates import CertificateFile, check_answers
 from rs_consistency.certify_run import FILES, Question, make_question, question_of_record
 from rs_consistency.checks import one_of, whole_number
 from rs_consistency.cli.classifier import Classifier, names_sigma
-from rs_consistency.cli.common import EXIT_NOT_REPRODUCED, Parser, program_words, run_main, run_program, whole
+from rs_consistency.cli.common import (
+    EXIT_NOT_FINISHED,
+    EXIT_NOT_REPRODUCED,
+    Parser,
+    fail,
+    program_words,
+    run_main,
+    run_program,
+    whole,
+)
 from rs_consistency.cli.config_file import split
 from rs_consistency.errors import UserError, note
 from rs_consistency.merging import merge
@@ -74,6 +83,11 @@ def _parser() -> Parser:
     add("--shard", help="I/K: only share I of K of these images")
     add("--split", help="train or test (default: test)")
     add("--seed", type=whole, help="of the noise (default: 0)")
+    add(
+        "--finished",
+        action="store_true",
+        help=f"only with the training's last checkpoint; status {EXIT_NOT_FINISHED} where that is missing or damaged",
+    )
     add("--batch_size", type=whole, help="noisy images at a time; no effect on the votes (default: by device)")
     add(
         "--num_devices",
@@ -116,6 +130,8 @@ def _main(argv: Sequence[str] | None) -> None:
     keep_compiled()
     use_cores()
     keep_memory()
+    if args.finished and args.verify is not None:
+        raise UserError("finished is for new lines, and verify draws some of a file again; leave out one")
     if args.verify is not None and args.dry_run:
         raise UserError("dry_run says what answering would take; leave out --verify, or --dry_run")
     if args.verify is not None:
@@ -136,6 +152,8 @@ def _check_source(args: Any) -> None:
         if args.torch_input is not None:
             raise UserError(f"torch_input={args.torch_input} is of --torch_checkpoint; leave it out")
         return
+    if args.finished:
+        raise UserError("finished is about the training of a --workdir; leave it out")
     if args.workdir is not None:
         raise UserError(f"torch_checkpoint={args.torch_checkpoint} and workdir={args.workdir}: give one of them")
     if not any(word.startswith("--config=") for word in args.config):
@@ -165,7 +183,14 @@ def _answer_all(args: Any) -> None:
     shard = None if args.shard is None else parse_shard(args.shard)
     classifier.read()
     last_step = finished_step(classifier.workdir, config) if classifier.workdir else None
-    if last_step is not None and classifier.step < last_step:
+    unfinished = last_step is not None and classifier.step < last_step
+    if args.finished and (unfinished or last_step is None):
+        fail(
+            f"workdir={classifier.workdir}: the newest checkpoint that can be read is of step {classifier.step} of"
+            f" {last_step or 'a number not known'}; train.py goes on from there, or leave out --finished",
+            status=EXIT_NOT_FINISHED,
+        )
+    if unfinished:
         note(
             f"the training is not finished: step {classifier.step} of {last_step}; another checkpoint needs another"
             " --output"

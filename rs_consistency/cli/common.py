@@ -16,6 +16,7 @@ from rs_consistency.errors import UserError
 
 EXIT_USER_ERROR = 2
 EXIT_NOT_REPRODUCED = 3
+EXIT_NOT_FINISHED = 4
 EXIT_BROKEN_PIPE = 141
 EXIT_INTERRUPTED = 130
 

@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
+from rs_consistency.cli.common import EXIT_NOT_FINISHED
 from rs_consistency.errors import UserError, note
 from rs_consistency.files import lock
 from rs_consistency.reproduction.plan import Cell
@@ -51,6 +52,7 @@ class CellRun:
         self.process: subprocess.Popen[bytes] | None = None
         self.state = State()
         self._runner, self._program, self._crashes = runner, "", 0
+        self._damaged, self._trained_again, self._epochs_before = False, False, 0
         self._stack = contextlib.ExitStack()
 
     def step(self, outcome: Outcome) -> bool:
@@ -65,9 +67,10 @@ class CellRun:
                     return False
             elif self.process.poll() is None:
                 self.state = runner.glance(cell)
-                runner.speeds.learn(cell, epoch_seconds=self.state.epoch_seconds)
+                if self._program == "train" and self.state.epochs > self._epochs_before:
+                    runner.speeds.learn(cell, epoch_seconds=self.state.epoch_seconds)
                 return True
-            elif self.process.returncode and not self._again():
+            elif self.process.returncode and not self._trains_again() and not self._again():
                 outcome.failed[cell.name] = self._reason()
                 return False
             self.state = inspect(cell, runner.workdir(cell))
@@ -75,7 +78,8 @@ class CellRun:
                 runner.done(cell, self.state)
                 outcome.finished.append(cell)
                 return False
-            program = "certify" if self.state.trained else "train"
+            program = "certify" if self.state.trained and not self._damaged else "train"
+            self._damaged = False
             if program == self._program:
                 outcome.failed[cell.name] = (
                     f"{program}: ended without an error, but is not finished (log: {runner.log(cell)})"
@@ -83,14 +87,24 @@ class CellRun:
                 return False
             if cell.needs and not self._program:  # its speed could not be measured before that one was trained
                 runner.time(cell, slot=self.slot)
-            self._program = program
+            self._program, self._epochs_before = program, self.state.epochs
             device = runner.machine.device(cell.config().num_devices if program == "train" else 0)
-            record_call(runner.workdir(cell), program, device=device, processor=runner.machine.processor)
+            record_call(
+                runner.workdir(cell), program, device=device, processor=runner.machine.processor, where=runner.where
+            )
             self.process = runner.start(cell, program, self.slot)
             return True
         except (UserError, OSError) as error:
             outcome.failed[cell.name] = str(error)
             return False
+
+    def _trains_again(self) -> bool:
+        """Whether the last checkpoint turned out damaged: then training goes on from the one before, once."""
+        if (self._program, self.process.returncode) != ("certify", EXIT_NOT_FINISHED) or self._trained_again:
+            return False
+        self._damaged = self._trained_again = True
+        note(f"{self.cell.name}: its last checkpoint is damaged; training it again from the one before")
+        return True
 
     def _again(self) -> bool:
         """Whether a run that failed is to be started again: after a signal, but not after many."""

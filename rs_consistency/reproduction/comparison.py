@@ -78,12 +78,13 @@ class Pair(NamedTuple):
 def groups_of(results: Sequence[Result]) -> list[list[Result]]:
     """The runs that differ in nothing but the seed, by sigma, method and weight.
 
-    Those with different settings (epochs, images, votes, anything that deviates) are in different groups.
+    Those with different settings (epochs, images, votes, anything that deviates) are in different groups, as are those
+    on images of different content.
     """
 
     def kind(one: Result) -> tuple:
         images = tuple(np.sort(one.certificates.idx).tolist())
-        return one.sigma, one.method, one.lbd or 0, one.epochs, one.deviations, images
+        return one.sigma, one.method, one.lbd or 0, one.epochs, one.deviations, images, one.data_digest or ""
 
     return [list(group) for _, group in itertools.groupby(sorted(results, key=kind), key=kind)]
 
@@ -156,21 +157,24 @@ def pairs_of(results: Sequence[Result], baselines: Sequence[str] = ("gaussian", 
     found = []
     for sigma, group in itertools.groupby(sorted(results, key=lambda one: one.sigma), key=lambda one: one.sigma):
         runs = {(one.method, *_settings(one), one.seed): one for one in group if one.lbd is None}
-        methods, settings = (dict.fromkeys(key[part] for key in runs) for part in (slice(0, 1), slice(1, 3)))
+        methods, settings = (dict.fromkeys(key[part] for key in runs) for part in (slice(0, 1), slice(1, 4)))
         for baseline, (method,), kind in itertools.product(baselines, methods, settings):
             if method == baseline or (baseline != "gaussian" and method != f"{baseline}+consistency"):
                 continue
-            shared = [key[1:] for key in runs if key[:3] == (method, *kind) and (baseline, *key[1:]) in runs]
+            shared = [key[1:] for key in runs if key[:4] == (method, *kind) and (baseline, *key[1:]) in runs]
             found += _pair(sigma, method, baseline, [(runs[method, *key], runs[baseline, *key]) for key in shared])
     return found
 
 
-def _settings(one: Result) -> tuple[int, tuple[str, ...]]:
-    """What two methods must have in common to be compared; warm-ups, which not all have, follow the epochs."""
+def _settings(one: Result) -> tuple[int, tuple[str, ...], str | None]:
+    """What two methods must have in common to be compared; warm-ups, which not all have, follow the epochs.
+
+    Images are known by their numbers, so the dataset that they are numbers of belongs to it.
+    """
     texts = [text for text in one.deviations if not is_about_images(text)]
     if any(text.startswith("num_epochs ") for text in texts):
         texts = [text for text in texts if not text.partition(" ")[0].endswith(".warmup_epochs")]
-    return one.epochs, tuple(texts)
+    return one.epochs, tuple(texts), one.data_digest
 
 
 def _pair(sigma: float, method: str, baseline: str, runs: list[tuple[Result, Result]]) -> list[Pair]:

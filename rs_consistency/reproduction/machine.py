@@ -40,6 +40,10 @@ class Machine(NamedTuple):
         """As certificates name it, `1 x cpu (cpu)`; of all devices, or so many as a configuration wants."""
         return f"{wanted or self.devices} x {self.kind} ({self.platform})"
 
+    def where(self, jobs: int) -> str:
+        """On which speeds depend: host, devices, and how many runs at a time have them between them."""
+        return f"{self.host}, {self.device()}, {jobs} at a time:"
+
 
 def this_machine(jobs: int | None = None) -> Machine:
     """What JAX finds here, asked in a process of its own: this one must not hold an accelerator.

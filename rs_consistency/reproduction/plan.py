@@ -187,7 +187,7 @@ def deviations(cell: Cell) -> list[str]:
     """In what a cell's settings differ from the published ones, a phrase each.
 
     Where it is computed is none of it: no folder or number of devices is named. Another model or dataset is, as
-    `model resnet20` and `dataset.name svhn`, and fewer images as `500 of 10,000 images`.
+    `model resnet20` and `dataset.name svhn`, and other than the published number of images as `500 of 10,000 images`.
     """
     table, published = table_of(cell.table), flatten(cell._replace(overrides={}).config())
     own = ("seed", "consistency.lbd" if cell.lbd is not None else "", "catrs.teacher")
@@ -196,8 +196,9 @@ def deviations(cell: Cell) -> list[str]:
         for key, value in cell.overrides.items()
         if key not in own and key not in PLACE_KEYS and value != published.get(key)
     ]
-    if cell.selection.size != table.images:
-        found.append(f"{cell.selection.size:,} of {table.images:,} images")
+    size, split_size = cell.selection.size, cell.selection.split_size
+    if size != min(table.images, split_size):
+        found.append(f"{size:,} of {split_size:,} images")
     if not table.same_images and cell.selection.size < table.test_images:
         found.append(_OTHER_ORDER)
     if cell.n != PUBLISHED_N:

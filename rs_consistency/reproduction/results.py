@@ -21,7 +21,7 @@ from rs_consistency.rows import seconds_of
 from rs_consistency.tables import in_order, provenances, record_of
 from rs_consistency.workdir import CONFIG_FILE
 
-PACKED = "certificates.tsv.gz"
+PACKED, RECORD = "certificates.tsv.gz", "certificates.json"
 RUN_FILE = "run.json"
 NOT_RECORDED = "not recorded"  # by earlier versions
 
@@ -39,6 +39,7 @@ class Result(NamedTuple):
       deviations: what is not as published, a phrase each.
       made: on which device, with which commit, and more.
       certificates: the lines.
+      data_digest: of the images; None where it is not recorded.
     """
 
     name: str
@@ -50,6 +51,7 @@ class Result(NamedTuple):
     deviations: tuple[str, ...]
     made: dict[str, Any]
     certificates: Certificates
+    data_digest: str | None = None
 
 
 def check_keepable(cells: Sequence[Cell], results: Path) -> None:
@@ -105,16 +107,21 @@ def _files(cell: Cell, workdir: Path) -> dict[str, bytes]:
     run = {
         **_identity(cell), "images": table.count(b"\n") - 1, "train_command": train, "certify_command": certify,
         "train_seconds": _train_seconds(metrics, config), "certify_seconds": _certify_seconds(table),
-        "calls": [{"device": NOT_RECORDED, "processor": NOT_RECORDED, **call} for call in calls_of(workdir)],
+        "calls": [_public(call) for call in calls_of(workdir)],
         "certified_with": next(iter(places), {}), "continued_with": places[1:],
     }  # fmt: skip
     return {
         PACKED: gzip.compress(table, mtime=0),  # without a time: the same bytes at every call
-        "certificates.json": _json(record),
+        RECORD: _json(record),
         CONFIG_FILE: _json(_without_places(config)),
         METRICS_FILE: "".join(json.dumps(line) + "\n" for line in metrics).encode(),
         RUN_FILE: _json(run),
     }
+
+
+def _public(call: dict[str, Any]) -> dict[str, Any]:
+    """What a call is known by, without the name of the host."""
+    return {"device": NOT_RECORDED, "processor": NOT_RECORDED} | {k: v for k, v in call.items() if k != "where"}
 
 
 def _identity(cell: Cell) -> dict[str, Any]:
@@ -167,9 +174,11 @@ def read_results(folder: Path) -> list[Result]:
     for path in sorted(folder.glob(f"*/{RUN_FILE}")):
         made = read_json(path)
         try:
+            record = read_json(path.parent / RECORD) if (path.parent / RECORD).exists() else {}
             result = Result(
                 path.parent.name, made["method"], float(made["sigma"]), int(made["seed"]), made["lbd"],
                 int(made["epochs"]), tuple(made["deviations"]), made, read_certificates(path.parent / PACKED),
+                record.get("data_digest"),
             )  # fmt: skip
         except KeyError as error:
             raise UserError(f"{path} lacks {error}; run reproduce.py again for this cell") from None

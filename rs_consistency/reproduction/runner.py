@@ -17,8 +17,8 @@ from rs_consistency.errors import UserError, note
 from rs_consistency.reproduction.cell_run import CellRun, Outcome, last_line
 from rs_consistency.reproduction.machine import Machine
 from rs_consistency.reproduction.plan import Cell, votes_of
-from rs_consistency.reproduction.speeds import Estimate, Speeds
-from rs_consistency.reproduction.state import CERTIFICATES, State, glance, inspect, is_trained
+from rs_consistency.reproduction.speeds import Speeds
+from rs_consistency.reproduction.state import CERTIFICATES, State, calls_of, glance, inspect, is_trained
 from rs_consistency.rows import seconds_of
 from rs_consistency.tables import read_table
 
@@ -49,6 +49,7 @@ class Runner:
     Attributes:
       folder: of the workdirs.
       machine: that they run on.
+      where: of the machine, with these jobs.
       speeds: of what was run.
     """
 
@@ -72,21 +73,19 @@ class Runner:
           finished: called with every cell that is certified, once.
           modules: of train, certify and measure, each with a `main`.
         """
-        self.folder, self.machine = folder, machine
+        self.folder, self.machine, self.where = folder, machine, machine.where(jobs)
         self._root, self._jobs, self._finished, self._modules = root, jobs, finished, modules
         folder.mkdir(parents=True, exist_ok=True)
-        self.speeds = Speeds(folder / SPEEDS_FILE, where=f"{machine.host}, {machine.device()}:")
+        self.speeds = Speeds(folder / SPEEDS_FILE, where=self.where)
         pin = machine.platform == "cpu" and hasattr(os, "sched_getaffinity")
         cores = sorted(os.sched_getaffinity(0)) if pin else []
+        self._waiting: dict[str, State] = {}  # of cells when the run of the plan began
+        self._show_after = 0.0
         self._cores = [cores[number::jobs] if len(cores) >= jobs else [] for number in range(jobs)]
 
     def workdir(self, cell: Cell) -> Path:
         """Of a cell."""
         return self.folder / cell.name
-
-    def estimate(self, cells: Sequence[Cell]) -> Estimate:
-        """Of all of them together, as many at a time as there are jobs."""
-        return self.speeds.estimate([(cell, self.glance(cell)) for cell in cells], jobs=self._jobs)
 
     def glance(self, cell: Cell) -> State:
         """How far a cell is, by counting lines; one with damaged files counts as not begun, and its run says why."""
@@ -99,16 +98,22 @@ class Runner:
         """How far a cell is, and how fast it went. One that cannot go on counts as not begun, and is told."""
         try:
             state = inspect(cell, self.workdir(cell))
-            votes = self._votes_per_second(cell, state)
+            self._learn(cell, state)
         except (UserError, OSError) as error:
             note(f"{cell.name}: {error}")
             return State()
-        self.speeds.learn(cell, epoch_seconds=state.epoch_seconds, votes_per_second=votes)
         return state
 
-    def _votes_per_second(self, cell: Cell, state: State) -> float | None:
-        if not state.images:
-            return None
+    def _learn(self, cell: Cell, state: State, *, keep: bool = False) -> None:
+        """Takes the speeds of what was done here, with as many jobs: machines that share a folder differ."""
+        places: dict[str, set[str | None]] = {}
+        for call in calls_of(self.workdir(cell)):
+            places.setdefault(call["program"], set()).add(call.get("where"))
+        seconds = state.epoch_seconds if places.get("train") == {self.where} else None
+        votes = self._votes_per_second(cell) if state.images and places.get("certify") == {self.where} else None
+        self.speeds.learn(cell, keep=keep, epoch_seconds=seconds, votes_per_second=votes)
+
+    def _votes_per_second(self, cell: Cell) -> float | None:
         rows = read_table(self.workdir(cell) / CERTIFICATES).rows.values()
         seconds = sum(seconds_of(row["time"]) for row in rows)
         return len(rows) * votes_of(cell) / seconds if seconds else None
@@ -147,9 +152,15 @@ class Runner:
     def run(self, cells: Sequence[Cell]) -> Outcome:
         """Brings all cells to their end, or to a failure that is told; after Ctrl-C the next call goes on."""
         outcome, queue = Outcome([], {}, []), _Queue(list(cells), [], list(range(self._jobs)), set())
+        self._waiting = {cell.name: self.glance(cell) for cell in cells}
+        looked_again = False
         try:
             with self._bar(len(cells)) as bar:
-                while queue.waiting or queue.running:
+                while queue.waiting or queue.running or (outcome.elsewhere and not looked_again):
+                    if not queue.waiting and not queue.running:  # a machine may have gone and left its cells
+                        looked_again = True
+                        queue.waiting.extend(outcome.elsewhere)
+                        outcome.elsewhere.clear()
                     self._begin(queue, cells, outcome)
                     for run in list(queue.running):
                         if not run.step(outcome):
@@ -223,7 +234,9 @@ class Runner:
         """Starts train or certify for a cell; what it prints goes to the cell's log."""
         workdir = self.workdir(cell)
         train = program == "train"
-        arguments = cell.train_arguments(self._root, workdir) if train else cell.certify_arguments(workdir)
+        arguments = cell.train_arguments(self._root, workdir)
+        if not train:
+            arguments = [*cell.certify_arguments(workdir), "--finished"]
         with self.log(cell).open("ab") as log:
             process = subprocess.Popen(
                 self.command(program, arguments, slot), stdout=log, stderr=log, stdin=subprocess.DEVNULL,
@@ -237,15 +250,19 @@ class Runner:
 
     def done(self, cell: Cell, state: State) -> None:
         """Learns from a finished cell, and hands it on."""
-        votes = self._votes_per_second(cell, state)
-        self.speeds.learn(cell, keep=True, epoch_seconds=state.epoch_seconds, votes_per_second=votes)
+        self._learn(cell, state, keep=True)
         self._finished(cell)
 
     def _environment(self) -> dict[str, str]:
-        """With one compile cache for all runs of the plan on this kind of processor."""
+        """With one compile cache for all runs of the plan on this kind of processor.
+
+        Of a GPU that runs share none takes the memory in advance: the first one would leave little to the others.
+        """
         paths = [str(self._root), *filter(None, [os.environ.get("PYTHONPATH")])]
-        cache = {"JAX_COMPILATION_CACHE_DIR": str(compiled_folder(self.folder / ".compiled"))}
-        return {**cache, **os.environ, "PYTHONPATH": os.pathsep.join(paths)}
+        ours = {"JAX_COMPILATION_CACHE_DIR": str(compiled_folder(self.folder / ".compiled"))}
+        if self._jobs > 1 and self.machine.platform == "gpu":
+            ours["XLA_PYTHON_CLIENT_PREALLOCATE"] = "false"
+        return {**ours, **os.environ, "PYTHONPATH": os.pathsep.join(paths)}
 
     def _bar(self, cells: int) -> tqdm:
         # Its n is set by hand: at each look, the text is written anew, however little it moved.
@@ -255,17 +272,30 @@ class Runner:
         )  # fmt: skip
 
     def _show(self, bar: tqdm, cells: Sequence[Cell], running: Sequence[CellRun], outcome: Outcome) -> None:
-        """The plan's progress: whole cells, and of those that run the share of the time that is behind them."""
-        ended = outcome.ended()
-        done = float(len(ended))
-        for run in running:
-            whole = self.speeds.seconds_left(run.cell, State())
-            left = self.speeds.seconds_left(run.cell, run.state)
+        """The plan's progress: whole cells, and of those under way the share of the time that is behind them.
+
+        Of the time that is left, what other processes are at is no part.
+        """
+        if time.monotonic() < self._show_after:
+            return
+        self._show_after = time.monotonic() + bar.mininterval
+        states = {run.cell.name: run.state for run in running}
+        states |= {cell.name: self.glance(cell) for cell in outcome.elsewhere}
+        done, to_do = 0.0, []
+        for cell in cells:
+            if cell in outcome.finished or cell.name in outcome.failed:
+                done += 1
+                continue
+            state = states.get(cell.name, self._waiting[cell.name])
+            whole, left = self.speeds.seconds_left(cell, State()), self.speeds.seconds_left(cell, state)
             if whole and left is not None:
                 done += 1 - left / whole
+            if cell not in outcome.elsewhere:
+                to_do.append((cell, state))
         bar.n = round(done, 2)
-        left = self.estimate([cell for cell in cells if cell.name not in ended]).text()
-        bar.set_postfix_str(f"left {left}; {'; '.join(run.text() for run in running)}", refresh=False)
+        doing = [run.text() for run in running] + [f"{cell.name} elsewhere" for cell in outcome.elsewhere]
+        left = self.speeds.estimate(to_do, jobs=self._jobs).text()
+        bar.set_postfix_str("; ".join([f"left {left}", *doing]), refresh=False)
         bar.update(0)
 
 

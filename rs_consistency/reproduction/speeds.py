@@ -2,7 +2,9 @@
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
+
+from ml_collections import ConfigDict
 
 from rs_consistency.errors import UserError, note
 from rs_consistency.estimates import duration
@@ -35,6 +37,13 @@ class Estimate(NamedTuple):
         return f"at least {duration(self.seconds)}, without {cells} whose speed is not known"
 
 
+class _Facts(NamedTuple):
+    """Of a cell: its kind, and the epochs of its training."""
+
+    kind: str
+    epochs: int
+
+
 class Speeds:
     """How long things take here: measured before the first run, and again by every run.
 
@@ -51,6 +60,7 @@ class Speeds:
         self._path, self._where = path, where
         self._known = self._read()
         self._learned: set[str] = set()
+        self._facts_of: dict[tuple[Any, ...], _Facts] = {}
 
     def _read(self) -> _Known:
         try:
@@ -77,7 +87,7 @@ class Speeds:
         known = self._known.get(self.kind(cell), {})
         if not known.keys() >= _BOTH:
             return None
-        epochs = 0 if state.trained else cell.config().num_epochs - state.epochs
+        epochs = 0 if state.trained else self._facts(cell).epochs - state.epochs
         votes = (cell.selection.size - state.images) * votes_of(cell)
         return epochs * known["epoch_seconds"] + votes / known["votes_per_second"]
 
@@ -89,7 +99,17 @@ class Speeds:
 
     def kind(self, cell: Cell) -> str:
         """What decides the speed: machine, data, model and method. Sigma, seed and schedule do not."""
-        config = cell.config()
+        return self._facts(cell).kind
+
+    def _facts(self, cell: Cell) -> "_Facts":
+        """Made once of every cell: a plan's progress asks for all of them twice a second."""
+        key = (cell.name, *sorted(cell.overrides.items()))
+        if key not in self._facts_of:
+            config = cell.config()
+            self._facts_of[key] = _Facts(self._kind(config), config.num_epochs)
+        return self._facts_of[key]
+
+    def _kind(self, config: ConfigDict) -> str:
         consistency = "+consistency" if config.consistency.lbd > 0 else ""
         method = f"{config.method}{consistency} M{config.num_noise} T{attack_steps(config)}"
         return " ".join(filter(None, [self._where, config.dataset.name, config.model, config.dtype, method]))

@@ -80,7 +80,8 @@ def inspect(cell: Cell, workdir: Path) -> State:
     table = read_table(workdir / CERTIFICATES)
     wanted = {
         **PUBLISHED_VOTES, "n": cell.n, "seed": cell.seed, "sigma": cell.sigma, "skip": cell.selection.skip,
-        "dtype": cell.config().dtype, "checkpoint_step": state.step,
+        "dtype": cell.config().dtype, "checkpoint_step": state.step, "split": "test",
+        "split_size": cell.selection.split_size,
     }  # fmt: skip
     for name, value in wanted.items():
         if table.record.get(name) != value:
@@ -88,8 +89,11 @@ def inspect(cell: Cell, workdir: Path) -> State:
                 f"{workdir / CERTIFICATES} was made with {name}={table.record.get(name)}, not {value}; move it away, or"
                 " choose another --workdir"
             )
+    if table.changed:
+        raise UserError(f"{workdir / CERTIFICATES} was changed after it was finished; move it away, or restore it")
     missing = [index for index in cell.selection.indices().tolist() if index not in table.rows]
-    return state._replace(images=cell.selection.size - len(missing), certified=not missing)
+    finished = not missing and bool(table.record.get("finished"))
+    return state._replace(images=cell.selection.size - len(missing), certified=finished)
 
 
 def _check_config(cell: Cell, workdir: Path) -> None:
@@ -105,20 +109,21 @@ def _check_config(cell: Cell, workdir: Path) -> None:
 def calls_of(workdir: Path) -> list[dict[str, Any]]:
     """The calls that made a cell's workdir; empty for one that was made by hand.
 
-    Each has `program`, `started`, the code's version, and `device` and `processor`, which those of earlier versions
-    lack.
+    Each has `program`, `started`, the code's version, and `device`, `processor` and `where` (`Machine.where`), which
+    those of earlier versions lack.
     """
     path = _calls_path(workdir)
     return read_json(path).get("calls", []) if path.exists() else []
 
 
-def record_call(workdir: Path, program: str, *, device: str, processor: str) -> None:
+def record_call(workdir: Path, program: str, *, device: str, processor: str, where: str) -> None:
     """Adds a call: which code does what in this workdir, where, and since when.
 
     Earlier calls whose work was taken away since, the whole workdir or its certificates, are forgotten.
     """
     started = datetime.now(UTC).isoformat(timespec="seconds")
-    entry = {"program": program, "started": started, "device": device, "processor": processor, **code_version()}
+    place = {"device": device, "processor": processor, "where": where}
+    entry = {"program": program, "started": started, **place, **code_version()}
     made = {"train": CONFIG_FILE, "certify": CERTIFICATES}
     before = [call for call in calls_of(workdir) if (workdir / made.get(call.get("program"), "")).exists()]
     write_json(_calls_path(workdir), {"calls": [*before, entry]})
