@@ -139,9 +139,12 @@ def _check_twins(config: ConfigDict, variables: Any, rival: Trainer, examples: d
     loss_fn = jax.jit(
         jax.value_and_grad(lambda params: objective(_Classifier(model, params, state), batch).loss.mean())
     )
-    loss, gradient = jax.device_get(loss_fn(variables["params"]))
+    with jax.default_matmul_precision("highest"):  # accelerators round the factors of a product
+        loss, gradient = jax.device_get(loss_fn(variables["params"]))
     norm = np.sqrt(sum(np.square(leaf, dtype=np.float64).sum() for leaf in jax.tree.leaves(gradient)))
-    their_loss = rival.gradients(to_torch(images), torch.from_numpy(labels).long(), to_torch(noise))
+    inputs = (to_torch(images), torch.from_numpy(labels).long(), to_torch(noise))
+    with torch.backends.cudnn.flags(enabled=True, allow_tf32=False):
+        their_loss = rival.gradients(*(tensor.to(torch_device()) for tensor in inputs))
     for what, mine, theirs in (("losses", loss, their_loss), ("norms of the gradient", norm, rival.gradient_norm())):
         if abs(mine - theirs) > 1e-3 * abs(theirs):
             sys.exit(f"the two steps differ: {what} {mine:.6g} and {theirs:.6g}")
