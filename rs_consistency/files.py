@@ -66,10 +66,10 @@ def read_json(path: Path) -> dict[str, Any]:
     return content
 
 
-def lock(descriptor: int, what: str) -> None:
+def lock(descriptor: int, what: str, *, remedy: str = "") -> None:
     """Takes an exclusive lock on an open file or folder; it ends when the descriptor is closed, or the process dies.
 
-    Where the file system has no locks, it is left without one, and a note says so.
+    Where the file system has no locks, it is left without one, and a note says so, with the remedy.
 
     Raises:
       UserError: when another process holds it.
@@ -81,4 +81,4 @@ def lock(descriptor: int, what: str) -> None:
     except OSError as error:
         if error.errno not in _WITHOUT_LOCKS:
             raise
-        note(f"{what} cannot be locked here ({error.strerror}): nothing else may use it meanwhile")
+        note(f"{what} cannot be locked here ({error.strerror}): nothing else may use it meanwhile{remedy}")

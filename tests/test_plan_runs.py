@@ -106,6 +106,68 @@ def test_a_damaged_last_checkpoint_is_trained_again_once(tmp_path, capfd):
     assert not (tmp_path / lost.name / "certificates.tsv").exists()
 
 
+def test_a_signal_while_a_damaged_checkpoint_is_trained_again_costs_nothing(tmp_path):
+    (cell,) = cells_of(tmp_path)
+    fakes.write_trained(cell.config(), tmp_path / cell.name)
+    for name in ("damaged", "crash"):
+        (tmp_path / f"{name}_{cell.name}").touch()
+    assert runner_of(tmp_path).run([cell]).finished == [cell]
+
+
+def test_nothing_learns_from_a_teacher_whose_last_checkpoint_is_damaged(tmp_path, monkeypatch):
+    teacher, student = cells_of(tmp_path, "cifar10", methods=["catrs"], sigmas=[0.25])
+    fakes.write_trained(teacher.config(), tmp_path / teacher.name)
+    (tmp_path / f"damaged_{teacher.name}").touch()
+    runner, started = runner_of(tmp_path, jobs=2), []
+    begin = runner.start
+    monkeypatch.setattr(runner, "start", lambda cell, *rest: started.append((cell, rest[0])) or begin(cell, *rest))
+    assert not runner.run([teacher, student]).failed
+    assert started[:3] == [(teacher, "certify"), (teacher, "train"), (teacher, "certify")]
+    assert started[3:] == [(student, "train"), (student, "certify")]
+
+
+def test_the_last_line_of_the_progress_tells_the_end(tmp_path, capfd):
+    cells = cells_of(tmp_path, methods=["gaussian", "stability"])
+    runner_of(tmp_path).run(cells)
+    last = capfd.readouterr().err.replace("\r", "\n").splitlines()[-1]
+    assert last.startswith("cells 2.00/2 |") and last.endswith("left about 0:00:00")
+
+
+def test_finished_cells_are_no_unknown_time(tmp_path):
+    cells = cells_of(tmp_path, methods=["gaussian", "stability"])
+    there = Runner(
+        tmp_path, root=ROOT, jobs=1, machine=MACHINE._replace(host="there"), finished=lambda cell: None, modules=FAKES
+    )
+    assert there.run(cells[:1]).finished == cells[:1]
+    runner = runner_of(tmp_path)
+    runner.speeds.learn(cells[1], epoch_seconds=10.0, votes_per_second=440.0)
+    assert not runner.speeds.knows(cells[0]) and estimate(runner, cells).text() == "about 0:00:30"
+
+
+def test_runs_that_share_an_accelerator_get_a_share_of_the_measured_speed(tmp_path):
+    (cell,) = cells_of(tmp_path)
+    seconds = {}
+    for platform in ("cpu", "gpu"):
+        machine = MACHINE._replace(platform=platform)
+        runner = Runner(tmp_path / platform, root=ROOT, jobs=3, machine=machine, finished=None, modules=FAKES)
+        runner.measure([cell])
+        seconds[platform] = runner.speeds.seconds_left(cell, State())
+    assert seconds["gpu"] == pytest.approx(3 * seconds["cpu"])
+
+
+def test_the_batch_of_a_plan_is_that_of_its_certifications(tmp_path, monkeypatch):
+    (cell,) = cells_of(tmp_path)
+    commands = []
+    monkeypatch.setattr(runner_module.subprocess, "Popen", lambda command, **_: commands.append(command))
+    for batch_size in (None, 64):
+        runner = Runner(
+            tmp_path, root=ROOT, jobs=1, machine=MACHINE, finished=None, batch_size=batch_size, modules=FAKES
+        )
+        for program in ("train", "certify"):
+            runner.start(cell, program, 0)
+    assert ["--batch_size=64" in command for command in commands] == [False, False, False, True]
+
+
 def test_a_cell_that_another_process_holds_is_left_to_it(tmp_path):
     mine, other = cells_of(tmp_path, methods=["gaussian", "stability"])
     runner = runner_of(tmp_path)
@@ -227,6 +289,15 @@ def test_a_damaged_record_fails_its_cell_and_no_other(tmp_path):
     assert outcome.finished == [good] and set(outcome.failed) == {bad.name}
 
 
+def test_a_damaged_list_of_calls_costs_the_speed_before_a_plan_starts(tmp_path, capsys):
+    (cell,) = cells_of(tmp_path)
+    assert runner_of(tmp_path).run([cell]).finished == [cell]
+    for text in ('{"calls": [{}]}', '{"calls": null}', "{"):
+        (tmp_path / f".{cell.name}.calls.json").write_text(text)
+        assert runner_of(tmp_path).look(cell).certified
+        assert "its speed is not known: " in capsys.readouterr().err
+
+
 def test_certificates_with_other_settings_do_not_count(tmp_path):
     (cell,) = cells_of(tmp_path)
     workdir = tmp_path / cell.name
@@ -242,6 +313,8 @@ def test_certificates_with_other_settings_do_not_count(tmp_path):
     (workdir / "certificates.tsv").write_text(lines.replace("0.500000", "0.600000", 1))
     with pytest.raises(UserError, match="was changed after it was finished"):
         inspect(cell, workdir)
+    (workdir / "certificates.tsv").write_text("".join(lines.splitlines(keepends=True)[:3]))  # certify.py goes on
+    assert inspect(cell, workdir)[2:4] == (2, False)
     (workdir / "certificates.tsv").write_text(lines)
     others = {
         "split": "train",
@@ -360,6 +433,14 @@ def test_results_of_other_settings_are_refused_before_anything_runs(tmp_path, mo
     )
     assert "/nowhere" not in "".join(path.read_text() for path in kept.glob("*.json"))
     assert json.loads((kept / "run.json").read_text())["deviations"] == ["4 of 10,000 images", "n 1,000"]
+    # A version that counted them otherwise.
+    run = json.loads((kept / "run.json").read_text())
+    (kept / "run.json").write_text(json.dumps({**run, "deviations": ["4 of 60,000 images", "n 1,000"]}))
+    reproduce.main([*command, f"--workdir={tmp_path / 'a'}"])
+    assert json.loads((kept / "run.json").read_text())["deviations"] == ["4 of 10,000 images", "n 1,000"]
+    stamps = {path.name: path.stat().st_mtime_ns for path in kept.iterdir()}
+    reproduce.main([*command, f"--workdir={tmp_path / 'a'}"])  # the same once more: others may be reading it
+    assert {path.name: path.stat().st_mtime_ns for path in kept.iterdir()} == stamps
     # Every 1,250th image is more than every 2,500th, and not the other way round.
     capsys.readouterr()
     reproduce.main([*command, "--images=8", f"--workdir={tmp_path / 'd'}"])

@@ -63,6 +63,7 @@ def _parser() -> Parser:
         type=whole,
         help="runs at a time (default: one for each processor core on a CPU, as far as there are cells; else 1)",
     )
+    add("--batch_size", type=whole, help="of certify.py: noisy images at a time; no effect on the votes")
     add("--shard", help="I/K: only share I of K of the cells, for one of several machines")
     add("--dry_run", action="store_true", help="print cells and estimated time; train nothing")
     add("--render", action="store_true", help="only write tables and pictures, from the results")
@@ -101,7 +102,8 @@ def _main(argv: Sequence[str] | None) -> None:
         keep(cell, folder / cell.name, results)
         finished.append(cell)
 
-    runner = Runner(folder, root=_root(), jobs=jobs, machine=machine, finished=on_finished)
+    batch_size = None if args.batch_size is None else whole_number("batch_size", args.batch_size, at_least=1)
+    runner = Runner(folder, root=_root(), jobs=jobs, machine=machine, finished=on_finished, batch_size=batch_size)
     states = {cell.name: runner.look(cell) for cell in cells}
     runner.measure(cells)
     print("\n".join(filter(None, [_plan(cells, states, runner, jobs), not_available(args.table)])), flush=True)
@@ -112,8 +114,13 @@ def _main(argv: Sequence[str] | None) -> None:
         print(f"failed: {name}: {reason}", file=sys.stderr)
     for cell in outcome.elsewhere:
         print(f"note: {cell.name}: another process is at it", file=sys.stderr)
-    if finished:
-        _render(args.table, results)
+    try:
+        if finished:
+            _render(args.table, results)
+    except UserError as error:
+        if not outcome.failed:
+            raise
+        note(str(error))
     if outcome.failed:
         print(f"{len(outcome.failed)} of {len(cells)} cells failed; the same command tries them again", file=sys.stderr)
         raise SystemExit(EXIT_FAILED_CELLS)

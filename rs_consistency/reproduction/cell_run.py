@@ -112,6 +112,7 @@ class CellRun:
         if status > 0 or self._crashes >= _MOST_CRASHES:
             return False
         self._crashes += 1
+        self._damaged = self._program == "train" and self._trained_again  # what it had to do is not done
         note(f"{self.cell.name}: {self._program} ended by signal {-status}; starting it again")
         self._program = ""
         return True
@@ -139,7 +140,7 @@ def _locked(path: Path) -> Iterator[None]:
     """Keeps other plans off a cell; the lock ends with the process, however that ends."""
     descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o644)
     try:
-        lock(descriptor, str(path))
+        lock(descriptor, str(path), remedy="; give each of several machines a --shard")
         yield
     finally:
         os.close(descriptor)

@@ -84,7 +84,8 @@ def groups_of(results: Sequence[Result]) -> list[list[Result]]:
 
     def kind(one: Result) -> tuple:
         images = tuple(np.sort(one.certificates.idx).tolist())
-        return one.sigma, one.method, one.lbd or 0, one.epochs, one.deviations, images, one.data_digest or ""
+        others = tuple(text for text in one.deviations if not is_about_images(text))
+        return one.sigma, one.method, one.lbd or 0, one.epochs, others, images, one.data_digest or ""
 
     return [list(group) for _, group in itertools.groupby(sorted(results, key=kind), key=kind)]
 

@@ -61,6 +61,7 @@ class Runner:
         jobs: int,
         machine: Machine,
         finished: Callable[[Cell], None],
+        batch_size: int | None = None,
         modules: Mapping[str, str] = _MODULES,
     ) -> None:
         """A runner of some jobs at a time; on a CPU each stays on its share of this process's processor cores.
@@ -71,10 +72,12 @@ class Runner:
           jobs: runs at a time.
           machine: this one.
           finished: called with every cell that is certified, once.
+          batch_size: of certify.py; None for its own choice.
           modules: of train, certify and measure, each with a `main`.
         """
         self.folder, self.machine, self.where = folder, machine, machine.where(jobs)
         self._root, self._jobs, self._finished, self._modules = root, jobs, finished, modules
+        self._batch_size = batch_size
         folder.mkdir(parents=True, exist_ok=True)
         self.speeds = Speeds(folder / SPEEDS_FILE, where=self.where)
         pin = machine.platform == "cpu" and hasattr(os, "sched_getaffinity")
@@ -98,19 +101,23 @@ class Runner:
         """How far a cell is, and how fast it went. One that cannot go on counts as not begun, and is told."""
         try:
             state = inspect(cell, self.workdir(cell))
-            self._learn(cell, state)
         except (UserError, OSError) as error:
             note(f"{cell.name}: {error}")
             return State()
+        self._learn(cell, state)
         return state
 
     def _learn(self, cell: Cell, state: State, *, keep: bool = False) -> None:
         """Takes the speeds of what was done here, with as many jobs: machines that share a folder differ."""
         places: dict[str, set[str | None]] = {}
-        for call in calls_of(self.workdir(cell)):
-            places.setdefault(call["program"], set()).add(call.get("where"))
-        seconds = state.epoch_seconds if places.get("train") == {self.where} else None
-        votes = self._votes_per_second(cell) if state.images and places.get("certify") == {self.where} else None
+        try:
+            for call in calls_of(self.workdir(cell)):
+                places.setdefault(call["program"], set()).add(call.get("where"))
+            seconds = state.epoch_seconds if places.get("train") == {self.where} else None
+            votes = self._votes_per_second(cell) if state.images and places.get("certify") == {self.where} else None
+        except (UserError, OSError) as error:
+            note(f"{cell.name}: its speed is not known: {error}")
+            return
         self.speeds.learn(cell, keep=keep, epoch_seconds=seconds, votes_per_second=votes)
 
     def _votes_per_second(self, cell: Cell) -> float | None:
@@ -143,10 +150,16 @@ class Runner:
             )
             if done.returncode:
                 raise UserError(last_line(done.stderr))
-            self.speeds.learn(cell, keep=True, **json.loads(done.stdout.splitlines()[-1]))
+            found = json.loads(done.stdout.splitlines()[-1])
+            # On its own cores a run is as fast beside others; of an accelerator each gets a share, as far as is known.
+            sharing = 1 if self.machine.platform == "cpu" else self._jobs
+            self.speeds.learn(
+                cell, keep=True, epoch_seconds=found["epoch_seconds"] * sharing,
+                votes_per_second=found["votes_per_second"] / sharing,
+            )  # fmt: skip
         except subprocess.TimeoutExpired:
             note(f"{cell.name}: its speed is not known: not measured in {_MEASURE_SECONDS} seconds")
-        except (UserError, ValueError, IndexError) as error:
+        except (UserError, ValueError, IndexError, KeyError) as error:
             note(f"{cell.name}: its speed is not known: {error}")
 
     def run(self, cells: Sequence[Cell]) -> Outcome:
@@ -170,6 +183,8 @@ class Runner:
                     self._show(bar, cells, queue.running, outcome)
                     if queue.waiting or queue.running:
                         time.sleep(_POLL_SECONDS)
+                self._show_after = 0.0  # the last line tells the end
+                self._show(bar, cells, queue.running, outcome)
         except KeyboardInterrupt:
             _end([run.process for run in queue.running if run.process])
             raise
@@ -217,12 +232,13 @@ class Runner:
         if needed is None:
             return f"it needs {cell.needs}, which is not in this plan; leave both in it"
         try:
-            if is_trained(needed, self.workdir(needed)):
+            # That the last checkpoint can be read is known once it answers.
+            if is_trained(needed, self.workdir(needed)) and self.glance(needed).images:
                 return ""
         except (UserError, OSError) as error:
             return f"it needs {cell.needs}: {error}"
         if needed.name in outcome.ended():
-            return f"it needs {cell.needs}, which is not trained; see there"
+            return f"it needs {cell.needs}, which is not trained, or whose checkpoint does not answer; see there"
         return "wait"
 
     def command(self, program: str, arguments: Sequence[str], slot: int) -> list[str]:
@@ -237,6 +253,7 @@ class Runner:
         arguments = cell.train_arguments(self._root, workdir)
         if not train:
             arguments = [*cell.certify_arguments(workdir), "--finished"]
+            arguments += [f"--batch_size={self._batch_size}"] if self._batch_size else []
         with self.log(cell).open("ab") as log:
             process = subprocess.Popen(
                 self.command(program, arguments, slot), stdout=log, stderr=log, stdin=subprocess.DEVNULL,
@@ -283,10 +300,10 @@ class Runner:
         states |= {cell.name: self.glance(cell) for cell in outcome.elsewhere}
         done, to_do = 0.0, []
         for cell in cells:
-            if cell in outcome.finished or cell.name in outcome.failed:
+            state = states.get(cell.name, self._waiting[cell.name])
+            if state.certified or cell in outcome.finished or cell.name in outcome.failed:
                 done += 1
                 continue
-            state = states.get(cell.name, self._waiting[cell.name])
             whole, left = self.speeds.seconds_left(cell, State()), self.speeds.seconds_left(cell, state)
             if whole and left is not None:
                 done += 1 - left / whole

@@ -84,6 +84,8 @@ class Speeds:
 
     def seconds_left(self, cell: Cell, state: State) -> float | None:
         """Of a cell, at the speed of one run; None where it is not known."""
+        if state.certified:
+            return 0.0
         known = self._known.get(self.kind(cell), {})
         if not known.keys() >= _BOTH:
             return None

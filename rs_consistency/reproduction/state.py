@@ -89,9 +89,9 @@ def inspect(cell: Cell, workdir: Path) -> State:
                 f"{workdir / CERTIFICATES} was made with {name}={table.record.get(name)}, not {value}; move it away, or"
                 " choose another --workdir"
             )
-    if table.changed:
-        raise UserError(f"{workdir / CERTIFICATES} was changed after it was finished; move it away, or restore it")
     missing = [index for index in cell.selection.indices().tolist() if index not in table.rows]
+    if table.changed and not missing:  # last lines that are missing are made again, by certify.py
+        raise UserError(f"{workdir / CERTIFICATES} was changed after it was finished; move it away, or restore it")
     finished = not missing and bool(table.record.get("finished"))
     return state._replace(images=cell.selection.size - len(missing), certified=finished)
 
@@ -113,7 +113,10 @@ def calls_of(workdir: Path) -> list[dict[str, Any]]:
     those of earlier versions lack.
     """
     path = _calls_path(workdir)
-    return read_json(path).get("calls", []) if path.exists() else []
+    calls = read_json(path).get("calls", []) if path.exists() else []
+    if not isinstance(calls, list) or not all(isinstance(call, dict) and "program" in call for call in calls):
+        raise UserError(f"{path} is damaged; move it away: where the run was made is then not known")
+    return calls
 
 
 def record_call(workdir: Path, program: str, *, device: str, processor: str, where: str) -> None:
