@@ -167,22 +167,27 @@ def test_a_killed_plan_goes_on_and_a_failing_cell_stops_no_other(program, tmp_pa
     assert program.status == 1 and "holds a run with another config" in program.err
     assert (kept / "certificates.tsv.gz").read_bytes() == packed
 
-    # A last checkpoint that was damaged before the certification is trained again from the one before.
-    shutil.rmtree(folder / "stability_sigma0.50_seed0")
-    for path in (metrics.parent / "certificates.tsv", metrics.parent / "certificates.json"):
-        path.unlink()
-    largest = max((metrics.parent / "checkpoints" / "15").rglob("*"), key=lambda path: path.stat().st_size)
+
+@pytest.mark.slow  # with programs that only write files: test_plan_runs.py
+def test_a_damaged_last_checkpoint_is_trained_again_from_the_one_before(program, tmp_path):
+    folder, kept = tmp_path / "runs", tmp_path / "results" / "mnist" / "gaussian_sigma0.50_seed0"
+    arguments = [*TINY, "--methods=gaussian", f"--workdir={folder}", f"--results={tmp_path / 'results'}"]
+
+    def run():
+        program.succeeds("cli.reproduce", *arguments)
+        lines = gzip.decompress((kept / "certificates.tsv.gz").read_bytes()).decode().splitlines()
+        made = json.loads((kept / "run.json").read_text())
+        return [line.split("\t")[:5] for line in lines], [call["program"] for call in made["calls"]]  # without the time
+
+    before, _ = run()
+    workdir = folder / kept.name
+    for name in ("certificates.tsv", "certificates.json"):
+        (workdir / name).unlink()
+    largest = max((workdir / "checkpoints" / "15").rglob("*"), key=lambda path: path.stat().st_size)
     largest.write_bytes(largest.read_bytes()[: largest.stat().st_size // 2])
-    program.succeeds("cli.reproduce", *[word.replace("gaussian,stability", "gaussian") for word in arguments])
+    assert run() == (before, ["train", "train", "certify"])
     assert "its last checkpoint is damaged; training it again from the one before" in program.err
-    assert (folder / "gaussian_sigma0.50_seed0.log").read_text().count("continuing after step 10") == 1
-    again = json.loads((kept / "run.json").read_text())
-    assert [call["program"] for call in again["calls"]] == ["train", "train", "train", "certify"]
-
-    def votes(content):  # without the time
-        return [line.split("\t")[:5] for line in gzip.decompress(content).decode().splitlines()]
-
-    assert votes((kept / "certificates.tsv.gz").read_bytes()) == votes(packed)
+    assert (folder / f"{kept.name}.log").read_text().count("continuing after step 10") == 1
 
 
 def test_speed_is_measured_before_a_plan_starts(program, tmp_path):
