@@ -84,9 +84,15 @@ class Ours:
     def __init__(self, apply_fn: Any, variables: Any, image: np.ndarray, *, n: int, batch_size: int | None) -> None:
         devices = parallel.choose_devices()
         settings = voting.vote_settings(
-            sigma=SIGMA, num_classes=10, n0=100, n=n, seed=0, batch_size=batch_size, image_shape=image.shape,
+            sigma=SIGMA,
+            num_classes=10,
+            n0=100,
+            n=n,
+            seed=0,
+            batch_size=batch_size,
+            image_shape=image.shape,
             platform=devices[0].platform,
-        )  # fmt: skip
+        )
         images = np.broadcast_to(image, (MANY, *image.shape))
         self._groups: Iterator[voting.Votes] = voting.count_votes(
             apply_fn, variables, images, np.arange(MANY), settings=settings, devices=devices

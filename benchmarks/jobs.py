@@ -39,9 +39,11 @@ class _Run:
         start = time.perf_counter()
         self._process = subprocess.Popen(
             [sys.executable, __file__, f"--cases={case}", f"--cores={','.join(map(str, cores))}"],
-            stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True,
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            text=True,
             env={**os.environ, "JAX_COMPILATION_CACHE_DIR": cache},
-        )  # fmt: skip
+        )
         self._answer()
         self.start_seconds = time.perf_counter() - start
 

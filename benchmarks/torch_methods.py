@@ -104,9 +104,11 @@ class Trainer:
         self._images, self._labels = images.to(device), labels.to(device)
         self._config, self._size = config, config.batch_size // config.num_noise
         self._optimizer = torch.optim.SGD(
-            model.parameters(), lr=config.optimizer.lr, momentum=config.optimizer.momentum,
+            model.parameters(),
+            lr=config.optimizer.lr,
+            momentum=config.optimizer.momentum,
             weight_decay=config.optimizer.weight_decay,
-        )  # fmt: skip
+        )
         self._order = torch.randperm(len(images))
         self._next = 0
 

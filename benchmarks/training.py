@@ -58,10 +58,15 @@ def make_config(case: Case, dtype: str) -> ConfigDict:
     config = (mnist if case.model == "lenet" else cifar10).get_config(case.cell)
     config.update(
         {
-            "model": case.model, "batch_size": case.batch_size, "dtype": dtype, "dataset": {"augment": "none"},
-            "smoothadv": {"warmup_epochs": 0}, "macer": {"deferred": False}, "optimizer": {"lr": 1e-5},
+            "model": case.model,
+            "batch_size": case.batch_size,
+            "dtype": dtype,
+            "dataset": {"augment": "none"},
+            "smoothadv": {"warmup_epochs": 0},
+            "macer": {"deferred": False},
+            "optimizer": {"lr": 1e-5},
         }
-    )  # fmt: skip
+    )
     return config
 
 
@@ -130,9 +135,13 @@ def _check_twins(config: ConfigDict, variables: Any, rival: Trainer, examples: d
     images, labels = examples.images[:num] / np.float32(255), examples.labels[:num]
     noise = np.float32(config.sigma * rng.normal(size=(config.num_noise, *images.shape)))
     batch = methods.Batch(
-        images=jnp.asarray(images), labels=jnp.asarray(labels), noise=jnp.asarray(noise),
-        keys=jax.random.split(jax.random.key(0), num), epoch=jnp.int32(0), extra={},
-    )  # fmt: skip
+        images=jnp.asarray(images),
+        labels=jnp.asarray(labels),
+        noise=jnp.asarray(noise),
+        keys=jax.random.split(jax.random.key(0), num),
+        epoch=jnp.int32(0),
+        extra={},
+    )
     objective = methods.make_objective(config)
     model = training.make_model(config).clone(axis_name=(), dtype=jnp.float32)
     state = {name: value for name, value in variables.items() if name != "params"}

@@ -144,9 +144,14 @@ def compare(table: Table, redrawn: list[Row], here: dict[str, Any]) -> Report:
             f"{table.path} was changed after it was finished: its SHA-256 is not the one in {record_name}"
         )
     return Report(
-        drawn=len(drawn), reproduced=sum(index not in problems for index in drawn), total=len(table.rows),
-        problems=problems, file_problems=file_problems, notes=_notes(table, here), largest_difference=largest,
-    )  # fmt: skip
+        drawn=len(drawn),
+        reproduced=sum(index not in problems for index in drawn),
+        total=len(table.rows),
+        problems=problems,
+        file_problems=file_problems,
+        notes=_notes(table, here),
+        largest_difference=largest,
+    )
 
 
 def _notes(table: Table, here: dict[str, Any]) -> list[str]:

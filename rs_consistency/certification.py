@@ -85,9 +85,16 @@ def certify(
     alpha = probability("alpha", alpha)
     one_of("bound", bound, BOUNDS)
     task = prepare(
-        images, indices, devices,
-        sigma=sigma, num_classes=num_classes, n0=n0, n=n, seed=seed, batch_size=batch_size,
-    )  # fmt: skip
+        images,
+        indices,
+        devices,
+        sigma=sigma,
+        num_classes=num_classes,
+        n0=n0,
+        n=n,
+        seed=seed,
+        batch_size=batch_size,
+    )
     votes = task.all_votes(apply_fn, noise.Stream.CERTIFY, "certifying" if progress else None)
     uniform = noise.bound_uniform(task.settings.seed, task.indices) if bound == "randomized" else None
     return conclude(*votes, alpha=alpha, sigma=task.settings.sigma, bound=bound, uniform=uniform)
@@ -113,9 +120,14 @@ class Task(NamedTuple):
     ) -> voting.Votes:
         """The counts of all images; `progress` is the name of a progress bar on stderr, if there is to be one."""
         groups = voting.count_votes(
-            lambda _, batch: apply_fn(batch), (), self.images, self.indices,
-            settings=self.settings, devices=self.devices, stream=stream,
-        )  # fmt: skip
+            lambda _, batch: apply_fn(batch),
+            (),
+            self.images,
+            self.indices,
+            settings=self.settings,
+            devices=self.devices,
+            stream=stream,
+        )
         found: list[voting.Votes] = []
         with tqdm(total=len(self.images), desc=progress, unit="img", disable=progress is None) as bar:
             for votes in groups:

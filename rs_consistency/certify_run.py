@@ -94,10 +94,16 @@ def make_question(
         bound = BOUNDS[0] if bound is None else bound
         one_of("bound", bound, BOUNDS)
     votes = voting.vote_settings(
-        sigma=sigma, num_classes=info.num_classes, n=n, seed=seed, batch_size=batch_size,
-        n0=0 if schema is PREDICT else _DEFAULT_N0 if n0 is None else n0, least_n0=0 if schema is PREDICT else 1,
-        image_shape=info.image_shape, platform=platform,
-    )  # fmt: skip
+        sigma=sigma,
+        num_classes=info.num_classes,
+        n=n,
+        seed=seed,
+        batch_size=batch_size,
+        n0=0 if schema is PREDICT else _DEFAULT_N0 if n0 is None else n0,
+        least_n0=0 if schema is PREDICT else 1,
+        image_shape=info.image_shape,
+        platform=platform,
+    )
     return Question(schema, votes, probability("alpha", alpha), bound, radius)
 
 
@@ -153,9 +159,12 @@ def _certificates(
     for votes in voting.count_votes(apply_fn, variables, images, indices, settings=settings, devices=devices):
         part = slice(done, done + len(votes.counts))
         result = conclude(
-            *votes, alpha=question.alpha, sigma=settings.sigma, bound=question.bound,
+            *votes,
+            alpha=question.alpha,
+            sigma=settings.sigma,
+            bound=question.bound,
             uniform=None if uniform is None else uniform[part],
-        )  # fmt: skip
+        )
         yield certify_rows(indices[part], labels[part], result, clock.seconds_each(len(votes.counts)))
         done = part.stop
 
@@ -165,15 +174,26 @@ def _decisions(
 ) -> Iterator[list[Row]]:
     clock = _Clock()
     for group in decide_images(
-        apply_fn, variables, images, indices,
-        settings=question.votes, radius=question.radius, alpha=question.alpha, devices=devices,
-    ):  # fmt: skip
+        apply_fn,
+        variables,
+        images,
+        indices,
+        settings=question.votes,
+        radius=question.radius,
+        alpha=question.alpha,
+        devices=devices,
+    ):
         yield decide_rows(
-            group.indices, labels[group.positions],
-            count0=np.take_along_axis(group.counts0, group.selected[:, None], axis=1)[:, 0], count=group.hits,
-            votes=group.votes, selected=group.selected, decision=[WORDS[one] for one in group.decision.tolist()],
-            radius=question.radius, seconds=clock.seconds_each(len(group.positions)),
-        )  # fmt: skip
+            group.indices,
+            labels[group.positions],
+            count0=np.take_along_axis(group.counts0, group.selected[:, None], axis=1)[:, 0],
+            count=group.hits,
+            votes=group.votes,
+            selected=group.selected,
+            decision=[WORDS[one] for one in group.decision.tolist()],
+            radius=question.radius,
+            seconds=clock.seconds_each(len(group.positions)),
+        )
 
 
 def _predictions(
@@ -181,17 +201,26 @@ def _predictions(
 ) -> Iterator[list[Row]]:
     done, clock = 0, _Clock()
     for votes in voting.count_votes(
-        apply_fn, variables, images, indices,
-        settings=question.votes, devices=devices, stream=noise.Stream.PREDICT,
-    ):  # fmt: skip
+        apply_fn,
+        variables,
+        images,
+        indices,
+        settings=question.votes,
+        devices=devices,
+        stream=noise.Stream.PREDICT,
+    ):
         part = slice(done, done + len(votes.counts))
         result = conclude_prediction(votes.counts, alpha=question.alpha)
         most = result.counts.argmax(axis=1)
         yield predict_rows(
-            indices[part], labels[part], result.prediction, count=result.counts.max(axis=1),
-            count_runner_up=most_of_others(result.counts, most), p_value=result.p_value,
+            indices[part],
+            labels[part],
+            result.prediction,
+            count=result.counts.max(axis=1),
+            count_runner_up=most_of_others(result.counts, most),
+            p_value=result.p_value,
             seconds=clock.seconds_each(len(votes.counts)),
-        )  # fmt: skip
+        )
         done = part.stop
 
 

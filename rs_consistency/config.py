@@ -65,9 +65,16 @@ def validate(config: ConfigDict, *, num_devices: int) -> None:
     if config.optimizer.momentum >= 1:
         raise UserError(f"optimizer.momentum={config.optimizer.momentum}: use a number in [0, 1)")
     for key in (
-        "num_noise", "batch_size", "accumulate_steps", "num_epochs", "optimizer.lr_step_size", "eval_batch_size",
-        "eval_every_epochs", "checkpoint_every_epochs", "checkpoint_keep",
-    ):  # fmt: skip
+        "num_noise",
+        "batch_size",
+        "accumulate_steps",
+        "num_epochs",
+        "optimizer.lr_step_size",
+        "eval_batch_size",
+        "eval_every_epochs",
+        "checkpoint_every_epochs",
+        "checkpoint_keep",
+    ):
         count(key, flat[key])
     count("checkpoint_every_steps", config.checkpoint_every_steps, at_least=0)
     count("dataset.num_workers", config.dataset.num_workers, at_least=0, at_most=1000)

@@ -116,13 +116,26 @@ def decide(
         images and num_classes, or one that gives NaN.
     """
     task = prepare(
-        images, indices, devices,
-        sigma=sigma, num_classes=num_classes, n0=n0, n=n, seed=seed, batch_size=batch_size,
-    )  # fmt: skip
+        images,
+        indices,
+        devices,
+        sigma=sigma,
+        num_classes=num_classes,
+        n0=n0,
+        n=n,
+        seed=seed,
+        batch_size=batch_size,
+    )
     groups = decide_images(
-        lambda _, batch: apply_fn(batch), (), task.images, task.indices,
-        settings=task.settings, radius=radius, alpha=alpha, devices=task.devices,
-    )  # fmt: skip
+        lambda _, batch: apply_fn(batch),
+        (),
+        task.images,
+        task.indices,
+        settings=task.settings,
+        radius=radius,
+        alpha=alpha,
+        devices=task.devices,
+    )
     none = np.zeros(0, np.int64)
     no_counts = np.zeros((0, task.settings.num_classes), np.int64)
     found = [Decisions(none, none, none, no_counts, none, none, np.zeros(0, np.int8))]
@@ -191,9 +204,14 @@ def decide_images(
         place = jnp.tile(jnp.arange(LOOK_EVERY), per_device)
         addresses = (index, phase, first + place)
         voted = voting.cast(
-            apply_fn, variables, pool[slot],
-            key=key, addresses=addresses, sigma=settings.sigma, num_classes=num_classes,
-        )  # fmt: skip
+            apply_fn,
+            variables,
+            pool[slot],
+            key=key,
+            addresses=addresses,
+            sigma=settings.sigma,
+            num_classes=num_classes,
+        )
         block = jnp.repeat(jnp.arange(per_device), LOOK_EVERY)
         counts = jnp.zeros((num_devices, per_device, num_classes + 1), jnp.int32)  # the last class: NaN
         return parallel.sum_over_devices(counts.at[shard, block, voted].add((place < length).astype(jnp.int32)))
@@ -336,6 +354,11 @@ class _Table:
         positions = self._position[done]
         self._position[done] = -1
         return Decisions(
-            positions, self._indices[positions], selected[done], self._counts0[done], hits[ends], votes[ends],
+            positions,
+            self._indices[positions],
+            selected[done],
+            self._counts0[done],
+            hits[ends],
+            votes[ends],
             decision[ends],
-        )  # fmt: skip
+        )

@@ -57,9 +57,14 @@ def measure_steps(
     apply_fn = training.make_model(config).apply
     per_call = steps_per_call(devices[0].platform) if inputs.same_feed else 1
     steps = training.make_train_steps(
-        config, apply_fn=apply_fn, optimizer=training.make_optimizer(config, sizes.steps), sizes=sizes, inputs=inputs,
-        devices=devices, steps_per_call=per_call,
-    )  # fmt: skip
+        config,
+        apply_fn=apply_fn,
+        optimizer=training.make_optimizer(config, sizes.steps),
+        sizes=sizes,
+        inputs=inputs,
+        devices=devices,
+        steps_per_call=per_call,
+    )
     number, size = np.int32(min(per_call, sizes.steps)), None
     start = time.perf_counter()
     with closing(inputs.feeds(0, sizes.steps)) as feeds:
@@ -127,9 +132,14 @@ def measure_votes(
 
     def one_batch(variables: Any, key: jax.Array, images: jax.Array, index: jax.Array) -> jax.Array:
         return voting.cast(
-            apply_fn, variables, images, key=key, addresses=(index, index, index), sigma=settings.sigma,
+            apply_fn,
+            variables,
+            images,
+            key=key,
+            addresses=(index, index, index),
+            sigma=settings.sigma,
             num_classes=settings.num_classes,
-        )  # fmt: skip
+        )
 
     batch = jax.ShapeDtypeStruct((rows, *images.shape[1:]), jnp.float32)
     index = jax.ShapeDtypeStruct((rows,), jnp.int32)

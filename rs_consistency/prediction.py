@@ -74,9 +74,17 @@ def predict(
     """
     alpha = probability("alpha", alpha)
     task = prepare(
-        images, indices, devices,
-        sigma=sigma, num_classes=num_classes, n0=0, least_n0=0, n=n, seed=seed, batch_size=batch_size,
-    )  # fmt: skip
+        images,
+        indices,
+        devices,
+        sigma=sigma,
+        num_classes=num_classes,
+        n0=0,
+        least_n0=0,
+        n=n,
+        seed=seed,
+        batch_size=batch_size,
+    )
     votes = task.all_votes(apply_fn, noise.Stream.PREDICT, "predicting" if progress else None)
     return conclude_prediction(votes.counts, alpha=alpha)
 

@@ -105,9 +105,14 @@ def profile_steps(
     if not 1 <= num_steps <= most:
         raise UserError(f"profile={num_steps}: use a number of steps from 1 to {most}, which one epoch has")
     steps = training.make_train_steps(
-        config, apply_fn=training.make_model(config).apply, optimizer=training.make_optimizer(config, sizes.steps),
-        sizes=sizes, inputs=inputs, devices=devices, steps_per_call=per_call,
-    )  # fmt: skip
+        config,
+        apply_fn=training.make_model(config).apply,
+        optimizer=training.make_optimizer(config, sizes.steps),
+        sizes=sizes,
+        inputs=inputs,
+        devices=devices,
+        steps_per_call=per_call,
+    )
     number, sources = np.int32(per_call), {}
     with closing(inputs.feeds(0, (_WARM_UP_CALLS + num_calls) * per_call)) as feeds:
 

@@ -200,9 +200,14 @@ def _prove(table: Certificates, settings: Settings) -> Certified:
 
         uniform = bound_uniform(settings.seed, table.idx)
     return certify_votes(
-        table.counts.count, table.counts.count_runner_up, settings.n,
-        alpha=settings.alpha, sigma=settings.sigma, bound=settings.bound, uniform=uniform,
-    )  # fmt: skip
+        table.counts.count,
+        table.counts.count_runner_up,
+        settings.n,
+        alpha=settings.alpha,
+        sigma=settings.sigma,
+        bound=settings.bound,
+        uniform=uniform,
+    )
 
 
 def _audit(path: Path, table: Certificates, proven: Certified) -> None:

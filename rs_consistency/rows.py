@@ -115,11 +115,16 @@ def certify_rows(indices: np.ndarray, labels: np.ndarray, result: "Certification
     """
     selected = result.counts0.argmax(axis=1)
     return _rows(
-        idx=indices, label=labels, predict=result.prediction, radius=result.radius, time=seconds,
+        idx=indices,
+        label=labels,
+        predict=result.prediction,
+        radius=result.radius,
+        time=seconds,
         count0=result.counts0.max(axis=1),
         count=np.take_along_axis(result.counts, selected[:, None], axis=1)[:, 0],
-        count_runner_up=most_of_others(result.counts, selected), selected=selected,
-    )  # fmt: skip
+        count_runner_up=most_of_others(result.counts, selected),
+        selected=selected,
+    )
 
 
 def decide_rows(
@@ -149,10 +154,17 @@ def decide_rows(
     """
     certified = np.asarray(decision) == CERTIFIED
     return _rows(
-        idx=indices, label=labels, predict=np.where(certified, selected, ABSTAIN),
-        radius=np.where(certified, decided_radius(radius), Decimal(0)), time=seconds,
-        count0=count0, count=count, votes=votes, selected=selected, decision=decision,
-    )  # fmt: skip
+        idx=indices,
+        label=labels,
+        predict=np.where(certified, selected, ABSTAIN),
+        radius=np.where(certified, decided_radius(radius), Decimal(0)),
+        time=seconds,
+        count0=count0,
+        count=count,
+        votes=votes,
+        selected=selected,
+        decision=decision,
+    )
 
 
 def predict_rows(
@@ -177,9 +189,15 @@ def predict_rows(
       seconds: spent on each image, `[G]` or one number.
     """
     return _rows(
-        idx=indices, label=labels, predict=prediction, radius=0.0, time=seconds,
-        count=count, count_runner_up=count_runner_up, p_value=p_value,
-    )  # fmt: skip
+        idx=indices,
+        label=labels,
+        predict=prediction,
+        radius=0.0,
+        time=seconds,
+        count=count,
+        count_runner_up=count_runner_up,
+        p_value=p_value,
+    )
 
 
 def _rows(**columns: ArrayLike) -> list[Row]:

@@ -95,9 +95,14 @@ def bootstrap_interval(
     if np.ptp(values) == 0:  # nothing varies, which scipy warns of
         return Interval(values[0], values[0])
     found = stats.bootstrap(
-        (values,), np.mean, n_resamples=samples, confidence_level=level, method="percentile",
-        batch=max(1, _BATCH_VALUES // len(values)), rng=np.random.default_rng(seed),
-    ).confidence_interval  # fmt: skip
+        (values,),
+        np.mean,
+        n_resamples=samples,
+        confidence_level=level,
+        method="percentile",
+        batch=max(1, _BATCH_VALUES // len(values)),
+        rng=np.random.default_rng(seed),
+    ).confidence_interval
     return Interval(found.low, found.high)
 
 

@@ -88,9 +88,16 @@ def _vote(
 ) -> _Kept:
     info = data.dataset_info(config.dataset.name)
     settings = voting.vote_settings(
-        sigma=run.config.sigma, num_classes=info.num_classes, n0=0, n=num_votes, seed=config.seed, batch_size=None,
-        image_shape=info.image_shape, platform=devices[0].platform, least_n0=0,
-    )  # fmt: skip
+        sigma=run.config.sigma,
+        num_classes=info.num_classes,
+        n0=0,
+        n=num_votes,
+        seed=config.seed,
+        batch_size=None,
+        image_shape=info.image_shape,
+        platform=devices[0].platform,
+        least_n0=0,
+    )
     apply_fn, variables = for_inference(training.make_model(run.config), run.variables, image_shape=info.image_shape)
     done, total = len(kept.counts), len(split.labels)
     groups = voting.count_votes(
@@ -105,9 +112,13 @@ def _vote(
     counts, saved = [kept.counts.reshape(-1, info.num_classes)], time.monotonic()
     seconds_between_lines = 0.1 if sys.stderr.isatty() else _SECONDS_BETWEEN_SAVES
     bar = tqdm(
-        total=total, initial=done, desc="teacher's votes", unit="img", mininterval=seconds_between_lines,
+        total=total,
+        initial=done,
+        desc="teacher's votes",
+        unit="img",
+        mininterval=seconds_between_lines,
         delay=0 if sys.stderr.isatty() else seconds_between_lines,
-    )  # fmt: skip
+    )
     with bar:
         for votes in groups:
             counts.append(votes.counts)

@@ -90,9 +90,14 @@ def profile(config: ConfigDict, workdir: Path, *, num_steps: int) -> Profile:
     state = _initial_state(config, sizes, devices)
     with closing(open_inputs(config, train_split, test_split, extra=extra, sizes=sizes, devices=devices)) as inputs:
         return profile_steps(
-            config, state=state, inputs=inputs, sizes=sizes, devices=devices, num_steps=num_steps,
+            config,
+            state=state,
+            inputs=inputs,
+            sizes=sizes,
+            devices=devices,
+            num_steps=num_steps,
             folder=workdir / TENSORBOARD_FOLDER,
-        )  # fmt: skip
+        )
 
 
 class Plan(NamedTuple):
@@ -124,9 +129,15 @@ def plan(config: ConfigDict, workdir: Path) -> Plan:
     state, info = _initial_state(config, sizes, devices), data.dataset_info(config.dataset.name)
     parameters = count_parameters(state.variables)
     votes = voting.vote_settings(
-        sigma=config.sigma, num_classes=info.num_classes, n=1, seed=config.seed, batch_size=None,
-        image_shape=info.image_shape, n0=1, platform=devices[0].platform,
-    )  # fmt: skip
+        sigma=config.sigma,
+        num_classes=info.num_classes,
+        n=1,
+        seed=config.seed,
+        batch_size=None,
+        image_shape=info.image_shape,
+        n0=1,
+        platform=devices[0].platform,
+    )
     apply_fn, variables = for_inference(training.make_model(config), state.variables, image_shape=info.image_shape)
     voted = measure_votes(apply_fn, variables, test_split.read(np.arange(1))[0], settings=votes, devices=devices)
     extra = {}

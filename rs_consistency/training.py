@@ -54,9 +54,13 @@ def make_model(config: ConfigDict) -> Any:
     """The flax module of a configuration, for its dataset: for `make_train_steps`, and anywhere in inference."""
     info = data.dataset_info(config.dataset.name)
     return models.create_model(
-        config.model, num_classes=info.num_classes, mean=info.mean, std=info.std, dtype=jnp.dtype(config.dtype),
+        config.model,
+        num_classes=info.num_classes,
+        mean=info.mean,
+        std=info.std,
+        dtype=jnp.dtype(config.dtype),
         axis_name=(AXIS, COPIES),
-    )  # fmt: skip
+    )
 
 
 def make_schedule(config: ConfigDict, steps_per_epoch: int) -> optax.Schedule:

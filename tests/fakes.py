@@ -66,10 +66,17 @@ def certify(workdir, named):
     config, hang = read_json(workdir / "config.json"), workdir.parent / f"hang_{workdir.name}"
     selection = Selection(10_000, int(named["skip"]), int(named["max"]))
     identity = {
-        "sigma": config["sigma"], "n0": 100, "n": int(named["n"]), "alpha": 0.001, "seed": int(named["seed"]),
-        "bound": "clopper_pearson", "dtype": config["dtype"], "checkpoint_step": config["num_epochs"] * STEPS,
-        "parameter_digest": "", "split": "test",
-    }  # fmt: skip
+        "sigma": config["sigma"],
+        "n0": 100,
+        "n": int(named["n"]),
+        "alpha": 0.001,
+        "seed": int(named["seed"]),
+        "bound": "clopper_pearson",
+        "dtype": config["dtype"],
+        "checkpoint_step": config["num_epochs"] * STEPS,
+        "parameter_digest": "",
+        "split": "test",
+    }
     about = {"device": "1 x fake (fake)", "config": config}
     file = CertificateFile(
         workdir / "certificates.tsv", schema=CERTIFY, identity=identity, about=about, selection=selection

@@ -74,9 +74,12 @@ def redrawn_rows(table, indices, labels, votes):
     """The rows of fresh votes at the recorded settings."""
     bound = table.record["bound"] if table.record.get("bound") in BOUNDS else BOUNDS[0]
     result = conclude(
-        *votes, alpha=SETTINGS["alpha"], sigma=SETTINGS["sigma"], bound=bound,
+        *votes,
+        alpha=SETTINGS["alpha"],
+        sigma=SETTINGS["sigma"],
+        bound=bound,
         uniform=bound_uniform(SETTINGS["seed"], indices),
-    )  # fmt: skip
+    )
     return certify_rows(indices, labels, result, 0.0)
 
 
@@ -110,9 +113,14 @@ def test_votes_of_a_model_reproduce_and_those_of_another_do_not(tmp_path):
     weights = np.random.default_rng(1).normal(size=(16, 3)).astype(np.float32)
     settings = {"sigma": 0.5, "n0": 20, "n": 300, "seed": 3}
     result = rs_consistency.certify(
-        lambda batch: batch.reshape(-1, 16) @ weights, images, num_classes=3, indices=range(0, 12, 2),
-        batch_size=64, devices=jax.devices()[:1], **settings,
-    )  # fmt: skip
+        lambda batch: batch.reshape(-1, 16) @ weights,
+        images,
+        num_classes=3,
+        indices=range(0, 12, 2),
+        batch_size=64,
+        devices=jax.devices()[:1],
+        **settings,
+    )
     rows = certify_rows(np.arange(0, 12, 2), np.zeros(6, int), result, 0.1)
     path = save(tmp_path / "c.tsv", CERTIFY, {**SETTINGS, "bound": "clopper_pearson"}, rows)
     chosen = np.array([2, 8])
@@ -121,9 +129,13 @@ def test_votes_of_a_model_reproduce_and_those_of_another_do_not(tmp_path):
     )
     for change, ok in {0.0: True, 0.3: False}.items():
         (votes,) = voting.count_votes(
-            lambda variables, batch: batch.reshape(-1, 16) @ variables, weights + change * weights[::-1],
-            images[chosen // 2], chosen, settings=vote_settings, devices=jax.devices()[:1],
-        )  # fmt: skip
+            lambda variables, batch: batch.reshape(-1, 16) @ variables,
+            weights + change * weights[::-1],
+            images[chosen // 2],
+            chosen,
+            settings=vote_settings,
+            devices=jax.devices()[:1],
+        )
         table = read_table(path)
         report = audit.compare(table, redrawn_rows(table, chosen, np.zeros(2, int), votes), HERE)
         assert report.ok == ok and report.reproduced == (2 if ok else 0)
@@ -217,9 +229,16 @@ def test_an_unfinished_file_is_told(path):
 
 def test_decisions_and_predictions(tmp_path):
     decided = decide_rows(
-        INDICES[:3], LABELS[:3], count0=[10, 8, 6], count=[160, 20, 280], votes=[160, 64, 300], selected=[1, 0, 2],
-        decision=["certified", "not_certified", "undecided"], radius=0.75, seconds=1,
-    )  # fmt: skip
+        INDICES[:3],
+        LABELS[:3],
+        count0=[10, 8, 6],
+        count=[160, 20, 280],
+        votes=[160, 64, 300],
+        selected=[1, 0, 2],
+        decision=["certified", "not_certified", "undecided"],
+        radius=0.75,
+        seconds=1,
+    )
     path = save(tmp_path / "d.tsv", DECIDE, {**SETTINGS, "radius": 0.75, "look_every": 16}, decided)
     assert audit.compare(read_table(path), decided, HERE).text() == "3 of 3 lines reproduce"
     fewer = [{**decided[0], "votes": 144}, *decided[1:]]

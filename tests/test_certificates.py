@@ -30,10 +30,17 @@ def opened(path, *, schema=CERTIFY, selection=ALL, about=ABOUT, **changed):
 def row(index):
     """A line that depends on the image alone."""
     return {
-        "idx": index, "label": index % 3, "predict": index % 3 if index % 4 else -1, "radius": index / 7,
-        "correct": int(index % 4 != 0), "time": 0.5 + index, "count0": 9, "count": 90, "count_runner_up": 7,
+        "idx": index,
+        "label": index % 3,
+        "predict": index % 3 if index % 4 else -1,
+        "radius": index / 7,
+        "correct": int(index % 4 != 0),
+        "time": 0.5 + index,
+        "count0": 9,
+        "count": 90,
+        "count_runner_up": 7,
         "selected": index % 3,
-    }  # fmt: skip
+    }
 
 
 def text(indices):
@@ -65,9 +72,16 @@ def test_rows_of_a_certification_by_hand():
 
 def test_rows_of_decisions_and_predictions_by_hand():
     decided = decide_rows(
-        [4, 7, 9], [1, 0, 2], count0=[10, 8, 6], count=[90, 20, 50], votes=[95, 60, 100], selected=[1, 0, 2],
-        decision=["certified", "not_certified", "undecided"], radius=0.5, seconds=[1, 2, 3],
-    )  # fmt: skip
+        [4, 7, 9],
+        [1, 0, 2],
+        count0=[10, 8, 6],
+        count=[90, 20, 50],
+        votes=[95, 60, 100],
+        selected=[1, 0, 2],
+        decision=["certified", "not_certified", "undecided"],
+        radius=0.5,
+        seconds=[1, 2, 3],
+    )
     assert [DECIDE.line(each) for each in decided] == [
         "4\t1\t1\t0.500000\t1\t0:00:01.000000\t10\t90\t95\t1\tcertified\n",
         "7\t0\t-1\t0.000000\t0\t0:00:02.000000\t8\t20\t60\t0\tnot_certified\n",
@@ -90,12 +104,30 @@ def test_rows_of_decisions_and_predictions_by_hand():
 @pytest.mark.parametrize(
     ("column", "value"),
     [
-        ("idx", "04"), ("idx", "-1"), ("idx", "+4"), ("idx", "4_0"), ("idx", "x"), ("label", "-1"), ("predict", "-2"),
-        ("radius", "nan"), ("radius", "NaN"), ("radius", "inf"), ("radius", "-0.100000"), ("radius", "-0.000000"),
-        ("radius", "0.1"), ("radius", "1e1"), ("radius", "1e99"), ("correct", "2"), ("time", "1.5"), ("count", "9.0"),
-        ("count", " 9"), ("selected", "1\r"), ("selected", ""), ("selected", "1\t1"),
+        ("idx", "04"),
+        ("idx", "-1"),
+        ("idx", "+4"),
+        ("idx", "4_0"),
+        ("idx", "x"),
+        ("label", "-1"),
+        ("predict", "-2"),
+        ("radius", "nan"),
+        ("radius", "NaN"),
+        ("radius", "inf"),
+        ("radius", "-0.100000"),
+        ("radius", "-0.000000"),
+        ("radius", "0.1"),
+        ("radius", "1e1"),
+        ("radius", "1e99"),
+        ("correct", "2"),
+        ("time", "1.5"),
+        ("count", "9.0"),
+        ("count", " 9"),
+        ("selected", "1\r"),
+        ("selected", ""),
+        ("selected", "1\t1"),
     ],
-)  # fmt: skip
+)
 def test_a_line_that_this_program_would_not_write_is_not_read(column, value):
     good = CERTIFY.parse(CERTIFY.line(row(5))[:-1])
     assert good["radius"] and CERTIFY.line(good) == CERTIFY.line(row(5))
@@ -137,8 +169,12 @@ def test_the_record_binds_the_table_when_it_is_finished(path):
     assert record["finished"]["images"] == 10
     assert record["finished"]["sha256"] == hashlib.sha256(path.read_bytes()).hexdigest()
     assert {key: record[key] for key in record["identity"]} == {
-        "mode": "certify", **IDENTITY, "skip": 2, "split_size": 20, "shard": None,
-    }  # fmt: skip
+        "mode": "certify",
+        **IDENTITY,
+        "skip": 2,
+        "split_size": 20,
+        "shard": None,
+    }
     assert record["max"] == 10 and record["device"] == "1 x cpu" and "continued_with" not in record
     assert complete(path) == record  # and nothing is left to do
 

@@ -128,10 +128,15 @@ def test_votes_do_not_depend_on_the_batches_in_a_call(several, votes, num_device
     )
     groups = list(
         count_votes(
-            lambda _, images: linear(images), (), np.float32(several), np.arange(7),
-            settings=settings, devices=jax.devices()[:num_devices], batches_per_call=batches,
+            lambda _, images: linear(images),
+            (),
+            np.float32(several),
+            np.arange(7),
+            settings=settings,
+            devices=jax.devices()[:num_devices],
+            batches_per_call=batches,
         )
-    )  # fmt: skip
+    )
     np.testing.assert_array_equal(np.concatenate([group.counts for group in groups]), votes.counts)
     np.testing.assert_array_equal(np.concatenate([group.counts0 for group in groups]), votes.counts0)
 

@@ -40,8 +40,12 @@ def test_the_file_says_what_the_library_says(trained, certified):
     expected = rs_consistency.certify(
         lambda images: model.apply({"params": params}, images),
         split.images[indices] / np.float32(255),
-        sigma=0.5, num_classes=10, n0=20, n=300, indices=indices,
-    )  # fmt: skip
+        sigma=0.5,
+        num_classes=10,
+        n0=20,
+        n=300,
+        indices=indices,
+    )
     header, *lines = (line.split("\t") for line in certified.read_text().splitlines())
     assert header[:6] == ["idx", "label", "predict", "radius", "correct", "time"]
     assert header[6:] == ["count0", "count", "count_runner_up", "selected"]
@@ -63,10 +67,20 @@ def test_the_file_says_what_the_library_says(trained, certified):
 def test_the_record_binds_settings_model_and_data(trained, certified):
     record = json.loads(certified.with_suffix(".json").read_text())
     expected = {
-        "sigma": 0.5, "n0": 20, "n": 300, "alpha": 0.001, "seed": 0, "skip": 2, "dataset": "mnist", "split": "test",
-        "model": "lenet", "checkpoint_step": 14, "parameter_digest": digest({"params": final_params(trained)}),
-        "data_digest": data.digest(data.load("mnist", "test")), "device": "8 x cpu (cpu)",
-    }  # fmt: skip
+        "sigma": 0.5,
+        "n0": 20,
+        "n": 300,
+        "alpha": 0.001,
+        "seed": 0,
+        "skip": 2,
+        "dataset": "mnist",
+        "split": "test",
+        "model": "lenet",
+        "checkpoint_step": 14,
+        "parameter_digest": digest({"params": final_params(trained)}),
+        "data_digest": data.digest(data.load("mnist", "test")),
+        "device": "8 x cpu (cpu)",
+    }
     assert {key: record[key] for key in expected} == expected
     assert record["versions"]["jax"] == jax.__version__
     assert record["config"]["num_noise"] == 2

@@ -81,9 +81,12 @@ def test_other_models_and_datasets_are_not_compared_with_numbers_of_this_one(tmp
     rows = rows_of(read_results(tmp_path), table_of("cifar10"))
     numbers = {(row.sigma, row.notes[0]): row.published and row.published.acr for row in rows}
     assert numbers == {
-        (0.5, "model resnet20"): 0.6864, (0.5, "model densenet40"): 0.6609, (0.5, "model resnet50"): None,
-        (0.5, "dataset.name svhn"): None, (0.25, "model resnet20"): None,
-    }  # fmt: skip
+        (0.5, "model resnet20"): 0.6864,
+        (0.5, "model densenet40"): 0.6609,
+        (0.5, "model resnet50"): None,
+        (0.5, "dataset.name svhn"): None,
+        (0.25, "model resnet20"): None,
+    }
 
 
 def test_pairs_are_compared_on_the_same_images(tmp_path):
@@ -132,8 +135,10 @@ def test_runs_of_different_settings_are_no_pair_no_curve_and_no_mean(tmp_path, m
     monkeypatch.setattr(render, "save_curves", lambda curves, path: drawn.update(curves))
     text = render.render("mnist", tmp_path)
     assert {name: len(curve.idx) for name, curve in drawn.items()} == {
-        "gaussian": 50, "gaussian (a)": 50, "consistency (a)": 20
-    }  # fmt: skip
+        "gaussian": 50,
+        "gaussian (a)": 50,
+        "consistency (a)": 20,
+    }
     lines = [line.split() for line in text.splitlines()]
     assert [line[-1] for line in lines if line[:1] == ["0.50"]] == ["a"]  # the pair's line
     assert "(a) not as published: num_epochs 1, n 30" in text
@@ -145,8 +150,9 @@ def test_a_tradeoff_connects_runs_of_the_same_settings(tmp_path, monkeypatch):
     rows = rows_of(read_results(tmp_path / "tradeoff"), table_of("tradeoff"))
     lines = render._lines(rows, {("n 30",): "a"})
     assert {name: [row.lbd for row in some] for name, some in lines.items()} == {
-        "measured": [1.0, 5.0], "measured (a)": [5.0, 15.0]
-    }  # fmt: skip
+        "measured": [1.0, 5.0],
+        "measured (a)": [5.0, 15.0],
+    }
 
 
 def test_tables_and_pictures_come_from_the_results_alone(program, tmp_path):

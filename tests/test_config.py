@@ -22,8 +22,11 @@ def test_published_cells(cell, sigma, num_noise, lbd):
     assert (config.sigma, config.num_noise, config.consistency.lbd) == (sigma, num_noise, lbd)
     assert config.consistency.eta == 0.5
     assert (config.batch_size, config.num_epochs, config.optimizer.lr, config.optimizer.lr_step_size) == (
-        256, 90, 0.01, 30,
-    )  # fmt: skip
+        256,
+        90,
+        0.01,
+        30,
+    )
     assert (config.optimizer.momentum, config.optimizer.weight_decay, config.optimizer.lr_gamma) == (0.9, 1e-4, 0.1)
     validate(config, num_devices=8)
 
@@ -70,9 +73,14 @@ def test_published_hyperparameters():
 
     found = published(mnist, "method=smoothadv+consistency,sigma=1.0")
     expected = {
-        "method": "smoothadv", "num_noise": 4, "smoothadv.epsilon": 255 / 256, "smoothadv.num_steps": 10,
-        "smoothadv.warmup_epochs": 10, "consistency.lbd": 1.0, "consistency.eta": 0.5,
-    }  # fmt: skip
+        "method": "smoothadv",
+        "num_noise": 4,
+        "smoothadv.epsilon": 255 / 256,
+        "smoothadv.num_steps": 10,
+        "smoothadv.warmup_epochs": 10,
+        "consistency.lbd": 1.0,
+        "consistency.eta": 0.5,
+    }
     assert {key: found[key] for key in expected} == expected
     assert published(mnist, "method=macer,sigma=1.0")["macer.lbd"] == 6
     assert published(mnist, "method=macer,sigma=0.5")["macer.deferred"] is True
@@ -85,8 +93,11 @@ def test_published_hyperparameters():
     assert [published(cifar10, f"method=stability,sigma={s}")["stability.lbd"] for s in (0.25, 0.5, 1.0)] == [2, 2, 1]
     found = published(cifar10, "")
     assert (found["model"], found["num_epochs"], found["optimizer.lr"], found["optimizer.lr_step_size"]) == (
-        "resnet110", 150, 0.1, 50,
-    )  # fmt: skip
+        "resnet110",
+        150,
+        0.1,
+        50,
+    )
     found = published(imagenet, "sigma=1.0")
     assert (found["model"], found["consistency.lbd"], found["consistency.eta"]) == ("resnet50", 5.0, 0.1)
     assert (found["num_epochs"], found["optimizer.lr"], found["optimizer.lr_step_size"]) == (90, 0.1, 30)

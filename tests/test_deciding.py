@@ -154,9 +154,15 @@ def settings_of(**changes):
 
 def groups(apply_fn, images, settings, radius, alpha=ALPHA):
     return decide_images(
-        lambda _, batch: apply_fn(batch), (), images, np.arange(len(images)),
-        settings=settings, radius=radius, alpha=alpha, devices=jax.devices()[:1],
-    )  # fmt: skip
+        lambda _, batch: apply_fn(batch),
+        (),
+        images,
+        np.arange(len(images)),
+        settings=settings,
+        radius=radius,
+        alpha=alpha,
+        devices=jax.devices()[:1],
+    )
 
 
 # The classifier with a known answer.

@@ -27,8 +27,11 @@ PAGES = sorted(
 )
 BLOCK = re.compile(r"^```(bash|python)\n(.*?)^```", re.MULTILINE | re.DOTALL)
 PROGRAMS = {
-    "train.py": train.main, "certify.py": certify.main, "analyze.py": analyze.main, "reproduce.py": reproduce.main,
-}  # fmt: skip
+    "train.py": train.main,
+    "certify.py": certify.main,
+    "analyze.py": analyze.main,
+    "reproduce.py": reproduce.main,
+}
 
 
 @pytest.fixture
@@ -110,8 +113,13 @@ def test_the_reference_has_every_key_of_a_configuration():
 def test_the_documentation_builds_without_a_warning(tmp_path):
     command = [sys.executable, "-m", "sphinx", "-W", "--keep-going", "-q", "-b", "html", "-d", tmp_path / "doctrees"]
     done = subprocess.run(
-        [*command, DOCS, tmp_path / "html"], capture_output=True, text=True, timeout=240, check=False,
-        cwd=ROOT, env={**os.environ, "PYTHONPATH": str(ROOT)},
-    )  # fmt: skip
+        [*command, DOCS, tmp_path / "html"],
+        capture_output=True,
+        text=True,
+        timeout=240,
+        check=False,
+        cwd=ROOT,
+        env={**os.environ, "PYTHONPATH": str(ROOT)},
+    )
     assert done.returncode == 0, done.stderr
     assert "rs_consistency.certify" in (tmp_path / "html" / "api.html").read_text()

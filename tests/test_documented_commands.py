@@ -100,8 +100,10 @@ def test_a_command_that_nobody_runs_would_be_noticed(monkeypatch):
     monkeypatch.chdir(ROOT)
     page = "`python analyze.py runs/nowhere`\n```\n$ A=1 python train.py \\\n    --workdir=x   # why\n```\n`rs-train`"
     assert shown(page) == [
-        (False, "python train.py --workdir=x"), (False, "python analyze.py runs/nowhere"), (False, "rs-train"),
-    ]  # fmt: skip
+        (False, "python train.py --workdir=x"),
+        (False, "python analyze.py runs/nowhere"),
+        (False, "rs-train"),
+    ]
     for command, message in (
         ("python analyze.py runs/nowhere", "neither run by a test nor excused"),
         ("python nowhere.py --all", "no file nowhere.py"),

@@ -83,9 +83,12 @@ def test_votes_are_timed_even_where_a_group_takes_many_images(monkeypatch, devic
         sigma=0.5, num_classes=2, n0=1, n=100, seed=0, batch_size=1, image_shape=(2, 2, 1), platform="cpu"
     )
     cost = measure_votes(
-        lambda _, images: images.sum(axis=(1, 2, 3))[:, None] * np.float32([[1, -1]]), {},
-        np.zeros((1, 2, 2, 1), np.float32), settings=settings, devices=jax.devices()[:devices],
-    )  # fmt: skip
+        lambda _, images: images.sum(axis=(1, 2, 3))[:, None] * np.float32([[1, -1]]),
+        {},
+        np.zeros((1, 2, 2, 1), np.float32),
+        settings=settings,
+        devices=jax.devices()[:devices],
+    )
     assert cost.per_second > 0
 
 

@@ -17,9 +17,12 @@ def table_of(correct, num_images=N, radius=1.0):
     """A file in which so many images are certified correctly, and the others abstained."""
     right = np.arange(num_images) < correct
     return Certificates(
-        idx=np.arange(num_images), label=np.zeros(num_images, int), predict=np.where(right, 0, -1),
-        radius=radius * right, correct=right.astype(int),
-    )  # fmt: skip
+        idx=np.arange(num_images),
+        label=np.zeros(num_images, int),
+        predict=np.where(right, 0, -1),
+        radius=radius * right,
+        correct=right.astype(int),
+    )
 
 
 @pytest.mark.parametrize("num_images", [1, 2, 50, 1000, 10_000])

@@ -220,13 +220,17 @@ def test_gradients_of_the_other_losses_equal_finite_differences():
         for which in (0, 1):
             check_grads(
                 lambda x, which=which: losses.macer(x, labels, sigma=0.5, beta=2.0, gamma=8.0)[which].sum(),
-                (logits,), order=1, modes=["rev"],
-            )  # fmt: skip
+                (logits,),
+                order=1,
+                modes=["rev"],
+            )
         check_grads(lambda a, b: losses.stability(a, b).sum(), (logits[0], logits[1]), order=1, modes=["rev"])
         check_grads(
-            lambda a, b: losses.kl_divergence(jax.nn.log_softmax(a), b).sum(), (logits[0], logits), order=1,
+            lambda a, b: losses.kl_divergence(jax.nn.log_softmax(a), b).sum(),
+            (logits[0], logits),
+            order=1,
             modes=["rev"],
-        )  # fmt: skip
+        )
 
 
 def test_the_gradient_of_stability_flows_through_both():

@@ -280,9 +280,13 @@ def one_step(config, num_examples=8, num_devices=2):
     optimizer = training.make_optimizer(config, sizes.steps)
     arrays = inputs.ArrayInputs(config, split, split, extra=extra, sizes=sizes, devices=devices)
     steps = training.make_train_steps(
-        config, apply_fn=training.make_model(config).apply, optimizer=optimizer, sizes=sizes, inputs=arrays,
+        config,
+        apply_fn=training.make_model(config).apply,
+        optimizer=optimizer,
+        sizes=sizes,
+        inputs=arrays,
         devices=devices,
-    )  # fmt: skip
+    )
     before = initial_state(config.model)
     state = parallel.replicate(jax.tree.map(jnp.array, before), devices)
     (feed,) = arrays.feeds(0, 1)
@@ -349,10 +353,17 @@ def test_every_method_trains_saves_resumes_and_certifies(monkeypatch, program, t
     monkeypatch.setitem(models.MODELS, "resnet8", SMALL_MODELS["resnet8"])
     workdir = tmp_path / "run"
     command = [
-        *TINY, "--config.consistency.lbd=0", "--config.model=resnet8", "--config.smoothadv.num_steps=1",
-        "--config.smoothmix.num_steps=1", "--config.catrs.num_steps=1", f"--config.catrs.teacher={trained}",
-        *PIPELINES[name], "--config.num_devices=2", f"--workdir={workdir}",
-    ]  # fmt: skip
+        *TINY,
+        "--config.consistency.lbd=0",
+        "--config.model=resnet8",
+        "--config.smoothadv.num_steps=1",
+        "--config.smoothmix.num_steps=1",
+        "--config.catrs.num_steps=1",
+        f"--config.catrs.teacher={trained}",
+        *PIPELINES[name],
+        "--config.num_devices=2",
+        f"--workdir={workdir}",
+    ]
     program.succeeds("cli.train", *command)
     whole = final_params(workdir)
     shutil.rmtree(workdir / "checkpoints" / "14")

@@ -15,10 +15,15 @@ from tests.helpers import ROOT, write_tfds
 NOTEBOOKS = {
     "quickstart_colab": {"PLATFORM": "cpu", "EPOCHS": 1, "TEST_IMAGES": 4, "N": 100},
     "tpu_cifar10_colab": {
-        "PLATFORM": "cpu", "MODEL": "resnet20", "EPOCHS": 1, "BATCH_SIZE": 32, "DTYPE": "bfloat16",
-        "TEST_IMAGES": 2, "N": 20,
+        "PLATFORM": "cpu",
+        "MODEL": "resnet20",
+        "EPOCHS": 1,
+        "BATCH_SIZE": 32,
+        "DTYPE": "bfloat16",
+        "TEST_IMAGES": 2,
+        "N": 20,
     },
-}  # fmt: skip
+}
 
 
 def with_parameters(notebook, values):
@@ -114,9 +119,13 @@ def install(colab, **values):
         code_cells(next(iter(NOTEBOOKS)))[1],
     )
     return subprocess.run(
-        [sys.executable, "-c", f"{parameters}\n{cell}\nprint(os.getcwd())"], cwd=colab / "content",
-        capture_output=True, text=True, timeout=120, check=False,
-    )  # fmt: skip
+        [sys.executable, "-c", f"{parameters}\n{cell}\nprint(os.getcwd())"],
+        cwd=colab / "content",
+        capture_output=True,
+        text=True,
+        timeout=120,
+        check=False,
+    )
 
 
 def test_installation_clones_once_and_takes_the_plugin_of_the_runtime(colab):

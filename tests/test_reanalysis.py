@@ -32,9 +32,14 @@ def write(path, bound=None, **more):
     counts[images, 4] = others * 2 // 3
     counts[images, 5] = others - others * 2 // 3
     proven = certify_votes(
-        COUNTS, counts[:, 3:].max(1), N,
-        alpha=ALPHA, sigma=SIGMA, bound=bound or BOUNDS[0], uniform=bound_uniform(SEED, INDICES),
-    )  # fmt: skip
+        COUNTS,
+        counts[:, 3:].max(1),
+        N,
+        alpha=ALPHA,
+        sigma=SIGMA,
+        bound=bound or BOUNDS[0],
+        uniform=bound_uniform(SEED, INDICES),
+    )
     prediction = np.where(proven.certified, selected, -1)
     identity = {"n0": N0, "n": N, "sigma": SIGMA, "alpha": ALPHA, "seed": SEED, "parameter_digest": "0", **more}
     identity |= {"bound": bound} if bound else {}  # older records do not name it

@@ -117,8 +117,16 @@ def report(two_runs, tmp_path_factory):
 def test_a_report_of_two_runs(report, two_runs):
     page = check_page(report)
     assert figures_of(report) == [
-        "acr", "certified_accuracy", "comparison", "gained_lost", "images_1", "images_2", "margins", "p_a", "training",
-    ]  # fmt: skip
+        "acr",
+        "certified_accuracy",
+        "comparison",
+        "gained_lost",
+        "images_1",
+        "images_2",
+        "margins",
+        "p_a",
+        "training",
+    ]
     assert "Certificates of whole, half" in page.text and "What is missing" not in page.text
     assert "computed again" not in page.text and "lenet" in page.text and "clopper_pearson" in page.text
     measured = list(csv.DictReader(io.StringIO((report / "measures.csv").read_text())))

@@ -17,9 +17,20 @@ from rs_consistency.shards import Shard
 from tests.helpers import ROOT, count_lines, kill_when, processes_with, start
 
 TINY = [
-    "--table=mnist", "--sigmas=0.5", "--dataset=mnist_subset", "--epochs=3", "--images=4", "--n=30", "--jobs=2",
-    "--config", "batch_size=2000", "--config", "num_devices=1", "--config", "dataset.augment=none",
-]  # fmt: skip
+    "--table=mnist",
+    "--sigmas=0.5",
+    "--dataset=mnist_subset",
+    "--epochs=3",
+    "--images=4",
+    "--n=30",
+    "--jobs=2",
+    "--config",
+    "batch_size=2000",
+    "--config",
+    "num_devices=1",
+    "--config",
+    "dataset.augment=none",
+]
 
 
 def plan(table="mnist", folder=ROOT, **options):
@@ -148,8 +159,12 @@ def test_a_killed_plan_goes_on_and_a_failing_cell_stops_no_other(program, tmp_pa
     assert count_lines(metrics) == 3
     kept = results / "mnist" / "gaussian_sigma0.50_seed0"
     assert sorted(path.name for path in kept.iterdir()) == [
-        "certificates.json", "certificates.tsv.gz", "config.json", "metrics.jsonl", "run.json",
-    ]  # fmt: skip
+        "certificates.json",
+        "certificates.tsv.gz",
+        "config.json",
+        "metrics.jsonl",
+        "run.json",
+    ]
     assert str(tmp_path) not in "".join(path.read_text() for path in kept.glob("*.json*"))
     run = json.loads((kept / "run.json").read_text())
     assert run["epochs"] == 3 and run["images"] == 4 and "4 of 1,000 images" in run["deviations"]

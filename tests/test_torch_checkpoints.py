@@ -56,9 +56,15 @@ def test_a_round_trip_changes_nothing(name):
 def test_names_and_shapes_are_those_of_the_published_code():
     shapes = {name: value.shape for name, value in to_torch(make("lenet")[1], "lenet").items()}
     assert shapes == {
-        "1.conv1.weight": (20, 1, 5, 5), "1.conv1.bias": (20,), "1.conv2.weight": (50, 20, 5, 5), "1.conv2.bias": (50,),
-        "1.fc1.weight": (500, 800), "1.fc1.bias": (500,), "1.fc2.weight": (10, 500), "1.fc2.bias": (10,),
-    }  # fmt: skip
+        "1.conv1.weight": (20, 1, 5, 5),
+        "1.conv1.bias": (20,),
+        "1.conv2.weight": (50, 20, 5, 5),
+        "1.conv2.bias": (50,),
+        "1.fc1.weight": (500, 800),
+        "1.fc1.bias": (500,),
+        "1.fc2.weight": (10, 500),
+        "1.fc2.bias": (10,),
+    }
     shapes = {name: value.shape for name, value in to_torch(make("resnet110")[1], "resnet110").items()}
     assert shapes["1.layer3.17.conv2.weight"] == (64, 64, 3, 3) and shapes["1.layer2.0.downsample.1.running_var"] == (
         32,

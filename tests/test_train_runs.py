@@ -32,8 +32,15 @@ def test_a_run_leaves_config_metrics_tensorboard_and_checkpoints(trained):
     assert [record["epoch"] for record in records(trained)] == [1, 2]
     last = records(trained)[-1]
     assert set(last) == {
-        "epoch", "step", "loss", "cross_entropy", "consistency", "lr", "noisy_images_per_second", "noisy_test_accuracy",
-    }  # fmt: skip
+        "epoch",
+        "step",
+        "loss",
+        "cross_entropy",
+        "consistency",
+        "lr",
+        "noisy_images_per_second",
+        "noisy_test_accuracy",
+    }
     assert last["step"] == 14 and last["lr"] == pytest.approx(0.01) and last["noisy_images_per_second"] > 0
     assert last["noisy_test_accuracy"] * 60 == pytest.approx(round(last["noisy_test_accuracy"] * 60))
     assert sorted(path.name for path in (trained / "checkpoints").iterdir()) == ["14", "7"]

@@ -41,9 +41,14 @@ def run_steps(config, examples, num_devices, num_steps, extra=None, steps_per_ca
     apply_fn = training.make_model(config).apply
     inputs = ArrayInputs(config, examples, examples, extra=extra or {}, sizes=sizes, devices=devices)
     steps = training.make_train_steps(
-        config, apply_fn=apply_fn, optimizer=optimizer, sizes=sizes, inputs=inputs, devices=devices,
+        config,
+        apply_fn=apply_fn,
+        optimizer=optimizer,
+        sizes=sizes,
+        inputs=inputs,
+        devices=devices,
         steps_per_call=steps_per_call,
-    )  # fmt: skip
+    )
     state = parallel.replicate(training.create_state(config, optimizer), devices)
     history, step = [], 0
     while step < num_steps:

@@ -117,9 +117,13 @@ def _report(
         keep_compiled()
         keep_memory()
     write_report(
-        subjects, summaries, output,
-        recomputed=", ".join(recomputed), ask_networks=not args.no_network, data_dir=args.data_dir,
-    )  # fmt: skip
+        subjects,
+        summaries,
+        output,
+        recomputed=", ".join(recomputed),
+        ask_networks=not args.no_network,
+        data_dir=args.data_dir,
+    )
 
 
 def _tables(summaries: list[dict[str, Any]]) -> list[list[list[str]]]:

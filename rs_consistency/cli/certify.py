@@ -174,10 +174,18 @@ def _answer_all(args: Any) -> None:
     classifier = Classifier(args, split=args.split)
     config = classifier.config
     question = make_question(
-        args.mode, sigma=config.sigma if args.sigma is None else args.sigma, n0=args.n0, n=args.n, alpha=args.alpha,
-        seed=args.seed, bound=args.bound, radius=args.radius, batch_size=args.batch_size,
-        info=classifier.info, platform=classifier.platform,
-    )  # fmt: skip
+        args.mode,
+        sigma=config.sigma if args.sigma is None else args.sigma,
+        n0=args.n0,
+        n=args.n,
+        alpha=args.alpha,
+        seed=args.seed,
+        bound=args.bound,
+        radius=args.radius,
+        batch_size=args.batch_size,
+        info=classifier.info,
+        platform=classifier.platform,
+    )
     skip = whole_number("skip", args.skip, at_least=1)
     most = None if args.max is None else whole_number("max", args.max, at_least=1)
     shard = None if args.shard is None else parse_shard(args.shard)
@@ -203,9 +211,12 @@ def _answer_all(args: Any) -> None:
         print(classifier.plan(question, selection, output, answered=answered))
         return
     file = CertificateFile(
-        output, schema=question.schema, identity=identity,
-        about={**classifier.about(question.votes.sigma), "command": args.command}, selection=selection,
-    )  # fmt: skip
+        output,
+        schema=question.schema,
+        identity=identity,
+        about={**classifier.about(question.votes.sigma), "command": args.command},
+        selection=selection,
+    )
     print(f"devices: {parallel.describe(classifier.devices)}", flush=True)
     try:
         _fill(file, classifier.answers(question, file.remaining))
@@ -221,9 +232,12 @@ def _fill(file: CertificateFile, answers: Iterator[list[Row]]) -> None:
     if done_before:
         note(f"{file.path} holds {done_before} images already")
     bar = tqdm(
-        total=done_before + remaining, initial=done_before, desc="certifying", unit="img",
+        total=done_before + remaining,
+        initial=done_before,
+        desc="certifying",
+        unit="img",
         mininterval=0.5 if sys.stderr.isatty() else _SECONDS_BETWEEN_LINES,
-    )  # fmt: skip
+    )
     with bar:
         for rows in answers:
             file.append(rows)

@@ -73,9 +73,11 @@ class Classifier:
         """Reads checkpoint and data; separate, since whatever can be wrong with the settings is told first."""
         places, args = self.config.dataset, self._args
         self.split = data.open_split(
-            places.name, self._split,
-            data_dir=args.data_dir or places.data_dir, cache_dir=args.cache_dir or places.cache_dir,
-        )  # fmt: skip
+            places.name,
+            self._split,
+            data_dir=args.data_dir or places.data_dir,
+            cache_dir=args.cache_dir or places.cache_dir,
+        )
         if self.workdir:
             run = runs.restore(self.workdir, self.devices)
             self.step, variables, origin = run.step, run.variables, {}
@@ -84,10 +86,15 @@ class Classifier:
             variables, origin = _of_torch(args.torch_checkpoint.expanduser(), self.config, self._input_layer)
         self.parameters = count_parameters(variables)
         self.binding = {
-            "dataset": places.name, "split": self._split, "data_digest": self.split.digest(),
-            "model": self.config.model, "dtype": self.config.dtype, "checkpoint_step": self.step,
-            "parameter_digest": digest(variables), **origin,
-        }  # fmt: skip
+            "dataset": places.name,
+            "split": self._split,
+            "data_digest": self.split.digest(),
+            "model": self.config.model,
+            "dtype": self.config.dtype,
+            "checkpoint_step": self.step,
+            "parameter_digest": digest(variables),
+            **origin,
+        }
         model = training.make_model(self.config)
         if not self.workdir:
             model = with_input_layer(model, self._input_layer)
@@ -137,19 +144,21 @@ class Classifier:
         votes = question.votes
         cost = measure_votes(self._apply_fn, self._variables, images, settings=votes, devices=self.devices)
         seconds = (len(wanted) - done) * (votes.n0 + votes.n) / cost.per_second
-        return "\n".join([
-            f"model: {self.config.model}, {self.parameters:,} parameters, {self.config.dtype},"
-            f" {'PyTorch checkpoint' if self.step is None else f'step {self.step:,}'}; sigma {votes.sigma:g}",
-            f"images: {len(wanted):,} of {len(self.split):,} of {self.config.dataset.name}, {self._split}, of shape"
-            f" {' x '.join(map(str, images.shape[1:]))}; {done:,} done before",
-            f"votes: {votes.n0:,} + {'at most ' if question.schema is DECIDE else ''}{votes.n:,} an image, in batches"
-            f" of {votes.batch_size:,}",
-            f"devices: {parallel.describe(self.devices)}, {size(cost.bytes_per_device)} each for a batch",
-            f"output: {output}",
-            f"time: {'at most ' if question.schema is DECIDE else 'about '}{duration(seconds)} at"
-            f" {cost.per_second:,.0f} votes a second",
-            "dry run: nothing but caches was written",
-        ])  # fmt: skip
+        return "\n".join(
+            [
+                f"model: {self.config.model}, {self.parameters:,} parameters, {self.config.dtype},"
+                f" {'PyTorch checkpoint' if self.step is None else f'step {self.step:,}'}; sigma {votes.sigma:g}",
+                f"images: {len(wanted):,} of {len(self.split):,} of {self.config.dataset.name}, {self._split}, of shape"
+                f" {' x '.join(map(str, images.shape[1:]))}; {done:,} done before",
+                f"votes: {votes.n0:,} + {'at most ' if question.schema is DECIDE else ''}{votes.n:,} an image, in"
+                f" batches of {votes.batch_size:,}",
+                f"devices: {parallel.describe(self.devices)}, {size(cost.bytes_per_device)} each for a batch",
+                f"output: {output}",
+                f"time: {'at most ' if question.schema is DECIDE else 'about '}{duration(seconds)} at"
+                f" {cost.per_second:,.0f} votes a second",
+                "dry run: nothing but caches was written",
+            ]
+        )
 
     @property
     def platform(self) -> str:

@@ -134,9 +134,16 @@ def _options(args: Any) -> Options:
             raise UserError(f"config={text}: write KEY=VALUE, such as optimizer.lr=0.02")
         settings[key] = _value(value)
     return Options(
-        methods=args.methods, sigmas=args.sigmas, seeds=args.seeds, images=args.images, n=args.n, epochs=args.epochs,
-        dataset=args.dataset, model=args.model, settings=settings,
-    )  # fmt: skip
+        methods=args.methods,
+        sigmas=args.sigmas,
+        seeds=args.seeds,
+        images=args.images,
+        n=args.n,
+        epochs=args.epochs,
+        dataset=args.dataset,
+        model=args.model,
+        settings=settings,
+    )
 
 
 def _value(text: str) -> Any:

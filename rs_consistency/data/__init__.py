@@ -49,11 +49,9 @@ DATASETS: dict[str, DatasetInfo] = {
     "cifar100": DatasetInfo(
         (32, 32, 3), 100, tfds_source.read, mean=(0.5071, 0.4865, 0.4409), std=(0.2673, 0.2564, 0.2762)
     ),
-    "svhn": DatasetInfo(
-        (32, 32, 3), 10, tfds_source.read, mean=(0.4377, 0.4438, 0.4728), std=(0.1980, 0.2010, 0.1970)
-    ),
+    "svhn": DatasetInfo((32, 32, 3), 10, tfds_source.read, mean=(0.4377, 0.4438, 0.4728), std=(0.1980, 0.2010, 0.1970)),
     "imagenet": DatasetInfo((224, 224, 3), 1000, None, mean=(0.485, 0.456, 0.406), std=(0.229, 0.224, 0.225)),
-}  # fmt: skip
+}
 
 
 class Split(NamedTuple):

@@ -23,9 +23,14 @@ def build(config: ConfigDict) -> Terms:
     def terms(model: Classifier, batch: Batch) -> MethodOutput:
         weight = warmup(batch.epoch, warmup_epochs)
         clean, adversarial = attacks.unbounded(
-            model.frozen, batch.images, batch.labels, batch.noise,
-            step_size=step_size, num_steps=num_steps, keep_step=clean_step,
-        )  # fmt: skip
+            model.frozen,
+            batch.images,
+            batch.labels,
+            batch.noise,
+            step_size=step_size,
+            num_steps=num_steps,
+            keep_step=clean_step,
+        )
         clean = batch.images + attacks.project(clean - batch.images, step_size * clean_step * weight)
         logits = model.noisy(clean, batch.noise)
         log_mean = losses.log_mean_softmax(logits)  # [B, K]

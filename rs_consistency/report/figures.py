@@ -29,9 +29,13 @@ def save_acr(subjects: Sequence[Subject], path: Path) -> None:
         value = acr(one.certificates)
         low, high = one.interval or (value, value)
         axes.errorbar(
-            value, place, xerr=[[max(value - low, 0)], [max(high - value, 0)]], fmt=_MARKERS[place % len(_MARKERS)],
-            color=COLOURS[place % len(COLOURS)], capsize=4,
-        )  # fmt: skip
+            value,
+            place,
+            xerr=[[max(value - low, 0)], [max(high - value, 0)]],
+            fmt=_MARKERS[place % len(_MARKERS)],
+            color=COLOURS[place % len(COLOURS)],
+            capsize=4,
+        )
         axes.annotate(
             f"{value:.4f}", (value, place), xytext=(0, 7), textcoords="offset points", ha="center", fontsize=9
         )
@@ -59,15 +63,30 @@ def save_comparisons(comparisons: Sequence[Comparison], path: Path) -> None:
             (first == second, "equal", "o", "0.5"),
         ):
             axes.scatter(
-                second[chosen], first[chosen], marker=marker, s=18, alpha=0.6, linewidths=0.6, edgecolors=colour,
-                facecolors=colour if name == "gained" else "none", label=f"{name}: {chosen.sum()}", clip_on=False,
-            )  # fmt: skip
+                second[chosen],
+                first[chosen],
+                marker=marker,
+                s=18,
+                alpha=0.6,
+                linewidths=0.6,
+                edgecolors=colour,
+                facecolors=colour if name == "gained" else "none",
+                label=f"{name}: {chosen.sum()}",
+                clip_on=False,
+            )
         axes.set(xlim=(0, largest), ylim=(0, largest), aspect="equal")
         axes.set_xlabel("radius x correct of\n" + plain(one.second, _NAME_WIDTH))
         axes.set_ylabel("radius x correct of\n" + plain(one.first, _NAME_WIDTH))
         axes.grid(alpha=0.3)
-        axes.legend(fontsize=8, loc="upper center", bbox_to_anchor=(0.5, 1.14), ncols=3, frameon=False,
-                    handletextpad=0.1, columnspacing=0.8)  # fmt: skip
+        axes.legend(
+            fontsize=8,
+            loc="upper center",
+            bbox_to_anchor=(0.5, 1.14),
+            ncols=3,
+            frameon=False,
+            handletextpad=0.1,
+            columnspacing=0.8,
+        )
     for axes in panels.flat[len(comparisons) :]:
         axes.axis("off")
     save(figure, path)
@@ -82,16 +101,23 @@ def save_gained_lost(pictures: Sequence[tuple[Comparison, np.ndarray, np.ndarray
     """
     columns = max(max(len(gained), len(lost)) for _, gained, lost in pictures)
     figure, panels = plt.subplots(
-        2 * len(pictures), columns, figsize=(1 + 1.3 * columns, 1.75 * 2 * len(pictures)), squeeze=False,
+        2 * len(pictures),
+        columns,
+        figsize=(1 + 1.3 * columns, 1.75 * 2 * len(pictures)),
+        squeeze=False,
         layout="constrained",
-    )  # fmt: skip
+    )
     for row, (one, gained, lost) in enumerate(pictures):
         for offset, name, places, images in ((0, "gained", one.gained(), gained), (1, "lost", one.lost(), lost)):
             line = panels[2 * row + offset]
             line[0].annotate(
-                f"{name}\n{plain(one.first, 16)}\nminus\n{plain(one.second, 16)}", (-0.12, 0.5),
-                xycoords="axes fraction", ha="right", va="center", fontsize=8,
-            )  # fmt: skip
+                f"{name}\n{plain(one.first, 16)}\nminus\n{plain(one.second, 16)}",
+                (-0.12, 0.5),
+                xycoords="axes fraction",
+                ha="right",
+                va="center",
+                fontsize=8,
+            )
             for axes in line:
                 axes.axis("off")
             for axes, place, image in zip(line, places, images, strict=False):
@@ -118,9 +144,12 @@ def save_training(subjects: Sequence[Subject], path: Path) -> None:
             if points:
                 marker = _MARKERS[place % len(_MARKERS)] if len(points) < 20 else None
                 (handles[plain(one.label)],) = axes.plot(
-                    *zip(*points, strict=True), color=COLOURS[place % len(COLOURS)], marker=marker, markersize=4,
+                    *zip(*points, strict=True),
+                    color=COLOURS[place % len(COLOURS)],
+                    marker=marker,
+                    markersize=4,
                     linestyle=STYLES[place % len(STYLES)],
-                )  # fmt: skip
+                )
     for axes, name in zip(panels, names.values(), strict=True):
         axes.set(xlabel="epoch", ylabel=name)
         axes.xaxis.get_major_locator().set_params(integer=True)
@@ -133,19 +162,27 @@ def save_training(subjects: Sequence[Subject], path: Path) -> None:
 def save_margins(samples: "Mapping[str, Samples]", path: Path) -> None:
     """Histograms of the logit margin of clean and noisy images, a panel for each run, on common axes."""
     figure, panels = plt.subplots(
-        len(samples), 1, figsize=(6.4, 1 + 2.3 * len(samples)), sharex=True, sharey=True, squeeze=False,
+        len(samples),
+        1,
+        figsize=(6.4, 1 + 2.3 * len(samples)),
+        sharex=True,
+        sharey=True,
+        squeeze=False,
         layout="constrained",
-    )  # fmt: skip
+    )
     everything = [values.ravel() for one in samples.values() for values in (one.clean_margins, one.noisy_margins)]
     low, high = np.quantile(np.concatenate(everything), [0.001, 0.999])
     number = int(np.clip(2 * np.sqrt(max(map(len, everything))), _LEAST_BINS, _MOST_BINS))
     bins = np.linspace(min(low, -1), max(high, 1), number + 1)  # what lies outside is drawn at the ends
     for axes, (label, one) in zip(panels[:, 0], samples.items(), strict=True):
         for values, name, style in (
-            (one.noisy_margins.ravel(), f"noisy, sigma {one.sigma:g}",
-             {"histtype": "stepfilled", "facecolor": COLOURS[5], "edgecolor": "0.35", "hatch": "////", "alpha": 0.6}),
+            (
+                one.noisy_margins.ravel(),
+                f"noisy, sigma {one.sigma:g}",
+                {"histtype": "stepfilled", "facecolor": COLOURS[5], "edgecolor": "0.35", "hatch": "////", "alpha": 0.6},
+            ),
             (one.clean_margins, "clean", {"histtype": "step", "color": "black", "linewidth": 1.6}),
-        ):  # fmt: skip
+        ):
             told = f"{name}: mean {values.mean():.2f}, deviation {values.std():.2f}, wrong {np.mean(values < 0):.1%}"
             told += f"\namong copies of an image: deviation {one.within():.2f}" if name != "clean" else ""
             axes.hist(np.clip(values, bins[0], bins[-1]), bins=bins, density=True, label=told, **style)
@@ -164,18 +201,26 @@ def save_strip(label: str, one: "Samples", path: Path) -> None:
     rows, copies = one.copies.shape[:2]
     widths = [1.0] * (1 + copies) + [1.8]
     figure, panels = plt.subplots(
-        rows, copies + 2, figsize=(1.1 * sum(widths) + 0.6, 1.28 * rows + 0.6), width_ratios=widths, squeeze=False,
+        rows,
+        copies + 2,
+        figsize=(1.1 * sum(widths) + 0.6, 1.28 * rows + 0.6),
+        width_ratios=widths,
+        squeeze=False,
         layout="constrained",
-    )  # fmt: skip
+    )
     for row in range(rows):
         certified = one.predictions[row]
         verdict = "abstains" if certified == ABSTAIN else f"class {certified}, radius {one.radii[row]:.2f}"
         kind = "least" if row < one.least else "most"
         _picture(panels[row, 0], one.images[row])
         panels[row, 0].annotate(
-            f"{kind} robust\n#{one.shown[row]}, label {one.labels[row]}\n{verdict}", (-0.1, 0.5),
-            xycoords="axes fraction", ha="right", va="center", fontsize=8,
-        )  # fmt: skip
+            f"{kind} robust\n#{one.shown[row]}, label {one.labels[row]}\n{verdict}",
+            (-0.1, 0.5),
+            xycoords="axes fraction",
+            ha="right",
+            va="center",
+            fontsize=8,
+        )
         for copy in range(copies):
             _picture(panels[row, 1 + copy], one.copies[row, copy])
             right = one.classes[row, copy] == one.labels[row]

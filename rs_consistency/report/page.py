@@ -148,13 +148,20 @@ def write_report(
     for line in unread:
         note(line)
     environment = jinja2.Environment(
-        loader=jinja2.PackageLoader("rs_consistency", "report"), autoescape=True, trim_blocks=True, lstrip_blocks=True,
+        loader=jinja2.PackageLoader("rs_consistency", "report"),
+        autoescape=True,
+        trim_blocks=True,
+        lstrip_blocks=True,
         undefined=jinja2.StrictUndefined,
-    )  # fmt: skip
+    )
     page = environment.get_template("report.html.jinja").render(
-        labels=[one.label for one in subjects], sections=sections, embedded=embedded, meaning=_MEANING,
-        recomputed=recomputed, missing=[*asked.missing, *unread, *apart],
-    )  # fmt: skip
+        labels=[one.label for one in subjects],
+        sections=sections,
+        embedded=embedded,
+        meaning=_MEANING,
+        recomputed=recomputed,
+        missing=[*asked.missing, *unread, *apart],
+    )
     write_text(folder / PAGE, page)
     return folder / PAGE
 
@@ -197,20 +204,26 @@ def _results(subjects: Sequence[Subject], named: Sequence[dict[str, Any]]) -> Se
         title = "Lower bounds of the certified accuracy, with probability 1 - delta each"
         parts.append(Table(title, _of_runs(tables.joint(named))))
     curves = {one.label: one.certificates for one in subjects}
-    return Section("Certified accuracy", parts, [
-        Figure(
-            "certified_accuracy", f"Falling step curves of certified accuracy against the l2 radius. {told}.",
-            "Certified accuracy against radius. The band around a curve is its 95 % confidence band over images, at"
-            " each radius by itself.",
-            lambda path: save_curves(curves, path),
-        ),
-        Figure(
-            "acr", f"A point with a bar for each run. {told}.",
-            "Average certified radius, with its 95 % bootstrap interval over images. Runs on the same images are told"
-            " apart better by their differences than by these bars.",
-            lambda path: figures.save_acr(subjects, path),
-        ),
-    ])  # fmt: skip
+    return Section(
+        "Certified accuracy",
+        parts,
+        [
+            Figure(
+                "certified_accuracy",
+                f"Falling step curves of certified accuracy against the l2 radius. {told}.",
+                "Certified accuracy against radius. The band around a curve is its 95 % confidence band over images, at"
+                " each radius by itself.",
+                lambda path: save_curves(curves, path),
+            ),
+            Figure(
+                "acr",
+                f"A point with a bar for each run. {told}.",
+                "Average certified radius, with its 95 % bootstrap interval over images. Runs on the same images are"
+                " told apart better by their differences than by these bars.",
+                lambda path: figures.save_acr(subjects, path),
+            ),
+        ],
+    )
 
 
 def _votes(subjects: Sequence[Subject], named: Sequence[dict[str, Any]]) -> Section:
@@ -220,15 +233,23 @@ def _votes(subjects: Sequence[Subject], named: Sequence[dict[str, Any]]) -> Sect
         return Section("", [], [])
     told = "; ".join(
         f"{one['path']}: median count / n {one['p_a']['0.5']:.4f}, at the ceiling {one['at_ceiling']:.3f}"
-        for one in named if one["n"]
-    )  # fmt: skip
-    return Section("Votes", [Table("What the votes said", _of_runs(tables.votes(named)))], [Figure(
-        "p_a", f"Rising step curves: the share of images whose p_A is at most the value on the axis. {told}.",
-        "Distribution of p_A, the probability of the certified class under noise, over images. Bold: its lower"
-        " confidence bound, which the radius follows from; thin: the share of the votes. The bound cannot pass the"
-        " ceiling, where all votes agree.",
-        lambda path: save_p_a(evidences, path),
-    )])  # fmt: skip
+        for one in named
+        if one["n"]
+    )
+    return Section(
+        "Votes",
+        [Table("What the votes said", _of_runs(tables.votes(named)))],
+        [
+            Figure(
+                "p_a",
+                f"Rising step curves: the share of images whose p_A is at most the value on the axis. {told}.",
+                "Distribution of p_A, the probability of the certified class under noise, over images. Bold: its lower"
+                " confidence bound, which the radius follows from; thin: the share of the votes. The bound cannot pass"
+                " the ceiling, where all votes agree.",
+                lambda path: save_p_a(evidences, path),
+            )
+        ],
+    )
 
 
 def _compared(comparisons: Sequence[Comparison], asked: Asked) -> Section:
@@ -239,27 +260,33 @@ def _compared(comparisons: Sequence[Comparison], asked: Asked) -> Section:
         f"{one.first} minus {one.second}: {one.difference.mean:+.3f}, {one.difference.gained} gained,"
         f" {one.difference.lost} lost"
         for one in comparisons
-    )  # fmt: skip
+    )
     left_out = len(comparisons) - _MOST_PANELS
     more = f" {left_out} more comparisons are in the table only." if left_out > 0 else ""
-    found = [Figure(
-        "comparison", f"Scatter plots of the radii of two runs against each other. {told}.",
-        "A point is an image, at its radius for both runs, 0 where the class is wrong. Above the line it gained from"
-        f" the run on the vertical axis, below it lost.{more}",
-        lambda path: figures.save_comparisons(comparisons[:_MOST_PANELS], path),
-    )]  # fmt: skip
+    found = [
+        Figure(
+            "comparison",
+            f"Scatter plots of the radii of two runs against each other. {told}.",
+            "A point is an image, at its radius for both runs, 0 where the class is wrong. Above the line it gained"
+            f" from the run on the vertical axis, below it lost.{more}",
+            lambda path: figures.save_comparisons(comparisons[:_MOST_PANELS], path),
+        )
+    ]
     pictures = []
     for one in comparisons[:_MOST_PICTURED]:
         split = asked.splits.get(one.first, asked.splits.get(one.second))
         if split is not None and (one.gained() or one.lost()):
             pictures.append((one, *(split.read(one.images[places])[0] for places in (one.gained(), one.lost()))))
     if pictures:
-        found.append(Figure(
-            "gained_lost", "The images that gained most and that lost most; the table names them.",
-            "The images that gained most and that lost most: number, label, and the radius for the first run minus that"
-            " for the second, 0 where the class is wrong.",
-            lambda path: figures.save_gained_lost(pictures, path),
-        ))  # fmt: skip
+        found.append(
+            Figure(
+                "gained_lost",
+                "The images that gained most and that lost most; the table names them.",
+                "The images that gained most and that lost most: number, label, and the radius for the first run minus"
+                " that for the second, 0 where the class is wrong.",
+                lambda path: figures.save_gained_lost(pictures, path),
+            )
+        )
     title = "ACR differences on common images, and the numbers of the images that gained and lost most"
     return Section("The same images compared", [Table(title, tables.compared(comparisons))], found)
 
@@ -269,12 +296,19 @@ def _training(subjects: Sequence[Subject]) -> Section:
     trained = [one.label for one in subjects if one.metrics]
     if not trained:
         return Section("", [], [])
-    return Section("Training", [], [Figure(
-        "training", f"Loss, and accuracy on noisy test images, by epoch, of {', '.join(trained)}.",
-        "Losses of different methods have different terms: their heights do not compare. The accuracy is that of the"
-        " network on single noisy images, not of the smoothed classifier.",
-        lambda path: figures.save_training(subjects, path),
-    )])  # fmt: skip
+    return Section(
+        "Training",
+        [],
+        [
+            Figure(
+                "training",
+                f"Loss, and accuracy on noisy test images, by epoch, of {', '.join(trained)}.",
+                "Losses of different methods have different terms: their heights do not compare. The accuracy is that"
+                " of the network on single noisy images, not of the smoothed classifier.",
+                lambda path: figures.save_training(subjects, path),
+            )
+        ],
+    )
 
 
 def _networks(asked: Asked) -> list[Section]:
@@ -286,14 +320,15 @@ def _networks(asked: Asked) -> list[Section]:
         f" noisy {one.noisy_margins.mean():.2f} +- {one.noisy_margins.std():.2f}, among copies of an image"
         f" {one.within():.2f}"
         for label, one in asked.samples.items()
-    )  # fmt: skip
+    )
     margins = Figure(
-        "margins", f"Histograms of the logit margin of clean and noisy images, a panel for each run. {told}.",
+        "margins",
+        f"Histograms of the logit margin of clean and noisy images, a panel for each run. {told}.",
         "The logit of the true class minus the largest other one, for the network without smoothing: positive where it"
         " is right. Consistency regularization asks the noisy copies of an image to agree: the deviation among them,"
         " beside the mean, says how far they do.",
         lambda path: figures.save_margins(asked.samples, path),
-    )  # fmt: skip
+    )
     strips = [
         Figure(
             f"images_{number}",
@@ -306,7 +341,7 @@ def _networks(asked: Asked) -> list[Section]:
             lambda path, label=label, one=one: figures.save_strip(label, one, path),
         )
         for number, (label, one) in enumerate(asked.samples.items(), start=1)
-    ]  # fmt: skip
+    ]
     return [Section("Logit margins", [], [margins]), Section("Least and most robust images", [], strips)]
 
 
@@ -329,23 +364,38 @@ def _write_csv(
 ) -> None:
     """What a spreadsheet, or another program, goes on with; in full precision."""
     measured = [
-        {"run": one.label, **summary, "acr_low": one.interval and one.interval.low,
-         "acr_high": one.interval and one.interval.high}
+        {
+            "run": one.label,
+            **summary,
+            "acr_low": one.interval and one.interval.low,
+            "acr_high": one.interval and one.interval.high,
+        }
         for one, summary in zip(subjects, summaries, strict=True)
-    ]  # fmt: skip
+    ]
     write_text(folder / "measures.csv", formats.csv_text(measured))
     if not comparisons:
         return
     differences = [
-        {"first": one.first, "second": one.second, **one.difference._asdict(),
-         "interval": one.difference.interval._asdict()}
+        {
+            "first": one.first,
+            "second": one.second,
+            **one.difference._asdict(),
+            "interval": one.difference.interval._asdict(),
+        }
         for one in comparisons
-    ]  # fmt: skip
+    ]
     write_text(folder / "comparisons.csv", formats.csv_text(differences))
     images = [
-        {"first": one.first, "second": one.second, "image": one.images[place], "label": one.labels[place],
-         "radius_first": one.radii[0, place], "radius_second": one.radii[1, place],
-         "difference": one.radii[0, place] - one.radii[1, place]}
-        for one in comparisons for place in one.order()
-    ]  # fmt: skip
+        {
+            "first": one.first,
+            "second": one.second,
+            "image": one.images[place],
+            "label": one.labels[place],
+            "radius_first": one.radii[0, place],
+            "radius_second": one.radii[1, place],
+            "difference": one.radii[0, place] - one.radii[1, place],
+        }
+        for one in comparisons
+        for place in one.order()
+    ]
     write_text(folder / "differences.csv", formats.csv_text(images))

@@ -72,9 +72,11 @@ def open_images(subject: Subject, *, data_dir: str = "") -> data.OpenSplit:
     places = subject.config.get("dataset")
     places = places if isinstance(places, dict) else {}
     found = data.open_split(
-        name, split,
-        data_dir=data_dir or str(places.get("data_dir", "")), cache_dir=str(places.get("cache_dir", "")),
-    )  # fmt: skip
+        name,
+        split,
+        data_dir=data_dir or str(places.get("data_dir", "")),
+        cache_dir=str(places.get("cache_dir", "")),
+    )
     if found.digest() != wanted:
         raise UserError(f"{name} ({split}) is not the data that {subject.path} is of")
     return found
@@ -99,9 +101,16 @@ def ask(subject: Subject, split: data.OpenSplit, *, images: int = 5, copies: int
     devices = jax.local_devices()[:1]
     info = data.dataset_info(record["dataset"])
     question = voting.vote_settings(
-        sigma=record.get("sigma"), num_classes=info.num_classes, n=VOTES, seed=record.get("seed"), batch_size=None,
-        image_shape=info.image_shape, n0=0, least_n0=0, platform=devices[0].platform,
-    )  # fmt: skip
+        sigma=record.get("sigma"),
+        num_classes=info.num_classes,
+        n=VOTES,
+        seed=record.get("seed"),
+        batch_size=None,
+        image_shape=info.image_shape,
+        n0=0,
+        least_n0=0,
+        platform=devices[0].platform,
+    )
     apply_fn, variables = _network(subject, devices)
     look = _Look(apply_fn, variables, noise.stream_key(question.seed, noise.Stream.REPORT), question.sigma)
     spread = np.unique(np.linspace(0, len(table.idx) - 1, min(len(table.idx), _MOST_FOR_MARGINS)).astype(int))
@@ -109,9 +118,13 @@ def ask(subject: Subject, split: data.OpenSplit, *, images: int = 5, copies: int
     chosen = np.concatenate([least, most])
     shown = table.idx[chosen]
     bar = tqdm(
-        total=(1 + copies) * len(spread) + (copies + VOTES) * len(shown), desc=f"asking {subject.label}", unit="img",
-        unit_scale=True, leave=False, delay=_SECONDS_BEFORE_BAR,
-    )  # fmt: skip
+        total=(1 + copies) * len(spread) + (copies + VOTES) * len(shown),
+        desc=f"asking {subject.label}",
+        unit="img",
+        unit_scale=True,
+        leave=False,
+        delay=_SECONDS_BEFORE_BAR,
+    )
     with bar:
         clean, noisy = [], []
         for first in range(0, len(spread), _BATCH):
@@ -130,11 +143,19 @@ def ask(subject: Subject, split: data.OpenSplit, *, images: int = 5, copies: int
             counts.append(group.counts)
             bar.update(VOTES * len(group.counts))
     return Samples(
-        sigma=question.sigma, clean_margins=np.concatenate(clean), noisy_margins=np.concatenate(noisy, axis=1),
-        shown=shown, least=len(least), images=voting.to_float(pictures), labels=labels,
-        predictions=table.predict[chosen], radii=table.radius[chosen], copies=np.stack(drawn, axis=1),
-        classes=np.stack([one.argmax(axis=1) for one in logits], axis=1), votes=np.concatenate(counts),
-    )  # fmt: skip
+        sigma=question.sigma,
+        clean_margins=np.concatenate(clean),
+        noisy_margins=np.concatenate(noisy, axis=1),
+        shown=shown,
+        least=len(least),
+        images=voting.to_float(pictures),
+        labels=labels,
+        predictions=table.predict[chosen],
+        radii=table.radius[chosen],
+        copies=np.stack(drawn, axis=1),
+        classes=np.stack([one.argmax(axis=1) for one in logits], axis=1),
+        votes=np.concatenate(counts),
+    )
 
 
 def margins(logits: np.ndarray, labels: np.ndarray) -> np.ndarray:
@@ -167,9 +188,12 @@ class _Look:
         number = len(images)
         rows = np.minimum(np.arange(_BATCH), number - 1)  # filled up with the last one
         noisy, logits = self._compiled(
-            self._variables, voting.to_float(images)[rows], indices[rows].astype(np.int32), np.int32(copy or 0),
+            self._variables,
+            voting.to_float(images)[rows],
+            indices[rows].astype(np.int32),
+            np.int32(copy or 0),
             np.float32(0 if copy is None else self._sigma),
-        )  # fmt: skip
+        )
         logits = np.asarray(logits, np.float32)[:number]
         nan = np.flatnonzero(np.isnan(logits).any(axis=1))
         if len(nan):

@@ -32,15 +32,17 @@ def measures(summaries: Sequence[dict[str, Any]], intervals: "Sequence[Interval 
     header = ["path", "images", "ACR", *(["95 % interval"] if intervals else []), "accuracy", "abstention"]
     lines = [[*header, *(f"r={radius}" for radius in summaries[0]["certified_accuracy"])]]
     for place, summary in enumerate(summaries):
-        lines.append([
-            summary["path"],
-            str(summary["n_images"]),
-            f"{summary['acr']:.4f}",
-            *([_range(intervals[place], ".4f")] if intervals else []),
-            f"{summary['accuracy']:.4f}",
-            f"{summary['abstention']:.4f}",
-            *(f"{share:.3f}" for share in summary["certified_accuracy"].values()),
-        ])  # fmt: skip
+        lines.append(
+            [
+                summary["path"],
+                str(summary["n_images"]),
+                f"{summary['acr']:.4f}",
+                *([_range(intervals[place], ".4f")] if intervals else []),
+                f"{summary['accuracy']:.4f}",
+                f"{summary['abstention']:.4f}",
+                *(f"{share:.3f}" for share in summary["certified_accuracy"].values()),
+            ]
+        )
     return lines
 
 
@@ -84,16 +86,36 @@ def joint(summaries: Sequence[dict[str, Any]]) -> list[list[str]]:
 
 def compared(comparisons: "Sequence[Comparison]") -> list[list[str]]:
     """ACR differences on common images, a line for each two files; the last columns name images."""
-    lines = [["run", "minus", "images", "ACR difference", "standard error", "95 % interval", "gained", "lost",
-              "gained most", "lost most"]]  # fmt: skip
+    lines = [
+        [
+            "run",
+            "minus",
+            "images",
+            "ACR difference",
+            "standard error",
+            "95 % interval",
+            "gained",
+            "lost",
+            "gained most",
+            "lost most",
+        ]
+    ]
     for one in comparisons:
         found = one.difference
-        lines.append([
-            one.first, one.second, str(found.images), f"{found.mean:+.4f}", f"{found.standard_error:.4f}",
-            _range(found.interval, "+.4f"), str(found.gained), str(found.lost),
-            ", ".join(str(one.images[place]) for place in one.gained()) or "-",
-            ", ".join(str(one.images[place]) for place in one.lost()) or "-",
-        ])  # fmt: skip
+        lines.append(
+            [
+                one.first,
+                one.second,
+                str(found.images),
+                f"{found.mean:+.4f}",
+                f"{found.standard_error:.4f}",
+                _range(found.interval, "+.4f"),
+                str(found.gained),
+                str(found.lost),
+                ", ".join(str(one.images[place]) for place in one.gained()) or "-",
+                ", ".join(str(one.images[place]) for place in one.lost()) or "-",
+            ]
+        )
     return lines
 
 

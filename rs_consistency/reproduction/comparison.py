@@ -101,19 +101,32 @@ def _row(group: Sequence[Result], table: Table) -> Row:
     deviation = float(radii.mean(axis=1).std(ddof=1)) if len(group) > 1 else None
     changed = dict(phrase.partition(" ")[::2] for phrase in first.deviations)
     published = published_acr(
-        table, method=first.method, sigma=first.sigma, lbd=first.lbd, dataset=changed.get("dataset.name"),
+        table,
+        method=first.method,
+        sigma=first.sigma,
+        lbd=first.lbd,
+        dataset=changed.get("dataset.name"),
         model=changed.get("model"),
-    )  # fmt: skip
+    )
     error = None
     if published is not None and len(per_image) > 1:
         error = difference_error(per_image, deviation, len(group), published, table)
     return Row(
-        method=first.method, sigma=first.sigma, lbd=first.lbd, acr=acr, deviation=deviation,
+        method=first.method,
+        sigma=first.sigma,
+        lbd=first.lbd,
+        acr=acr,
+        deviation=deviation,
         interval=bootstrap_interval(per_image) if len(per_image) > 1 else Interval(acr, acr),
         accuracy=float(np.mean([certified_accuracy(one.certificates, 0.0) for one in group])),
-        published=published, difference=None if published is None else acr - published.acr, error=error,
-        seeds=len(group), images=radii.shape[1], epochs=first.epochs, notes=first.deviations,
-    )  # fmt: skip
+        published=published,
+        difference=None if published is None else acr - published.acr,
+        error=error,
+        seeds=len(group),
+        images=radii.shape[1],
+        epochs=first.epochs,
+        notes=first.deviations,
+    )
 
 
 def difference_error(
@@ -185,9 +198,7 @@ def _pair(sigma: float, method: str, baseline: str, runs: list[tuple[Result, Res
     common = sorted(set.intersection(*(set(one.certificates.idx.tolist()) for pair in runs for one in pair)))
     if len(common) < 2:
         return []
-    ours, theirs = (
-        np.mean([_radii(pair[side].certificates, common) for pair in runs], axis=0) for side in (0, 1)
-    )  # fmt: skip
+    ours, theirs = (np.mean([_radii(pair[side].certificates, common) for pair in runs], axis=0) for side in (0, 1))
     notes = tuple(dict.fromkeys(text for pair in runs for one in pair for text in one.deviations))
     return [Pair(sigma, method, baseline, len(runs), paired_difference(ours, theirs), notes)]
 

@@ -78,48 +78,64 @@ def _released(acr: float) -> Published:
     return Published(acr, released=acr, reported=False)
 
 
-_MNIST = _rows({
-    "gaussian": (_five(0.9108, 0.0003, 0.9108), _five(1.5581, 0.0016, 1.5580), _five(1.6184, 0.0021, 1.6184)),
-    "stability": (_five(0.9152, 0.0007, 0.9152), _five(1.5719, 0.0028, 1.5719), _five(1.6341, 0.0018, 1.6341)),
-    "macer": (_five(0.9201, 0.0006, 0.9201), _five(1.5899, 0.0069, 1.5899), _five(1.5950, 0.0051, 1.5950)),
-    "consistency": (_five(0.9300, 0.0004, 0.9282), _five(1.6653, 0.0007, 1.6548), _five(1.7486, 0.0025, 1.7375)),
-    "smoothadv": (_five(0.9315, 0.0001, 0.9322), _five(1.6830, 0.0006, 1.6872), _five(1.7706, 0.0019, 1.7786)),
-    "smoothadv+consistency": (
-        _five(0.9323, 0.0004, 0.9323), _five(1.6905, 0.0002, 1.6957), _five(1.8087, 0.0022, 1.8163),
-    ),
-    "smoothmix": (_released(0.933), _released(1.694), _released(1.823)),
-    "catrs": (_released(0.933), _released(1.700), _released(1.831)),
-})  # fmt: skip
+_MNIST = _rows(
+    {
+        "gaussian": (_five(0.9108, 0.0003, 0.9108), _five(1.5581, 0.0016, 1.5580), _five(1.6184, 0.0021, 1.6184)),
+        "stability": (_five(0.9152, 0.0007, 0.9152), _five(1.5719, 0.0028, 1.5719), _five(1.6341, 0.0018, 1.6341)),
+        "macer": (_five(0.9201, 0.0006, 0.9201), _five(1.5899, 0.0069, 1.5899), _five(1.5950, 0.0051, 1.5950)),
+        "consistency": (_five(0.9300, 0.0004, 0.9282), _five(1.6653, 0.0007, 1.6548), _five(1.7486, 0.0025, 1.7375)),
+        "smoothadv": (_five(0.9315, 0.0001, 0.9322), _five(1.6830, 0.0006, 1.6872), _five(1.7706, 0.0019, 1.7786)),
+        "smoothadv+consistency": (
+            _five(0.9323, 0.0004, 0.9323),
+            _five(1.6905, 0.0002, 1.6957),
+            _five(1.8087, 0.0022, 1.8163),
+        ),
+        "smoothmix": (_released(0.933), _released(1.694), _released(1.823)),
+        "catrs": (_released(0.933), _released(1.700), _released(1.831)),
+    }
+)
 
-_CIFAR10 = _rows({
-    "gaussian": (Published(0.424), Published(0.525), Published(0.511)),
-    "stability": (Published(0.420), Published(0.531), Published(0.514)),
-    "smoothadv": (Published(0.544), Published(0.684), Published(0.790)),
-    "macer": (Published(0.531), Published(0.691), Published(0.744)),
-    "consistency": (Published(0.552), Published(0.720), Published(0.756)),
-    "smoothadv+consistency": (Published(0.548), Published(0.726), Published(0.816)),
-    "smoothmix": (Published(0.553), Published(0.736), None),
-    "catrs": (Published(0.562), Published(0.757), Published(0.815)),
-})  # fmt: skip
+_CIFAR10 = _rows(
+    {
+        "gaussian": (Published(0.424), Published(0.525), Published(0.511)),
+        "stability": (Published(0.420), Published(0.531), Published(0.514)),
+        "smoothadv": (Published(0.544), Published(0.684), Published(0.790)),
+        "macer": (Published(0.531), Published(0.691), Published(0.744)),
+        "consistency": (Published(0.552), Published(0.720), Published(0.756)),
+        "smoothadv+consistency": (Published(0.548), Published(0.726), Published(0.816)),
+        "smoothmix": (Published(0.553), Published(0.736), None),
+        "catrs": (Published(0.562), Published(0.757), Published(0.815)),
+    }
+)
 
 # ResNet-110 is the table's model; these two were published for sigma 0.5 alone.
 _CIFAR10_OTHER_MODELS = {
     model: {(method, 0.5): Published(acr) for method, acr in numbers.items()}
     for model, numbers in {
         "resnet20": {
-            "gaussian": 0.5242, "stability": 0.4992, "smoothadv": 0.6924, "macer": 0.6607, "consistency": 0.6864,
+            "gaussian": 0.5242,
+            "stability": 0.4992,
+            "smoothadv": 0.6924,
+            "macer": 0.6607,
+            "consistency": 0.6864,
         },
         "densenet40": {
-            "gaussian": 0.4937, "stability": 0.4967, "smoothadv": 0.6709, "macer": 0.6413, "consistency": 0.6609,
+            "gaussian": 0.4937,
+            "stability": 0.4967,
+            "smoothadv": 0.6709,
+            "macer": 0.6413,
+            "consistency": 0.6609,
         },
     }.items()
-}  # fmt: skip
+}
 
-_IMAGENET = _rows({
-    "gaussian": (Published(0.477), Published(0.733), Published(0.875)),
-    "smoothadv": (Published(0.532), Published(0.825), Published(1.040)),
-    "consistency": (None, Published(0.8215), Published(0.9823)),
-})  # fmt: skip
+_IMAGENET = _rows(
+    {
+        "gaussian": (Published(0.477), Published(0.733), Published(0.875)),
+        "smoothadv": (Published(0.532), Published(0.825), Published(1.040)),
+        "consistency": (None, Published(0.8215), Published(0.9823)),
+    }
+)
 
 # Weight of the consistency term -> (ACR, clean accuracy): MNIST, sigma 1.0, M 2, one seed, released files.
 TRADEOFF = {

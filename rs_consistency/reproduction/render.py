@@ -18,8 +18,21 @@ _Cells = list[list[str]]
 _Letters = Mapping[tuple[str, ...], str]  # of notes
 _COMMIT_DIGITS = 10
 _ORANGE, _COLOURS = "#D55E00", ("#0072B2", "#009E73", "#CC79A7", "#56B4E9", "#000000")
-_HEAD = ["method", "sigma", "ACR", "95 % over images", "reported", "released files", "difference", "std. errors",
-         "accuracy", "seeds", "images", "epochs", "note"]  # fmt: skip
+_HEAD = [
+    "method",
+    "sigma",
+    "ACR",
+    "95 % over images",
+    "reported",
+    "released files",
+    "difference",
+    "std. errors",
+    "accuracy",
+    "seeds",
+    "images",
+    "epochs",
+    "note",
+]
 _PAIR_HEAD = [
     "sigma",
     "method",
@@ -121,15 +134,23 @@ def _table(rows: Sequence[Row], letters: _Letters) -> _Cells:
     for row in rows:
         name = row.method if row.lbd is None else f"{row.method} (lbd {row.lbd:g})"
         published = row.published
-        lines.append([
-            name, f"{row.sigma:.2f}", _with_deviation(row.acr, row.deviation),
-            f"{row.interval.low:.4f} to {row.interval.high:.4f}",
-            _with_deviation(published.acr, published.deviation) if published and published.reported else "-",
-            f"{published.released:.4f}" if published and published.released is not None else "-",
-            "-" if row.difference is None else f"{row.difference:+.4f}",
-            "-" if row.errors_apart is None else f"{row.errors_apart:+.1f}",
-            f"{row.accuracy:.4f}", str(row.seeds), f"{row.images:,}", str(row.epochs), letters.get(row.notes, ""),
-        ])  # fmt: skip
+        lines.append(
+            [
+                name,
+                f"{row.sigma:.2f}",
+                _with_deviation(row.acr, row.deviation),
+                f"{row.interval.low:.4f} to {row.interval.high:.4f}",
+                _with_deviation(published.acr, published.deviation) if published and published.reported else "-",
+                f"{published.released:.4f}" if published and published.released is not None else "-",
+                "-" if row.difference is None else f"{row.difference:+.4f}",
+                "-" if row.errors_apart is None else f"{row.errors_apart:+.1f}",
+                f"{row.accuracy:.4f}",
+                str(row.seeds),
+                f"{row.images:,}",
+                str(row.epochs),
+                letters.get(row.notes, ""),
+            ]
+        )
     if all(line[_HEAD.index("released files")] == "-" for line in lines[1:]):
         lines = [[cell for name, cell in zip(_HEAD, line, strict=True) if name != "released files"] for line in lines]
     return lines
@@ -139,11 +160,20 @@ def _paired(pairs: Sequence[Pair], letters: _Letters) -> _Cells:
     lines = [_PAIR_HEAD]
     for pair in pairs:
         found = pair.difference
-        lines.append([
-            f"{pair.sigma:.2f}", pair.method, pair.baseline, f"{found.mean:+.4f} +- {found.standard_error:.4f}",
-            f"{found.interval.low:+.4f} to {found.interval.high:+.4f}", f"{found.gained:,}", f"{found.lost:,}",
-            f"{found.images:,}", str(pair.seeds), letters.get(pair.notes, ""),
-        ])  # fmt: skip
+        lines.append(
+            [
+                f"{pair.sigma:.2f}",
+                pair.method,
+                pair.baseline,
+                f"{found.mean:+.4f} +- {found.standard_error:.4f}",
+                f"{found.interval.low:+.4f} to {found.interval.high:+.4f}",
+                f"{found.gained:,}",
+                f"{found.lost:,}",
+                f"{found.images:,}",
+                str(pair.seeds),
+                letters.get(pair.notes, ""),
+            ]
+        )
     return lines
 
 

@@ -107,11 +107,16 @@ def _files(cell: Cell, workdir: Path) -> dict[str, bytes]:
     places = provenances(record)
     record |= {"command": certify, "config": _without_places(record["config"])}
     run = {
-        **_identity(cell), "images": table.count(b"\n") - 1, "train_command": train, "certify_command": certify,
-        "train_seconds": _train_seconds(metrics, config), "certify_seconds": _certify_seconds(table),
+        **_identity(cell),
+        "images": table.count(b"\n") - 1,
+        "train_command": train,
+        "certify_command": certify,
+        "train_seconds": _train_seconds(metrics, config),
+        "certify_seconds": _certify_seconds(table),
         "calls": [_public(call) for call in calls_of(workdir)],
-        "certified_with": next(iter(places), {}), "continued_with": places[1:],
-    }  # fmt: skip
+        "certified_with": next(iter(places), {}),
+        "continued_with": places[1:],
+    }
     return {
         PACKED: gzip.compress(table, mtime=0),  # without a time: the same bytes at every call
         RECORD: _json(record),
@@ -129,9 +134,16 @@ def _public(call: dict[str, Any]) -> dict[str, Any]:
 def _identity(cell: Cell) -> dict[str, Any]:
     """What a kept cell is known by."""
     return {
-        "table": cell.table, "method": cell.method, "sigma": cell.sigma, "seed": cell.seed, "lbd": cell.lbd,
-        "epochs": cell.config().num_epochs, "images": cell.selection.size, "n": cell.n, "deviations": deviations(cell),
-    }  # fmt: skip
+        "table": cell.table,
+        "method": cell.method,
+        "sigma": cell.sigma,
+        "seed": cell.seed,
+        "lbd": cell.lbd,
+        "epochs": cell.config().num_epochs,
+        "images": cell.selection.size,
+        "n": cell.n,
+        "deviations": deviations(cell),
+    }
 
 
 def _check_same(cell: Cell, path: Path) -> None:
@@ -182,10 +194,17 @@ def read_results(folder: Path) -> list[Result]:
         try:
             record = read_json(path.parent / RECORD) if (path.parent / RECORD).exists() else {}
             result = Result(
-                path.parent.name, made["method"], float(made["sigma"]), int(made["seed"]), made["lbd"],
-                int(made["epochs"]), tuple(made["deviations"]), made, read_certificates(path.parent / PACKED),
+                path.parent.name,
+                made["method"],
+                float(made["sigma"]),
+                int(made["seed"]),
+                made["lbd"],
+                int(made["epochs"]),
+                tuple(made["deviations"]),
+                made,
+                read_certificates(path.parent / PACKED),
                 record.get("data_digest"),
-            )  # fmt: skip
+            )
         except KeyError as error:
             raise UserError(f"{path} lacks {error}; run reproduce.py again for this cell") from None
         except (TypeError, ValueError) as error:

@@ -154,9 +154,11 @@ class Runner:
             # On its own cores a run is as fast beside others; of an accelerator each gets a share, as far as is known.
             sharing = 1 if self.machine.platform == "cpu" else self._jobs
             self.speeds.learn(
-                cell, keep=True, epoch_seconds=found["epoch_seconds"] * sharing,
+                cell,
+                keep=True,
+                epoch_seconds=found["epoch_seconds"] * sharing,
                 votes_per_second=found["votes_per_second"] / sharing,
-            )  # fmt: skip
+            )
         except subprocess.TimeoutExpired:
             note(f"{cell.name}: its speed is not known: not measured in {_MEASURE_SECONDS} seconds")
         except (UserError, ValueError, IndexError, KeyError) as error:
@@ -256,9 +258,12 @@ class Runner:
             arguments += [f"--batch_size={self._batch_size}"] if self._batch_size else []
         with self.log(cell).open("ab") as log:
             process = subprocess.Popen(
-                self.command(program, arguments, slot), stdout=log, stderr=log, stdin=subprocess.DEVNULL,
+                self.command(program, arguments, slot),
+                stdout=log,
+                stderr=log,
+                stdin=subprocess.DEVNULL,
                 env=self._environment(),
-            )  # fmt: skip
+            )
         return process
 
     def log(self, cell: Cell) -> Path:
@@ -284,9 +289,13 @@ class Runner:
     def _bar(self, cells: int) -> tqdm:
         # Its n is set by hand: at each look, the text is written anew, however little it moved.
         return tqdm(
-            total=cells, desc="cells", unit="cell", bar_format="{desc} {n:.2f}/{total} |{bar}| {elapsed}{postfix}",
-            mininterval=0.5 if sys.stderr.isatty() else _SECONDS_BETWEEN_LINES, miniters=0,
-        )  # fmt: skip
+            total=cells,
+            desc="cells",
+            unit="cell",
+            bar_format="{desc} {n:.2f}/{total} |{bar}| {elapsed}{postfix}",
+            mininterval=0.5 if sys.stderr.isatty() else _SECONDS_BETWEEN_LINES,
+            miniters=0,
+        )
 
     def _show(self, bar: tqdm, cells: Sequence[Cell], running: Sequence[CellRun], outcome: Outcome) -> None:
         """The plan's progress: whole cells, and of those under way the share of the time that is behind them.

@@ -79,10 +79,16 @@ def inspect(cell: Cell, workdir: Path) -> State:
         return state
     table = read_table(workdir / CERTIFICATES)
     wanted = {
-        **PUBLISHED_VOTES, "n": cell.n, "seed": cell.seed, "sigma": cell.sigma, "skip": cell.selection.skip,
-        "dtype": cell.config().dtype, "checkpoint_step": state.step, "split": "test",
+        **PUBLISHED_VOTES,
+        "n": cell.n,
+        "seed": cell.seed,
+        "sigma": cell.sigma,
+        "skip": cell.selection.skip,
+        "dtype": cell.config().dtype,
+        "checkpoint_step": state.step,
+        "split": "test",
         "split_size": cell.selection.split_size,
-    }  # fmt: skip
+    }
     for name, value in wanted.items():
         if table.record.get(name) != value:
             raise UserError(
