@@ -14,7 +14,7 @@ import torch
 import torch_models
 
 from rs_consistency import data, models
-from rs_consistency.files import write_json
+from rs_consistency.common.files import write_json
 
 DATASETS = {"lenet": "mnist", "resnet20": "cifar10", "resnet110": "cifar10"}
 

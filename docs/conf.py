@@ -9,7 +9,7 @@ sys.path.insert(0, str(Path(__file__).parent))
 
 from config_reference import write_reference  # beside this file
 
-from rs_consistency.version import package_version
+from rs_consistency.common.version import package_version
 
 project = "rs-consistency"
 author = "The rs-consistency authors"

@@ -10,7 +10,7 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 from rs_consistency.bounds import ABSTAIN, certified_radius, lower_confidence_bound
-from rs_consistency.errors import UserError
+from rs_consistency.common.errors import UserError
 
 if TYPE_CHECKING:
     from rs_consistency import losses

@@ -16,8 +16,8 @@ import numpy as np
 from numpy.typing import ArrayLike
 from scipy import special
 
-from rs_consistency.checks import SMALLEST_PROBABILITY, check_all, number_array
-from rs_consistency.errors import UserError
+from rs_consistency.common.checks import SMALLEST_PROBABILITY, check_all, number_array
+from rs_consistency.common.errors import UserError
 
 ABSTAIN = -1  # the prediction of an image without a certificate
 BOUNDS = ("clopper_pearson", "two_class", "randomized")

@@ -8,8 +8,8 @@ from typing import Any, BinaryIO
 
 import numpy as np
 
-from rs_consistency.errors import UserError
-from rs_consistency.files import lock, naming, read_json, replace_atomically, write_json
+from rs_consistency.common.errors import UserError
+from rs_consistency.common.files import lock, naming, read_json, replace_atomically, write_json
 from rs_consistency.rows import SCHEMAS, Row, Schema
 from rs_consistency.shards import Selection
 from rs_consistency.tables import (

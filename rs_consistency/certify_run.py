@@ -10,10 +10,10 @@ import numpy as np
 from rs_consistency import noise, voting
 from rs_consistency.bounds import BOUNDS
 from rs_consistency.certification import conclude, most_of_others
-from rs_consistency.checks import one_of, probability
+from rs_consistency.common.checks import one_of, probability
+from rs_consistency.common.errors import UserError
 from rs_consistency.data import DatasetInfo
 from rs_consistency.deciding import LOOK_EVERY, check_radius, decide_images
-from rs_consistency.errors import UserError
 from rs_consistency.prediction import conclude_prediction
 from rs_consistency.rows import (
     CERTIFY,

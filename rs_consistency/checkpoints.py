@@ -14,7 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 import orbax.checkpoint as ocp
 
-from rs_consistency.errors import UserError
+from rs_consistency.common.errors import UserError
 
 _DIGEST_BYTES = hashlib.sha256().digest_size
 

@@ -6,10 +6,10 @@ from typing import Any
 from ml_collections import ConfigDict
 
 from rs_consistency import losses
-from rs_consistency.checks import LARGEST, MAX_SEED, count, number_above, number_from, one_of, whole_number
+from rs_consistency.common.checks import LARGEST, MAX_SEED, count, number_above, number_from, one_of, whole_number
+from rs_consistency.common.errors import UserError
 from rs_consistency.data import DATASETS, dataset_info
 from rs_consistency.data.augment import AUGMENTATIONS
-from rs_consistency.errors import UserError
 from rs_consistency.methods import METHODS
 from rs_consistency.models import DTYPES, MODELS
 

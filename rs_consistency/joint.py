@@ -32,7 +32,7 @@ from scipy import special
 
 from rs_consistency.analysis import Certificates
 from rs_consistency.bounds import lower_confidence_bound
-from rs_consistency.checks import count, probability
+from rs_consistency.common.checks import count, probability
 
 DEFAULT_DELTA = 0.001
 

@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 from jax.scipy.special import ndtri
 
-from rs_consistency.checks import LARGEST
+from rs_consistency.common.checks import LARGEST
 
 FORMS = ("default", "xent", "kl", "mse")
 

@@ -4,8 +4,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from rs_consistency.errors import UserError
-from rs_consistency.files import read_json, replace_atomically, write_json
+from rs_consistency.common.errors import UserError
+from rs_consistency.common.files import read_json, replace_atomically, write_json
 from rs_consistency.shards import parse_shard
 from rs_consistency.tables import (
     Progress,

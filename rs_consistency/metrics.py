@@ -10,8 +10,8 @@ from tensorboardX.event_file_writer import EventsWriter
 from tensorboardX.proto.event_pb2 import Event, SessionLog
 from tensorboardX.proto.summary_pb2 import Summary
 
-from rs_consistency.errors import UserError, note
-from rs_consistency.files import naming, read_json, replace_atomically, write_json
+from rs_consistency.common.errors import UserError, note
+from rs_consistency.common.files import naming, read_json, replace_atomically, write_json
 
 METRICS_FILE = "metrics.jsonl"
 TENSORBOARD_FOLDER = "tensorboard"

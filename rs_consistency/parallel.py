@@ -13,7 +13,7 @@ import jax
 import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from rs_consistency.errors import UserError
+from rs_consistency.common.errors import UserError
 
 AXIS = "devices"
 

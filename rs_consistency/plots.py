@@ -15,7 +15,7 @@ from scipy import special
 
 from rs_consistency.analysis import Certificates, acr
 from rs_consistency.bounds import radius_ceiling
-from rs_consistency.files import replace_atomically
+from rs_consistency.common.files import replace_atomically
 from rs_consistency.reanalysis import Evidence
 from rs_consistency.statistics import binomial_interval
 

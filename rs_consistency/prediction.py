@@ -10,8 +10,8 @@ from scipy import special
 
 from rs_consistency import noise
 from rs_consistency.certification import ABSTAIN, prepare
-from rs_consistency.checks import check_all, number_array, probability
-from rs_consistency.errors import UserError
+from rs_consistency.common.checks import check_all, number_array, probability
+from rs_consistency.common.errors import UserError
 
 
 class Prediction(NamedTuple):

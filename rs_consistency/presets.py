@@ -5,7 +5,7 @@ from typing import Any
 
 from ml_collections import ConfigDict
 
-from rs_consistency.errors import UserError
+from rs_consistency.common.errors import UserError
 
 
 def apply_preset(

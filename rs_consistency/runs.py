@@ -9,8 +9,8 @@ from ml_collections import ConfigDict
 
 from rs_consistency import training
 from rs_consistency.checkpoints import Checkpoints
+from rs_consistency.common.errors import UserError, note
 from rs_consistency.config import PLACE_KEYS, flatten, validate
-from rs_consistency.errors import UserError, note
 from rs_consistency.workdir import CONFIG_FILE, finished_step, read_config
 
 

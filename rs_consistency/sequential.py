@@ -22,7 +22,7 @@ import numpy as np
 from numpy.typing import ArrayLike
 from scipy import special
 
-from rs_consistency.checks import SMALLEST_PROBABILITY, check_all, number_array
+from rs_consistency.common.checks import SMALLEST_PROBABILITY, check_all, number_array
 
 CERTIFIED, UNDECIDED, NOT_CERTIFIED = 1, 0, -1
 

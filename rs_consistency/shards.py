@@ -5,8 +5,8 @@ from typing import Any, NamedTuple, Self
 
 import numpy as np
 
-from rs_consistency.checks import whole_number
-from rs_consistency.errors import UserError
+from rs_consistency.common.checks import whole_number
+from rs_consistency.common.errors import UserError
 
 _SHARD = re.compile(r"([1-9][0-9]{0,8})/([1-9][0-9]{0,8})")
 

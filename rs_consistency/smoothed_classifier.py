@@ -7,9 +7,9 @@ import jax
 from numpy.typing import ArrayLike
 
 from rs_consistency.certification import Certification, certify
-from rs_consistency.checks import LARGEST, number_above, whole_number
+from rs_consistency.common.checks import LARGEST, number_above, whole_number
+from rs_consistency.common.errors import UserError
 from rs_consistency.deciding import Decisions, decide
-from rs_consistency.errors import UserError
 from rs_consistency.prediction import Prediction, predict
 
 

@@ -9,8 +9,8 @@ import numpy as np
 from numpy.typing import ArrayLike
 from scipy import stats
 
-from rs_consistency.checks import probability, whole_number
-from rs_consistency.errors import UserError
+from rs_consistency.common.checks import probability, whole_number
+from rs_consistency.common.errors import UserError
 
 DEFAULT_LEVEL = 0.95
 DEFAULT_SAMPLES = 10_000

@@ -24,8 +24,8 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from rs_consistency.bounds import ABSTAIN
-from rs_consistency.errors import UserError
-from rs_consistency.files import read_json
+from rs_consistency.common.errors import UserError
+from rs_consistency.common.files import read_json
 from rs_consistency.rows import SCHEMAS, Row, Schema
 from rs_consistency.shards import Selection
 

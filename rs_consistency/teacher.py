@@ -15,8 +15,8 @@ from tqdm import tqdm
 
 from rs_consistency import data, runs, training, voting
 from rs_consistency.checkpoints import digest
-from rs_consistency.errors import note
-from rs_consistency.files import replace_atomically
+from rs_consistency.common.errors import note
+from rs_consistency.common.files import replace_atomically
 from rs_consistency.models.inference import for_inference
 from rs_consistency.noise import Stream
 

@@ -18,9 +18,9 @@ import jax.numpy as jnp
 import numpy as np
 
 from rs_consistency import data, models
-from rs_consistency.checks import one_of
-from rs_consistency.errors import UserError
-from rs_consistency.files import replace_atomically
+from rs_consistency.common.checks import one_of
+from rs_consistency.common.errors import UserError
+from rs_consistency.common.files import replace_atomically
 
 # Name here -> `arch` of the published checkpoints.
 ARCHITECTURES = {

@@ -9,9 +9,9 @@ from typing import Any
 
 from ml_collections import ConfigDict
 
+from rs_consistency.common.errors import UserError
+from rs_consistency.common.files import lock, read_json, write_json
 from rs_consistency.config import differing_keys
-from rs_consistency.errors import UserError
-from rs_consistency.files import lock, read_json, write_json
 from rs_consistency.training import step_sizes
 
 CONFIG_FILE = "config.json"

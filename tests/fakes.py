@@ -15,7 +15,7 @@ from pathlib import Path
 from rs_consistency.certificates import CertificateFile
 from rs_consistency.cli.common import EXIT_NOT_FINISHED
 from rs_consistency.cli.train import parse
-from rs_consistency.files import read_json, write_json
+from rs_consistency.common.files import read_json, write_json
 from rs_consistency.rows import CERTIFY
 from rs_consistency.shards import Selection
 

@@ -11,7 +11,7 @@ from rs_consistency import audit, noise, voting
 from rs_consistency.bounds import BOUNDS, certify_votes
 from rs_consistency.certificates import CertificateFile
 from rs_consistency.certification import Certification, conclude
-from rs_consistency.errors import UserError
+from rs_consistency.common.errors import UserError
 from rs_consistency.noise import bound_uniform
 from rs_consistency.prediction import p_value_of
 from rs_consistency.rows import CERTIFY, DECIDE, PREDICT, certify_rows, decide_rows, predict_rows

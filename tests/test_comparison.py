@@ -7,7 +7,7 @@ import math
 import numpy as np
 import pytest
 
-from rs_consistency.errors import UserError
+from rs_consistency.common.errors import UserError
 from rs_consistency.reproduction import render
 from rs_consistency.reproduction.comparison import difference_error, groups_of, pairs_of, rows_of
 from rs_consistency.reproduction.plan import Options, deviations, make_plan

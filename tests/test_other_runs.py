@@ -9,7 +9,7 @@ import pytest
 
 from configs import mnist
 from rs_consistency import data, noise, runs, teacher, training, voting
-from rs_consistency.errors import UserError
+from rs_consistency.common.errors import UserError
 from tests.helpers import TINY, final_params
 
 

@@ -11,10 +11,10 @@ import sys
 
 import pytest
 
-from rs_consistency import files
 from rs_consistency.cli import reproduce
-from rs_consistency.errors import UserError
-from rs_consistency.files import write_json
+from rs_consistency.common import files
+from rs_consistency.common.errors import UserError
+from rs_consistency.common.files import write_json
 from rs_consistency.reproduction import runner as runner_module
 from rs_consistency.reproduction.plan import Options, make_plan
 from rs_consistency.reproduction.results import check_keepable

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 from scipy import special, stats
 
-from rs_consistency.errors import UserError
+from rs_consistency.common.errors import UserError
 from rs_consistency.statistics import (
     Interval,
     binomial_interval,

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from rs_consistency import data, models
-from rs_consistency.errors import UserError
+from rs_consistency.common.errors import UserError
 from rs_consistency.torch_checkpoints import (
     ARCHITECTURES,
     export_torch,

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from rs_consistency import runs
-from rs_consistency.errors import UserError
+from rs_consistency.common.errors import UserError
 from rs_consistency.torch_checkpoints import export_torch, from_torch, read_torch_checkpoint
 from tests.helpers import ROOT, final_variables, need_torch, rows
 

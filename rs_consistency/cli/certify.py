@@ -29,7 +29,6 @@ from rs_consistency.backend import keep_compiled, keep_memory, use_cores
 from rs_consistency.bounds import BOUNDS
 from rs_consistency.certificates import CertificateFile, check_answers
 from rs_consistency.certify_run import FILES, Question, make_question, question_of_record
-from rs_consistency.checks import one_of, whole_number
 from rs_consistency.cli.classifier import Classifier, names_sigma
 from rs_consistency.cli.common import (
     EXIT_NOT_FINISHED,
@@ -42,7 +41,8 @@ from rs_consistency.cli.common import (
     whole,
 )
 from rs_consistency.cli.config_file import split
-from rs_consistency.errors import UserError, note
+from rs_consistency.common.checks import one_of, whole_number
+from rs_consistency.common.errors import UserError, note
 from rs_consistency.merging import merge
 from rs_consistency.models import DTYPES
 from rs_consistency.rows import CERTIFY, DECIDE, SCHEMAS, Row

@@ -14,9 +14,10 @@ from ml_collections import ConfigDict
 from rs_consistency import data, parallel, runs, training
 from rs_consistency.certify_run import Question, answer
 from rs_consistency.checkpoints import digest
-from rs_consistency.checks import one_of
+from rs_consistency.common.checks import one_of
+from rs_consistency.common.errors import UserError
+from rs_consistency.common.version import code_version, package_version
 from rs_consistency.config import validate
-from rs_consistency.errors import UserError
 from rs_consistency.estimates import count_parameters, duration, measure_votes, size
 from rs_consistency.models import DTYPES
 from rs_consistency.models.inference import for_inference
@@ -29,7 +30,6 @@ from rs_consistency.torch_checkpoints import (
     read_torch_checkpoint,
     with_input_layer,
 )
-from rs_consistency.version import code_version, package_version
 
 _VALUES_AT_ONCE = 2**28  # pixel values of the images that are read at once: 1,783 of 224 x 224 x 3
 

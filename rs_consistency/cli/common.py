@@ -12,7 +12,7 @@ from typing import Any, NoReturn
 
 from absl import logging as absl_logging
 
-from rs_consistency.errors import UserError
+from rs_consistency.common.errors import UserError
 
 EXIT_USER_ERROR = 2
 EXIT_NOT_REPRODUCED = 3

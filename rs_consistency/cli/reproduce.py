@@ -14,9 +14,9 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from rs_consistency.checks import whole_number
 from rs_consistency.cli.common import Parser, program_words, run_main, run_program, whole
-from rs_consistency.errors import UserError, note
+from rs_consistency.common.checks import whole_number
+from rs_consistency.common.errors import UserError, note
 from rs_consistency.reproduction.plan import (
     PUBLISHED_N,
     Cell,

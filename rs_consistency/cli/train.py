@@ -15,7 +15,7 @@ from ml_collections import ConfigDict, config_flags
 
 from rs_consistency.cli.common import program_words, run_main, run_program
 from rs_consistency.cli.config_file import resolve
-from rs_consistency.errors import UserError
+from rs_consistency.common.errors import UserError
 
 
 def _example() -> str:

@@ -14,8 +14,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from rs_consistency.common.errors import UserError
 from rs_consistency.data import embedded_mnist, tfds_source
-from rs_consistency.errors import UserError
 
 SPLITS = ("train", "test")
 

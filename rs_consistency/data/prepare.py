@@ -14,8 +14,8 @@ from typing import NamedTuple
 import requests
 
 from rs_consistency.cli.common import Parser, run_main
+from rs_consistency.common.errors import UserError
 from rs_consistency.data.tfds_source import file_format, prepared_versions, resolve_data_dir, tfds_name
-from rs_consistency.errors import UserError
 
 _PROBE_SECONDS = 5
 _MNIST_FILES = tuple(

@@ -36,9 +36,9 @@ from array_record.python.array_record_data_source import ArrayRecordDataSource
 from PIL import Image
 from tensorflow_datasets.proto import tf_example_pb2  # tf.train.Example, without TensorFlow
 
+from rs_consistency.common.errors import UserError, note
 from rs_consistency.data.crops import Place, Places, central_crop, random_crop, uniform
 from rs_consistency.data.tfds_source import file_format, find_prepared, prepare_command, resolve_data_dir
-from rs_consistency.errors import UserError, note
 
 Batch = tuple[np.ndarray, np.ndarray]
 

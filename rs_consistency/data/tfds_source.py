@@ -19,8 +19,8 @@ import numpy as np
 from PIL import Image
 from tqdm import tqdm
 
-from rs_consistency.errors import UserError, note
-from rs_consistency.files import replace_atomically
+from rs_consistency.common.errors import UserError, note
+from rs_consistency.common.files import replace_atomically
 
 _READ_AT_ONCE = 1000
 # Where tensorflow-datasets has another name for a dataset.

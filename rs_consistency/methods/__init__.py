@@ -12,7 +12,7 @@ import jax
 from ml_collections import ConfigDict
 
 from rs_consistency import losses
-from rs_consistency.checks import one_of
+from rs_consistency.common.checks import one_of
 from rs_consistency.methods import catrs, gaussian, macer, smoothadv, smoothmix, stability
 from rs_consistency.methods.base import Batch, Classifier, Method
 

@@ -9,7 +9,7 @@ import numpy as np
 from ml_collections import ConfigDict
 
 from rs_consistency import attacks, losses
-from rs_consistency.checks import LARGEST, count, number_from
+from rs_consistency.common.checks import LARGEST, count, number_from
 from rs_consistency.data import Split
 from rs_consistency.methods.base import Batch, Classifier, Method, MethodOutput, Terms, pick
 

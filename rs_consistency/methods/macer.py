@@ -4,7 +4,7 @@ import jax.numpy as jnp
 from ml_collections import ConfigDict
 
 from rs_consistency import losses
-from rs_consistency.checks import LARGEST, boolean, number_above, number_from
+from rs_consistency.common.checks import LARGEST, boolean, number_above, number_from
 from rs_consistency.methods.base import Batch, Classifier, Method, MethodOutput, Terms
 
 

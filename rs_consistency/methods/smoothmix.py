@@ -5,7 +5,7 @@ import jax.numpy as jnp
 from ml_collections import ConfigDict
 
 from rs_consistency import attacks, losses
-from rs_consistency.checks import LARGEST, count, number_above, number_from
+from rs_consistency.common.checks import LARGEST, count, number_above, number_from
 from rs_consistency.methods.base import Batch, Classifier, Method, MethodOutput, Terms, pick, warmup
 
 

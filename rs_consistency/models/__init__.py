@@ -7,7 +7,7 @@ from typing import Any
 import flax.linen as nn
 import jax.numpy as jnp
 
-from rs_consistency.errors import UserError
+from rs_consistency.common.errors import UserError
 from rs_consistency.models.cifar_resnet import CifarResNet
 from rs_consistency.models.densenet import DenseNet
 from rs_consistency.models.lenet import LeNet

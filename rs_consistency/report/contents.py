@@ -8,8 +8,8 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from rs_consistency.analysis import Certificates, certificate_path
-from rs_consistency.errors import UserError
-from rs_consistency.files import read_json
+from rs_consistency.common.errors import UserError
+from rs_consistency.common.files import read_json
 from rs_consistency.reanalysis import Evidence
 from rs_consistency.statistics import Interval, PairedDifference, bootstrap_interval, paired_difference
 

@@ -10,8 +10,8 @@ from PIL import Image
 from tqdm import tqdm
 
 from rs_consistency import formats
-from rs_consistency.errors import UserError, note
-from rs_consistency.files import write_text
+from rs_consistency.common.errors import UserError, note
+from rs_consistency.common.files import write_text
 from rs_consistency.plots import DPI, save_curves, save_p_a
 from rs_consistency.report import figures, tables
 from rs_consistency.report.contents import Comparison, Subject, compare

@@ -9,7 +9,7 @@ from tqdm import tqdm
 
 from rs_consistency import data, noise, runs, training, voting
 from rs_consistency.checkpoints import digest
-from rs_consistency.errors import UserError
+from rs_consistency.common.errors import UserError
 from rs_consistency.models import DTYPES
 from rs_consistency.models.inference import for_inference
 from rs_consistency.report.contents import Subject

@@ -8,8 +8,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
 from rs_consistency.cli.common import EXIT_NOT_FINISHED
-from rs_consistency.errors import UserError, note
-from rs_consistency.files import lock
+from rs_consistency.common.errors import UserError, note
+from rs_consistency.common.files import lock
 from rs_consistency.reproduction.plan import Cell
 from rs_consistency.reproduction.state import State, inspect, record_call
 

@@ -7,7 +7,7 @@ import sys
 from typing import NamedTuple
 
 from rs_consistency.backend import CPU_DEVICES, available_cores, processor_name
-from rs_consistency.errors import UserError
+from rs_consistency.common.errors import UserError
 
 _CODE = """
 import jax, json, sys

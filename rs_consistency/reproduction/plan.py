@@ -9,9 +9,9 @@ from typing import Any, NamedTuple
 from ml_collections import ConfigDict
 
 from rs_consistency import data
-from rs_consistency.checks import one_of, whole_number
+from rs_consistency.common.checks import one_of, whole_number
+from rs_consistency.common.errors import UserError
 from rs_consistency.config import PLACE_KEYS, flatten, validate
-from rs_consistency.errors import UserError
 from rs_consistency.models import MODELS
 from rs_consistency.reproduction.published import TABLES, Table, table_of
 from rs_consistency.shards import Selection, Shard

@@ -8,7 +8,7 @@ later, the only source for SmoothMix and CAT-RS. CIFAR-10 and ImageNet: the pape
 from collections.abc import Mapping
 from typing import NamedTuple
 
-from rs_consistency.errors import UserError
+from rs_consistency.common.errors import UserError
 
 
 class Published(NamedTuple):

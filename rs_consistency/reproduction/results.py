@@ -11,9 +11,9 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from rs_consistency.analysis import Certificates, read_certificates
+from rs_consistency.common.errors import UserError
+from rs_consistency.common.files import read_json, replace_atomically
 from rs_consistency.config import PLACE_KEYS
-from rs_consistency.errors import UserError
-from rs_consistency.files import read_json, replace_atomically
 from rs_consistency.metrics import METRICS_FILE, read_lines
 from rs_consistency.reproduction.plan import Cell, deviations, is_about_images
 from rs_consistency.reproduction.state import CERTIFICATES, calls_of

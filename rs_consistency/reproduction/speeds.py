@@ -6,9 +6,9 @@ from typing import Any, NamedTuple
 
 from ml_collections import ConfigDict
 
-from rs_consistency.errors import UserError, note
+from rs_consistency.common.errors import UserError, note
+from rs_consistency.common.files import read_json, write_json
 from rs_consistency.estimates import duration
-from rs_consistency.files import read_json, write_json
 from rs_consistency.reproduction.plan import Cell, attack_steps, votes_of
 from rs_consistency.reproduction.state import State
 

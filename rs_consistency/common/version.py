@@ -6,7 +6,7 @@ import subprocess
 from importlib import metadata
 from pathlib import Path
 
-PACKAGE = Path(__file__).parent
+PACKAGE = Path(__file__).parents[1]
 _SECONDS_FOR_GIT = 5
 # Git must look at the package's folder, whatever a hook or the user set; and only look.
 _GIT = ("git", "-c", "core.fsmonitor=false", "--no-optional-locks")

@@ -1,6 +1,6 @@
 """What a record says of the code that made it."""
 
-from rs_consistency import version
+from rs_consistency.common import version
 from tests.helpers import ROOT
 
 

@@ -10,7 +10,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from rs_consistency.errors import UserError, note
+from rs_consistency.common.errors import UserError, note
 
 _WITHOUT_LOCKS = (errno.ENOSYS, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOLCK)  # what their file systems say
 _REMEDY = "restore it from a copy, or move it away"

@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import ArrayLike
 
-from rs_consistency.errors import UserError
+from rs_consistency.common.errors import UserError
 
 MOST = 10**9  # of anything that is counted: what int32 on the devices can add up
 LARGEST = 1e6  # of weights, distances and the like: sums of their products stay finite in float32

@@ -1,0 +1,1 @@
+"""What every other package uses: errors, checks, files, progress. No JAX."""
