@@ -11,7 +11,7 @@ import numpy as np
 from digits import load
 
 from rs_consistency import SmoothedClassifier
-from rs_consistency.bounds import radius_ceiling
+from rs_consistency.statistics.bounds import radius_ceiling
 
 SIGMA = 1.5
 

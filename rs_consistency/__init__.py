@@ -9,8 +9,8 @@ result.prediction, result.radius
 import importlib
 from typing import TYPE_CHECKING, Any
 
-from rs_consistency.bounds import ABSTAIN, certified_radius, lower_confidence_bound
 from rs_consistency.common.errors import UserError
+from rs_consistency.statistics.bounds import ABSTAIN, certified_radius, lower_confidence_bound
 
 if TYPE_CHECKING:
     from rs_consistency import losses

@@ -12,9 +12,9 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from rs_consistency.bounds import ABSTAIN
 from rs_consistency.common.errors import UserError
 from rs_consistency.rows import CERTIFY, FIELD_COLUMNS, SCHEMAS
+from rs_consistency.statistics.bounds import ABSTAIN
 
 DEFAULT_RADII = (0.0, 0.25, 0.5, 0.75, 1.0, 1.25, 1.5, 1.75, 2.0, 2.25, 2.5)
 _NEEDED = {"idx": int, "label": int, "predict": int, "radius": float, "correct": int}

@@ -9,9 +9,9 @@ from numpy.typing import ArrayLike
 from tqdm import tqdm
 
 from rs_consistency import noise, parallel, voting
-from rs_consistency.bounds import ABSTAIN, BOUNDS, certify_votes, most_of_others
 from rs_consistency.common.checks import MAX_INDEX, one_of, probability
 from rs_consistency.common.errors import UserError
+from rs_consistency.statistics.bounds import ABSTAIN, BOUNDS, certify_votes, most_of_others
 
 
 class Certification(NamedTuple):

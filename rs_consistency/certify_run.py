@@ -8,7 +8,6 @@ import jax
 import numpy as np
 
 from rs_consistency import noise, voting
-from rs_consistency.bounds import BOUNDS
 from rs_consistency.certification import conclude, most_of_others
 from rs_consistency.common.checks import one_of, probability
 from rs_consistency.common.errors import UserError
@@ -27,6 +26,7 @@ from rs_consistency.rows import (
     decide_rows,
     predict_rows,
 )
+from rs_consistency.statistics.bounds import BOUNDS
 
 FILES = {CERTIFY.name: "certificates", DECIDE.name: "decisions", PREDICT.name: "predictions"}
 _DEFAULT_N0 = 100

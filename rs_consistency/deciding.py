@@ -28,10 +28,11 @@ import numpy as np
 from numpy.typing import ArrayLike
 from tqdm import tqdm
 
-from rs_consistency import noise, parallel, sequential, voting
-from rs_consistency.bounds import drawn_sigma
+from rs_consistency import noise, parallel, voting
 from rs_consistency.certification import prepare
 from rs_consistency.common.checks import LARGEST, number_from, probability
+from rs_consistency.statistics import sequential
+from rs_consistency.statistics.bounds import drawn_sigma
 
 LOOK_EVERY = 16  # votes; part of the result's definition. A decision takes hundreds: 8 too many, on average, is little.
 _SLOTS_PER_BLOCK = 2  # one image in the batch that runs, one in the batch that is sent meanwhile

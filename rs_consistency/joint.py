@@ -31,8 +31,8 @@ import numpy as np
 from scipy import special
 
 from rs_consistency.analysis import Certificates
-from rs_consistency.bounds import lower_confidence_bound
 from rs_consistency.common.checks import count, probability
+from rs_consistency.statistics.bounds import lower_confidence_bound
 
 DEFAULT_DELTA = 0.001
 

@@ -14,10 +14,10 @@ from matplotlib.figure import Figure
 from scipy import special
 
 from rs_consistency.analysis import Certificates, acr
-from rs_consistency.bounds import radius_ceiling
 from rs_consistency.common.files import replace_atomically
 from rs_consistency.reanalysis import Evidence
-from rs_consistency.statistics import binomial_interval
+from rs_consistency.statistics.bounds import radius_ceiling
+from rs_consistency.statistics.intervals import binomial_interval
 
 matplotlib.use("Agg")  # no screen needed
 from matplotlib import pyplot as plt

@@ -10,11 +10,11 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from rs_consistency.analysis import Certificates, Counts, certificate_path, read_certificates
-from rs_consistency.bounds import ABSTAIN, BOUNDS, Certified, certify_votes, radius_ceiling
 from rs_consistency.common import checks
 from rs_consistency.common.errors import UserError
 from rs_consistency.common.files import read_json
 from rs_consistency.rows import CERTIFY, format_radius
+from rs_consistency.statistics.bounds import ABSTAIN, BOUNDS, Certified, certify_votes, radius_ceiling
 
 P_A_QUANTILES = (0.05, 0.25, 0.5, 0.75, 0.95)
 _MODE = CERTIFY.name  # of the records that can be analysed here; those without a mode are older, and of this one

@@ -34,8 +34,8 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import numpy as np
 from numpy.typing import ArrayLike
 
-from rs_consistency import sequential
-from rs_consistency.bounds import ABSTAIN, most_of_others
+from rs_consistency.statistics import sequential
+from rs_consistency.statistics.bounds import ABSTAIN, most_of_others
 
 if TYPE_CHECKING:
     from rs_consistency.certification import Certification  # JAX, slow to import, which reading files has no use for

@@ -23,11 +23,11 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from rs_consistency.bounds import ABSTAIN
 from rs_consistency.common.errors import UserError
 from rs_consistency.common.files import read_json
 from rs_consistency.rows import SCHEMAS, Row, Schema
 from rs_consistency.shards import Selection
+from rs_consistency.statistics.bounds import ABSTAIN
 
 # Of a record: what may differ between the calls that write one file, and is then listed under `continued_with`.
 PROVENANCE = ("device", "versions", "code_version", "code_digest", "git_commit")

@@ -8,7 +8,6 @@ import pytest
 
 import rs_consistency
 from rs_consistency import audit, noise, voting
-from rs_consistency.bounds import BOUNDS, certify_votes
 from rs_consistency.certificates import CertificateFile
 from rs_consistency.certification import Certification, conclude
 from rs_consistency.common.errors import UserError
@@ -16,6 +15,7 @@ from rs_consistency.noise import bound_uniform
 from rs_consistency.prediction import p_value_of
 from rs_consistency.rows import CERTIFY, DECIDE, PREDICT, certify_rows, decide_rows, predict_rows
 from rs_consistency.shards import Selection
+from rs_consistency.statistics.bounds import BOUNDS, certify_votes
 from rs_consistency.tables import read_table
 from rs_consistency.voting import Votes
 

@@ -31,13 +31,13 @@ from typing import Any
 
 from rs_consistency import formats
 from rs_consistency.analysis import DEFAULT_RADII, Certificates, summarize
-from rs_consistency.bounds import BOUNDS
 from rs_consistency.cli.common import Parser, program_words, run_main, run_program
 from rs_consistency.common.checks import probability
 from rs_consistency.common.errors import UserError
 from rs_consistency.joint import DEFAULT_DELTA, joint_statement
 from rs_consistency.reanalysis import Evidence, load, summarize_votes
 from rs_consistency.report import tables
+from rs_consistency.statistics.bounds import BOUNDS
 
 
 def _parser() -> Parser:

@@ -26,7 +26,6 @@ from tqdm import tqdm
 
 from rs_consistency import audit, parallel
 from rs_consistency.backend import keep_compiled, keep_memory, use_cores
-from rs_consistency.bounds import BOUNDS
 from rs_consistency.certificates import CertificateFile, check_answers
 from rs_consistency.certify_run import FILES, Question, make_question, question_of_record
 from rs_consistency.cli.classifier import Classifier, names_sigma
@@ -47,6 +46,7 @@ from rs_consistency.merging import merge
 from rs_consistency.models import DTYPES
 from rs_consistency.rows import CERTIFY, DECIDE, SCHEMAS, Row
 from rs_consistency.shards import Selection, parse_shard
+from rs_consistency.statistics.bounds import BOUNDS
 from rs_consistency.tables import PROVENANCE, read_table
 from rs_consistency.torch_checkpoints import INPUT_LAYERS
 from rs_consistency.workdir import finished_step

@@ -11,7 +11,7 @@ from rs_consistency.analysis import Certificates, certificate_path
 from rs_consistency.common.errors import UserError
 from rs_consistency.common.files import read_json
 from rs_consistency.reanalysis import Evidence
-from rs_consistency.statistics import Interval, PairedDifference, bootstrap_interval, paired_difference
+from rs_consistency.statistics.intervals import Interval, PairedDifference, bootstrap_interval, paired_difference
 
 _NAMED = 5  # images that gained most, and lost most
 

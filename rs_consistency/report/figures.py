@@ -8,9 +8,9 @@ import numpy as np
 from matplotlib.axes import Axes
 
 from rs_consistency.analysis import acr
-from rs_consistency.bounds import ABSTAIN
 from rs_consistency.plots import COLOURS, STYLES, plain, plt, save
 from rs_consistency.report.contents import Comparison, Subject
+from rs_consistency.statistics.bounds import ABSTAIN
 
 if TYPE_CHECKING:  # JAX, slow to import, which most figures have no use for
     from rs_consistency.report.samples import Samples

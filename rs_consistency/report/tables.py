@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:  # scipy.stats is slow to import, which most tables have no use for
     from rs_consistency.report.contents import Comparison, Subject
-    from rs_consistency.statistics import Interval
+    from rs_consistency.statistics.intervals import Interval
 
 _RECORDED = ("dataset", "split", "model", "dtype", "checkpoint_step", "sigma", "n0", "n", "seed")
 _TRAINED = (

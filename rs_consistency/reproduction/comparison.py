@@ -11,7 +11,13 @@ from rs_consistency.analysis import Certificates, certified_accuracy
 from rs_consistency.reproduction.plan import is_about_images
 from rs_consistency.reproduction.published import Published, Table, published_acr
 from rs_consistency.reproduction.results import Result
-from rs_consistency.statistics import Interval, PairedDifference, bootstrap_interval, paired_difference, standard_error
+from rs_consistency.statistics.intervals import (
+    Interval,
+    PairedDifference,
+    bootstrap_interval,
+    paired_difference,
+    standard_error,
+)
 
 
 class Row(NamedTuple):

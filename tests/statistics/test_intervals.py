@@ -5,7 +5,7 @@ import pytest
 from scipy import special, stats
 
 from rs_consistency.common.errors import UserError
-from rs_consistency.statistics import (
+from rs_consistency.statistics.intervals import (
     Interval,
     binomial_interval,
     bootstrap_interval,

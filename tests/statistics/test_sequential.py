@@ -8,7 +8,7 @@ import pytest
 from scipy import special
 
 from rs_consistency import UserError, lower_confidence_bound
-from rs_consistency.sequential import decide, log_evidence
+from rs_consistency.statistics.sequential import decide, log_evidence
 
 MOST = 400  # votes of the exact computation
 SIGMA = 0.5

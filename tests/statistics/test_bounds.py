@@ -8,7 +8,7 @@ import pytest
 from scipy import special, stats
 
 from rs_consistency import UserError, certified_radius, lower_confidence_bound, noise
-from rs_consistency.bounds import (
+from rs_consistency.statistics.bounds import (
     BOUNDS,
     certify_votes,
     radius_ceiling,

@@ -1,0 +1,1 @@
+"""Confidence bounds, sequential tests and intervals, in float64 on the host. No JAX."""
