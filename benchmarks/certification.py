@@ -22,8 +22,9 @@ import numpy as np
 import torch
 from common import DATASETS, device_name, in_turns, make_network, show, to_torch, torch_device
 
-from rs_consistency import parallel, voting
-from rs_consistency.backend import keep_memory, use_cores
+from rs_consistency import voting
+from rs_consistency.devices import parallel
+from rs_consistency.devices.host import keep_memory, use_cores
 from rs_consistency.models.inference import for_inference
 
 SIGMA = 0.5

@@ -26,7 +26,7 @@ import numpy as np
 import training
 from common import device_name, in_turns, make_network, show
 
-from rs_consistency.backend import keep_memory, use_cores
+from rs_consistency.devices.host import keep_memory, use_cores
 from rs_consistency.models.inference import for_inference
 
 _WHAT = {"training": "noisy images", "certification": "votes"}

@@ -25,8 +25,10 @@ from common import device_name, in_turns, make_twin, show, to_torch, torch_devic
 from ml_collections import ConfigDict
 from torch_methods import Trainer
 
-from rs_consistency import data, methods, parallel, training
-from rs_consistency.backend import keep_memory, steps_per_call, use_cores
+from rs_consistency import data, methods, training
+from rs_consistency.devices import parallel
+from rs_consistency.devices.compiler import steps_per_call
+from rs_consistency.devices.host import keep_memory, use_cores
 from rs_consistency.inputs import ArrayInputs
 
 sys.path.insert(0, str(Path(__file__).parents[1]))

@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 
 from rs_consistency import losses
-from rs_consistency.backend import repeat
+from rs_consistency.devices.compiler import repeat
 
 ApplyFn = Callable[[jax.Array], jax.Array]
 

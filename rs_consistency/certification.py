@@ -8,9 +8,10 @@ import numpy as np
 from numpy.typing import ArrayLike
 from tqdm import tqdm
 
-from rs_consistency import noise, parallel, voting
+from rs_consistency import noise, voting
 from rs_consistency.common.checks import MAX_INDEX, one_of, probability
 from rs_consistency.common.errors import UserError
+from rs_consistency.devices import parallel
 from rs_consistency.statistics.bounds import ABSTAIN, BOUNDS, certify_votes, most_of_others
 
 

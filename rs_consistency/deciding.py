@@ -28,9 +28,10 @@ import numpy as np
 from numpy.typing import ArrayLike
 from tqdm import tqdm
 
-from rs_consistency import noise, parallel, voting
+from rs_consistency import noise, voting
 from rs_consistency.certification import prepare
 from rs_consistency.common.checks import LARGEST, number_from, probability
+from rs_consistency.devices import parallel
 from rs_consistency.statistics import sequential
 from rs_consistency.statistics.bounds import drawn_sigma
 

@@ -12,7 +12,7 @@ import numpy as np
 from ml_collections import ConfigDict
 
 from rs_consistency import noise, training, voting
-from rs_consistency.backend import steps_per_call
+from rs_consistency.devices.compiler import steps_per_call
 from rs_consistency.inputs import Inputs, StepSizes
 
 _MEASURED_SECONDS = 2.0

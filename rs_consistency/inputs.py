@@ -7,7 +7,8 @@ import jax
 import numpy as np
 from ml_collections import ConfigDict
 
-from rs_consistency import data, noise, parallel
+from rs_consistency import data, noise
+from rs_consistency.devices import parallel
 
 
 class StepSizes(NamedTuple):

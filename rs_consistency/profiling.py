@@ -14,8 +14,8 @@ from jax.profiler import ProfileData
 from ml_collections import ConfigDict
 
 from rs_consistency import training
-from rs_consistency.backend import steps_per_call
 from rs_consistency.common.errors import UserError
+from rs_consistency.devices.compiler import steps_per_call
 from rs_consistency.inputs import Inputs, StepSizes
 
 _WARM_UP_CALLS = 3

@@ -7,8 +7,9 @@ import jax
 import numpy as np
 from ml_collections import ConfigDict
 
-from rs_consistency import data, parallel
+from rs_consistency import data
 from rs_consistency.data import streaming
+from rs_consistency.devices import parallel
 from rs_consistency.inputs import Feed, StepSizes, part_positions
 
 _AHEAD = 2  # batches that wait on the devices, so that copying them overlaps with the step

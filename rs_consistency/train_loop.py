@@ -15,11 +15,12 @@ import numpy as np
 from ml_collections import ConfigDict
 from tqdm import tqdm
 
-from rs_consistency import data, methods, parallel, runs, training, voting
-from rs_consistency.backend import steps_per_call
+from rs_consistency import data, methods, runs, training, voting
 from rs_consistency.checkpoints import Checkpoints
 from rs_consistency.common.errors import UserError, note
 from rs_consistency.config import flatten, validate
+from rs_consistency.devices import parallel
+from rs_consistency.devices.compiler import steps_per_call
 from rs_consistency.estimates import count_parameters, duration, measure_steps, measure_votes, size
 from rs_consistency.inputs import Inputs, StepSizes, open_inputs
 from rs_consistency.metrics import TENSORBOARD_FOLDER, MetricsWriter, Sums

@@ -10,11 +10,11 @@ from flax import struct
 from ml_collections import ConfigDict
 
 from rs_consistency import data, methods, models, noise
-from rs_consistency.backend import pieces_of, repeat, training_compiler_options
 from rs_consistency.common.errors import UserError
 from rs_consistency.data.augment import AUGMENTATIONS
+from rs_consistency.devices.compiler import pieces_of, repeat, training_compiler_options
+from rs_consistency.devices.parallel import AXIS, replicated_sharding, spread, sum_over_devices
 from rs_consistency.inputs import Inputs, StepSizes, part_positions
-from rs_consistency.parallel import AXIS, replicated_sharding, spread, sum_over_devices
 
 COPIES = "copies"  # the vmap axis of the M noisy copies
 

@@ -8,9 +8,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from rs_consistency import noise, parallel
+from rs_consistency import noise
 from rs_consistency.common.checks import LARGEST, MAX_SEED, number_above, whole_number
 from rs_consistency.common.errors import UserError
+from rs_consistency.devices import parallel
 
 # A group of images is voted on together, and is at least so many calls: what its last call leaves unused is small.
 _CALLS_IN_GROUP = 16

@@ -8,8 +8,9 @@ import numpy as np
 import pytest
 from scipy import special, stats
 
-from rs_consistency import UserError, certify, decide, deciding, lower_confidence_bound, noise, parallel
+from rs_consistency import UserError, certify, decide, deciding, lower_confidence_bound, noise
 from rs_consistency.deciding import LOOK_EVERY, decide_images
+from rs_consistency.devices import parallel
 from rs_consistency.statistics import sequential
 from rs_consistency.voting import vote_settings
 from tests.test_certification import SHAPE, SIGMA, images_at, linear

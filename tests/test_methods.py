@@ -11,7 +11,8 @@ import pytest
 from scipy import special, stats
 
 from configs import default
-from rs_consistency import attacks, data, inputs, losses, methods, models, parallel, training
+from rs_consistency import attacks, data, inputs, losses, methods, models, training
+from rs_consistency.devices import parallel
 from rs_consistency.methods.base import warmup
 from rs_consistency.models.cifar_resnet import CifarResNet
 from rs_consistency.models.densenet import DenseNet

@@ -10,9 +10,10 @@ import pytest
 from ml_collections import ConfigDict
 
 from configs import default, mnist
-from rs_consistency import data, losses, methods, models, noise, parallel, training
+from rs_consistency import data, losses, methods, models, noise, training
 from rs_consistency.data import DATASETS
 from rs_consistency.data.augment import AUGMENTATIONS
+from rs_consistency.devices import parallel
 from rs_consistency.inputs import ArrayInputs, make_order
 from rs_consistency.methods import smoothadv
 from rs_consistency.methods.base import Method, MethodOutput

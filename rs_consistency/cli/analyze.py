@@ -112,7 +112,7 @@ def _report(
     if args.bonferroni:
         recomputed.append("alpha divided by the number of images of the file (Bonferroni)")
     if not args.no_network and any(one.record for one in subjects):
-        from rs_consistency.backend import keep_compiled, keep_memory  # JAX, slow to import
+        from rs_consistency.devices.host import keep_compiled, keep_memory  # JAX, slow to import
 
         keep_compiled()
         keep_memory()

@@ -24,8 +24,7 @@ from typing import Any
 
 from tqdm import tqdm
 
-from rs_consistency import audit, parallel
-from rs_consistency.backend import keep_compiled, keep_memory, use_cores
+from rs_consistency import audit
 from rs_consistency.certificates import CertificateFile, check_answers
 from rs_consistency.certify_run import FILES, Question, make_question, question_of_record
 from rs_consistency.cli.classifier import Classifier, names_sigma
@@ -42,6 +41,8 @@ from rs_consistency.cli.common import (
 from rs_consistency.cli.config_file import split
 from rs_consistency.common.checks import one_of, whole_number
 from rs_consistency.common.errors import UserError, note
+from rs_consistency.devices import parallel
+from rs_consistency.devices.host import keep_compiled, keep_memory, use_cores
 from rs_consistency.merging import merge
 from rs_consistency.models import DTYPES
 from rs_consistency.rows import CERTIFY, DECIDE, SCHEMAS, Row

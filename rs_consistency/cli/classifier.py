@@ -11,13 +11,14 @@ from typing import Any
 import numpy as np
 from ml_collections import ConfigDict
 
-from rs_consistency import data, parallel, runs, training
+from rs_consistency import data, runs, training
 from rs_consistency.certify_run import Question, answer
 from rs_consistency.checkpoints import digest
 from rs_consistency.common.checks import one_of
 from rs_consistency.common.errors import UserError
 from rs_consistency.common.version import code_version, package_version
 from rs_consistency.config import validate
+from rs_consistency.devices import parallel
 from rs_consistency.estimates import count_parameters, duration, measure_votes, size
 from rs_consistency.models import DTYPES
 from rs_consistency.models.inference import for_inference

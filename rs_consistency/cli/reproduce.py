@@ -159,7 +159,7 @@ def _jobs(wanted: int | None, cells: int) -> int:
     """Runs at a time, on a CPU."""
     if wanted is not None:
         return whole_number("jobs", wanted, at_least=1, at_most=1024)
-    from rs_consistency.backend import available_cores  # JAX is slow to import
+    from rs_consistency.devices.host import available_cores  # JAX is slow to import
 
     return min(available_cores(), cells)
 

@@ -46,8 +46,8 @@ def _main(argv: Sequence[str] | None) -> None:
 
 def set_up(config: ConfigDict) -> None:
     """Gets the CPU ready for training, before JAX's first computation; of no effect on accelerators."""
-    from rs_consistency.backend import CPU_DEVICES, keep_memory, use_cores
     from rs_consistency.config import validate
+    from rs_consistency.devices.host import CPU_DEVICES, keep_memory, use_cores
 
     with contextlib.suppress(UserError):  # of a step that two cannot share equally; all else is told by the training
         validate(config, num_devices=CPU_DEVICES)

@@ -6,8 +6,8 @@ import subprocess
 import sys
 from typing import NamedTuple
 
-from rs_consistency.backend import CPU_DEVICES, available_cores, processor_name
 from rs_consistency.common.errors import UserError
+from rs_consistency.devices.host import CPU_DEVICES, available_cores, processor_name
 
 _CODE = """
 import jax, json, sys

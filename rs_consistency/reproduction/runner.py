@@ -12,8 +12,8 @@ from typing import NamedTuple
 
 from tqdm import tqdm
 
-from rs_consistency.backend import compiled_folder
 from rs_consistency.common.errors import UserError, note
+from rs_consistency.devices.host import compiled_folder
 from rs_consistency.reproduction.cell_run import CellRun, Outcome, last_line
 from rs_consistency.reproduction.machine import Machine
 from rs_consistency.reproduction.plan import Cell, votes_of

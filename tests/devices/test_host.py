@@ -7,7 +7,8 @@ import sys
 
 import pytest
 
-from rs_consistency.backend import CPU_DEVICES, pieces_of
+from rs_consistency.devices.compiler import pieces_of
+from rs_consistency.devices.host import CPU_DEVICES
 
 _PROGRAM = """
 import ctypes, sys
