@@ -15,43 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from rs_consistency.common.errors import UserError
-from rs_consistency.data import embedded_mnist, tfds_source
-
-SPLITS = ("train", "test")
-
-
-class DatasetInfo(NamedTuple):
-    """What is known of a dataset before it is read.
-
-    Attributes:
-      image_shape: (H, W, C).
-      num_classes: K.
-      read: (name, split, data_dir, cache_dir) -> (images uint8 `[N, H, W, C]`, labels `[N]`); None where the dataset is
-        streamed, since it does not fit into memory.
-      mean: per-channel mean for the normalization inside the model; empty for none.
-      std: per-channel standard deviation for it.
-    """
-
-    image_shape: tuple[int, int, int]
-    num_classes: int
-    read: Callable[..., tuple[np.ndarray, np.ndarray]] | None
-    mean: Sequence[float] = ()
-    std: Sequence[float] = ()
-
-
-DATASETS: dict[str, DatasetInfo] = {
-    "mnist_subset": DatasetInfo((28, 28, 1), 10, embedded_mnist.read),
-    "mnist": DatasetInfo((28, 28, 1), 10, tfds_source.read),
-    "fashion_mnist": DatasetInfo((28, 28, 1), 10, tfds_source.read),
-    "cifar10": DatasetInfo(
-        (32, 32, 3), 10, tfds_source.read, mean=(0.4914, 0.4822, 0.4465), std=(0.2023, 0.1994, 0.2010)
-    ),
-    "cifar100": DatasetInfo(
-        (32, 32, 3), 100, tfds_source.read, mean=(0.5071, 0.4865, 0.4409), std=(0.2673, 0.2564, 0.2762)
-    ),
-    "svhn": DatasetInfo((32, 32, 3), 10, tfds_source.read, mean=(0.4377, 0.4438, 0.4728), std=(0.1980, 0.2010, 0.1970)),
-    "imagenet": DatasetInfo((224, 224, 3), 1000, None, mean=(0.485, 0.456, 0.406), std=(0.229, 0.224, 0.225)),
-}
+from rs_consistency.data.datasets import DATASETS, SPLITS, DatasetInfo, dataset_info
 
 
 class Split(NamedTuple):
@@ -78,13 +42,6 @@ class Examples(NamedTuple):
     images: jax.Array
     labels: jax.Array
     extra: Mapping[str, jax.Array]
-
-
-def dataset_info(name: str) -> DatasetInfo:
-    """Looks a dataset up; a `UserError` lists the known names."""
-    if name not in DATASETS:
-        raise UserError(f"dataset.name={name!r} is unknown; use one of {', '.join(sorted(DATASETS))}")
-    return DATASETS[name]
 
 
 def load(name: str, split: str, *, data_dir: str = "", cache_dir: str = "") -> Split:

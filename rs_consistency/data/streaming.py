@@ -38,7 +38,7 @@ from tensorflow_datasets.proto import tf_example_pb2  # tf.train.Example, withou
 
 from rs_consistency.common.errors import UserError, note
 from rs_consistency.data.crops import Place, Places, central_crop, random_crop, uniform
-from rs_consistency.data.tfds_source import file_format, find_prepared, prepare_command, resolve_data_dir
+from rs_consistency.data.tfds import file_format, find_prepared, prepare_command, resolve_data_dir
 
 Batch = tuple[np.ndarray, np.ndarray]
 

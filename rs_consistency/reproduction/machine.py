@@ -11,7 +11,7 @@ from rs_consistency.devices.host import CPU_DEVICES, available_cores, processor_
 
 _CODE = """
 import jax, json, sys
-from rs_consistency.backend import use_cores
+from rs_consistency.devices.host import use_cores
 if sys.argv[1:]:
     use_cores()
 devices = jax.local_devices()

@@ -12,14 +12,14 @@ from rs_consistency.devices.host import CPU_DEVICES
 
 _PROGRAM = """
 import ctypes, sys
-from rs_consistency import backend
+from rs_consistency.devices import host
 class Info(ctypes.Structure):
     _fields_ = [(name, ctypes.c_size_t) for name in
                 "arena ordblks smblks hblks hblkhd usmblks fsmblks uordblks fordblks keepcost".split()]
 libc = ctypes.CDLL(None)
 libc.mallinfo2.restype, libc.malloc.restype, libc.malloc.argtypes = Info, ctypes.c_void_p, [ctypes.c_size_t]
 if sys.argv[1] == "kept":
-    backend.keep_memory()
+    host.keep_memory()
 before = libc.mallinfo2().hblks
 assert libc.malloc(2**28)
 print(libc.mallinfo2().hblks - before)
@@ -57,12 +57,12 @@ def test_a_step_goes_in_pieces_on_the_cpu_alone(examples, num_noise, platform, p
 
 _DEVICES = """
 import jax, sys
-from rs_consistency import backend
+from rs_consistency.devices import host
 if sys.argv[1] == "late":
     jax.devices()
 if sys.argv[1] == "configured":
     jax.config.update("jax_num_cpu_devices", 3)
-backend.use_cores()
+host.use_cores()
 print(len(jax.devices()))
 """
 

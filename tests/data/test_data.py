@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from rs_consistency import UserError, data
-from rs_consistency.data import prepare, tfds_source
+from rs_consistency.data import prepare, tfds
 from tests.helpers import write_tfds
 
 
@@ -46,12 +46,12 @@ def test_the_second_load_comes_from_the_cache_and_a_changed_folder_does_not(tmp_
     cache = tmp_path / "cache"
     first = data.load("mnist", "train", data_dir=str(tmp_path), cache_dir=str(cache))
 
-    decode = tfds_source._decode
-    monkeypatch.setattr(tfds_source, "_decode", lambda *_: pytest.fail("decoded again"))
+    decode = tfds._decode
+    monkeypatch.setattr(tfds, "_decode", lambda *_: pytest.fail("decoded again"))
     second = data.load("mnist", "train", data_dir=str(tmp_path), cache_dir=str(cache))
     np.testing.assert_array_equal(first.images, second.images)
 
-    monkeypatch.setattr(tfds_source, "_decode", decode)
+    monkeypatch.setattr(tfds, "_decode", decode)
     shutil.rmtree(tmp_path / "mnist")
     write_tfds(tmp_path, "mnist", "3.0.1", {"train": (images + 9, labels), "test": (images, labels)})
     assert data.load("mnist", "train", data_dir=str(tmp_path), cache_dir=str(cache)).images[0, 0, 0, 0] == 9

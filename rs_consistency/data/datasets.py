@@ -1,0 +1,69 @@
+"""The datasets by name: shapes, classes, sizes, normalization, and how each is read."""
+
+from collections.abc import Callable, Sequence
+from importlib import resources
+from typing import NamedTuple
+
+import numpy as np
+
+from rs_consistency.common.errors import UserError
+from rs_consistency.data import tfds
+
+SPLITS = ("train", "test")
+
+
+class DatasetInfo(NamedTuple):
+    """What is known of a dataset before it is read.
+
+    Attributes:
+      image_shape: (H, W, C).
+      num_classes: K.
+      train_size: examples in the original training split.
+      test_size: examples in the original test split.
+      read: (name, split, data_dir, cache_dir) -> (images uint8 `[N, H, W, C]`, labels `[N]`); None where the dataset is
+        streamed, since it does not fit into memory.
+      mean: per-channel mean for the normalization inside the model; empty for none.
+      std: per-channel standard deviation for it.
+    """
+
+    image_shape: tuple[int, int, int]
+    num_classes: int
+    train_size: int
+    test_size: int
+    read: Callable[..., tuple[np.ndarray, np.ndarray]] | None
+    mean: Sequence[float] = ()
+    std: Sequence[float] = ()
+
+
+def _read_embedded(name: str, split: str, data_dir: str, cache_dir: str) -> tuple[np.ndarray, np.ndarray]:
+    """The first 10,000 training or 1,000 test examples of the original files, in their order."""
+    del name, data_dir, cache_dir  # nothing to choose from
+    path = resources.files("rs_consistency.data") / "embedded" / "mnist_subset.npz"
+    with path.open("rb") as file, np.load(file) as arrays:
+        return arrays[f"{split}_images"], arrays[f"{split}_labels"]
+
+
+DATASETS: dict[str, DatasetInfo] = {
+    "mnist_subset": DatasetInfo((28, 28, 1), 10, 10_000, 1_000, _read_embedded),
+    "mnist": DatasetInfo((28, 28, 1), 10, 60_000, 10_000, tfds.read),
+    "fashion_mnist": DatasetInfo((28, 28, 1), 10, 60_000, 10_000, tfds.read),
+    "cifar10": DatasetInfo(
+        (32, 32, 3), 10, 50_000, 10_000, tfds.read, mean=(0.4914, 0.4822, 0.4465), std=(0.2023, 0.1994, 0.2010)
+    ),
+    "cifar100": DatasetInfo(
+        (32, 32, 3), 100, 50_000, 10_000, tfds.read, mean=(0.5071, 0.4865, 0.4409), std=(0.2673, 0.2564, 0.2762)
+    ),
+    "svhn": DatasetInfo(
+        (32, 32, 3), 10, 73_257, 26_032, tfds.read, mean=(0.4377, 0.4438, 0.4728), std=(0.1980, 0.2010, 0.1970)
+    ),
+    "imagenet": DatasetInfo(
+        (224, 224, 3), 1000, 1_281_167, 50_000, None, mean=(0.485, 0.456, 0.406), std=(0.229, 0.224, 0.225)
+    ),
+}
+
+
+def dataset_info(name: str) -> DatasetInfo:
+    """Looks a dataset up; a `UserError` lists the known names."""
+    if name not in DATASETS:
+        raise UserError(f"dataset.name={name!r} is unknown; use one of {', '.join(sorted(DATASETS))}")
+    return DATASETS[name]
