@@ -45,11 +45,11 @@ from rs_consistency.devices import parallel
 from rs_consistency.devices.host import keep_compiled, keep_memory, use_cores
 from rs_consistency.merging import merge
 from rs_consistency.models import DTYPES
+from rs_consistency.models.torch_checkpoints import INPUT_LAYERS
 from rs_consistency.rows import CERTIFY, DECIDE, SCHEMAS, Row
 from rs_consistency.shards import Selection, parse_shard
 from rs_consistency.statistics.bounds import BOUNDS
 from rs_consistency.tables import PROVENANCE, read_table
-from rs_consistency.torch_checkpoints import INPUT_LAYERS
 from rs_consistency.workdir import finished_step
 
 _SECONDS_BETWEEN_LINES = 30  # of the progress, where stderr is a file

@@ -22,15 +22,15 @@ from rs_consistency.devices import parallel
 from rs_consistency.estimates import count_parameters, duration, measure_votes, size
 from rs_consistency.models import DTYPES
 from rs_consistency.models.inference import for_inference
-from rs_consistency.rows import DECIDE, Row
-from rs_consistency.shards import Selection
-from rs_consistency.torch_checkpoints import (
+from rs_consistency.models.torch_checkpoints import (
     ARCHITECTURES,
     INPUT_LAYERS,
     from_torch,
     read_torch_checkpoint,
     with_input_layer,
 )
+from rs_consistency.rows import DECIDE, Row
+from rs_consistency.shards import Selection
 
 _VALUES_AT_ONCE = 2**28  # pixel values of the images that are read at once: 1,783 of 224 x 224 x 3
 

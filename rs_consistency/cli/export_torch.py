@@ -13,7 +13,7 @@ import jax
 from rs_consistency import runs
 from rs_consistency.cli.common import Parser, run_main, run_program
 from rs_consistency.common.errors import UserError
-from rs_consistency.torch_checkpoints import export_torch
+from rs_consistency.models.torch_checkpoints import export_torch
 from rs_consistency.training import step_sizes
 from rs_consistency.workdir import DATA_FILE, read_json
 

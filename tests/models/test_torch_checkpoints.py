@@ -9,7 +9,7 @@ import pytest
 
 from rs_consistency import data, models
 from rs_consistency.common.errors import UserError
-from rs_consistency.torch_checkpoints import (
+from rs_consistency.models.torch_checkpoints import (
     ARCHITECTURES,
     export_torch,
     from_torch,
