@@ -22,10 +22,10 @@ import numpy as np
 import torch
 from common import DATASETS, device_name, in_turns, make_network, show, to_torch, torch_device
 
-from rs_consistency import voting
 from rs_consistency.devices import parallel
 from rs_consistency.devices.host import keep_memory, use_cores
 from rs_consistency.models.inference import for_inference
+from rs_consistency.smoothing.votes import Votes, count_votes, vote_settings
 
 SIGMA = 0.5
 RIVAL_BATCHES = {"cpu": (32, 64, 128, 256, 400, 1000), "cuda": (1000, 2000, 4000, 8000)}
@@ -80,11 +80,11 @@ class Rival:
 
 
 class Ours:
-    """`voting.count_votes`, as certify.py calls it, on images that do not end."""
+    """`count_votes`, as certify.py calls it, on images that do not end."""
 
     def __init__(self, apply_fn: Any, variables: Any, image: np.ndarray, *, n: int, batch_size: int | None) -> None:
         devices = parallel.choose_devices()
-        settings = voting.vote_settings(
+        settings = vote_settings(
             sigma=SIGMA,
             num_classes=10,
             n0=100,
@@ -95,7 +95,7 @@ class Ours:
             platform=devices[0].platform,
         )
         images = np.broadcast_to(image, (MANY, *image.shape))
-        self._groups: Iterator[voting.Votes] = voting.count_votes(
+        self._groups: Iterator[Votes] = count_votes(
             apply_fn, variables, images, np.arange(MANY), settings=settings, devices=devices
         )
         next(self._groups)  # compiles

@@ -13,11 +13,12 @@ from rs_consistency.common.errors import UserError
 from rs_consistency.statistics.bounds import ABSTAIN, certified_radius, lower_confidence_bound
 
 if TYPE_CHECKING:
-    from rs_consistency import losses
-    from rs_consistency.certification import Certification, certify
-    from rs_consistency.deciding import Decisions, decide
-    from rs_consistency.prediction import Prediction, predict
-    from rs_consistency.smoothed_classifier import SmoothedClassifier
+    from rs_consistency import attacks, data, losses, methods, models, noise
+    from rs_consistency.smoothing.certify import Certification, certify
+    from rs_consistency.smoothing.classifier import SmoothedClassifier
+    from rs_consistency.smoothing.decide import decide
+    from rs_consistency.smoothing.pool import Decisions
+    from rs_consistency.smoothing.predict import Prediction, predict
 
 __all__ = [
     "ABSTAIN",
@@ -26,35 +27,41 @@ __all__ = [
     "Prediction",
     "SmoothedClassifier",
     "UserError",
+    "attacks",
     "certified_radius",
     "certify",
+    "data",
     "decide",
     "losses",
     "lower_confidence_bound",
+    "methods",
+    "models",
+    "noise",
     "predict",
 ]
 
-# What needs JAX is imported at its first use: analyze.py reads files and has no use for it.
+# Whatever needs JAX is imported at its first use: analyze.py reads files without it.
+_MODULES = ("attacks", "data", "losses", "methods", "models", "noise")
 _HOMES = {
-    "Certification": "certification",
-    "Decisions": "deciding",
-    "Prediction": "prediction",
-    "SmoothedClassifier": "smoothed_classifier",
-    "certify": "certification",
-    "decide": "deciding",
-    "predict": "prediction",
+    "Certification": "smoothing.certify",
+    "Decisions": "smoothing.decide",
+    "Prediction": "smoothing.predict",
+    "SmoothedClassifier": "smoothing.classifier",
+    "certify": "smoothing.certify",
+    "decide": "smoothing.decide",
+    "predict": "smoothing.predict",
 }
 
 
 def __getattr__(name: str) -> Any:
-    """Imports what the package offers by that name."""
-    if name == "losses":
-        return importlib.import_module("rs_consistency.losses")
+    """Import and return a public name of the package."""
+    if name in _MODULES:
+        return importlib.import_module(f"rs_consistency.{name}")
     if name not in _HOMES:
         raise AttributeError(f"module 'rs_consistency' has no attribute {name!r}")
     return getattr(importlib.import_module(f"rs_consistency.{_HOMES[name]}"), name)
 
 
 def __dir__() -> list[str]:
-    """What the package offers."""
+    """Return the names that the package offers."""
     return sorted({*globals(), *__all__})

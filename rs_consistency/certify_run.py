@@ -7,13 +7,10 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 
-from rs_consistency import noise, voting
-from rs_consistency.certification import conclude, most_of_others
+from rs_consistency import noise
 from rs_consistency.common.checks import one_of, probability
 from rs_consistency.common.errors import UserError
 from rs_consistency.data import DatasetInfo
-from rs_consistency.deciding import LOOK_EVERY, check_radius, decide_images
-from rs_consistency.prediction import conclude_prediction
 from rs_consistency.rows import (
     CERTIFY,
     DECIDE,
@@ -26,6 +23,10 @@ from rs_consistency.rows import (
     decide_rows,
     predict_rows,
 )
+from rs_consistency.smoothing.certify import conclude, most_of_others
+from rs_consistency.smoothing.pool import LOOK_EVERY, check_radius, decide_images
+from rs_consistency.smoothing.predict import conclude_prediction
+from rs_consistency.smoothing.votes import VoteSettings, count_votes, vote_settings
 from rs_consistency.statistics.bounds import BOUNDS
 
 FILES = {CERTIFY.name: "certificates", DECIDE.name: "decisions", PREDICT.name: "predictions"}
@@ -44,7 +45,7 @@ class Question(NamedTuple):
     """
 
     schema: Schema
-    votes: voting.VoteSettings
+    votes: VoteSettings
     alpha: float
     bound: str | None
     radius: float | None
@@ -93,7 +94,7 @@ def make_question(
     elif schema is CERTIFY:
         bound = BOUNDS[0] if bound is None else bound
         one_of("bound", bound, BOUNDS)
-    votes = voting.vote_settings(
+    votes = vote_settings(
         sigma=sigma,
         num_classes=info.num_classes,
         n=n,
@@ -156,7 +157,7 @@ def _certificates(
 ) -> Iterator[list[Row]]:
     settings, done, clock = question.votes, 0, _Clock()
     uniform = noise.bound_uniform(settings.seed, indices) if question.bound == "randomized" else None
-    for votes in voting.count_votes(apply_fn, variables, images, indices, settings=settings, devices=devices):
+    for votes in count_votes(apply_fn, variables, images, indices, settings=settings, devices=devices):
         part = slice(done, done + len(votes.counts))
         result = conclude(
             *votes,
@@ -200,7 +201,7 @@ def _predictions(
     question: Question, apply_fn: Any, variables: Any, images: Any, indices: Any, labels: Any, devices: Any
 ) -> Iterator[list[Row]]:
     done, clock = 0, _Clock()
-    for votes in voting.count_votes(
+    for votes in count_votes(
         apply_fn,
         variables,
         images,

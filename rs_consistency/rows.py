@@ -38,7 +38,9 @@ from rs_consistency.statistics import sequential
 from rs_consistency.statistics.bounds import ABSTAIN, most_of_others
 
 if TYPE_CHECKING:
-    from rs_consistency.certification import Certification  # JAX, slow to import, which reading files has no use for
+    from rs_consistency.smoothing.certify import (
+        Certification,  # JAX, slow to import, which reading files has no use for
+    )
 
 FIELD_COLUMNS = ("idx", "label", "predict", "radius", "correct", "time")
 CERTIFIED, NOT_CERTIFIED, UNDECIDED = DECISIONS = ("certified", "not_certified", "undecided")

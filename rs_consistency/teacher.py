@@ -13,12 +13,13 @@ import numpy as np
 from ml_collections import ConfigDict
 from tqdm import tqdm
 
-from rs_consistency import data, runs, training, voting
+from rs_consistency import data, runs, training
 from rs_consistency.checkpoints import digest
 from rs_consistency.common.errors import note
 from rs_consistency.common.files import replace_atomically
 from rs_consistency.models.inference import for_inference
 from rs_consistency.noise import Stream
+from rs_consistency.smoothing.votes import count_votes, vote_settings
 
 FILE = "smoothed_predictions.npz"
 _SECONDS_BETWEEN_SAVES = 30
@@ -87,7 +88,7 @@ def _vote(
     path: Path,
 ) -> _Kept:
     info = data.dataset_info(config.dataset.name)
-    settings = voting.vote_settings(
+    settings = vote_settings(
         sigma=run.config.sigma,
         num_classes=info.num_classes,
         n0=0,
@@ -100,7 +101,7 @@ def _vote(
     )
     apply_fn, variables = for_inference(training.make_model(run.config), run.variables, image_shape=info.image_shape)
     done, total = len(kept.counts), len(split.labels)
-    groups = voting.count_votes(
+    groups = count_votes(
         apply_fn,
         variables,
         split.images[done:],

@@ -15,17 +15,21 @@ import numpy as np
 from ml_collections import ConfigDict
 from tqdm import tqdm
 
-from rs_consistency import data, methods, runs, training, voting
+from rs_consistency import data, methods, runs, training
 from rs_consistency.checkpoints import Checkpoints
 from rs_consistency.common.errors import UserError, note
+from rs_consistency.common.progress import duration, size
 from rs_consistency.config import flatten, validate
 from rs_consistency.devices import parallel
 from rs_consistency.devices.compiler import steps_per_call
-from rs_consistency.estimates import count_parameters, duration, measure_steps, measure_votes, size
+from rs_consistency.estimates import measure_steps
 from rs_consistency.inputs import Inputs, StepSizes, open_inputs
 from rs_consistency.metrics import TENSORBOARD_FOLDER, MetricsWriter, Sums
+from rs_consistency.models import count_parameters
 from rs_consistency.models.inference import for_inference
 from rs_consistency.profiling import Profile, profile_steps
+from rs_consistency.smoothing.speed import measure_votes
+from rs_consistency.smoothing.votes import vote_settings
 from rs_consistency.workdir import CONFIG_FILE, check_claim, open_for_training
 
 # Steps between two looks at the metrics. Scalars of the steps between stay on the device, so it never waits.
@@ -129,7 +133,7 @@ def plan(config: ConfigDict, workdir: Path) -> Plan:
         done = max(checkpoints.steps(), default=0)
     state, info = _initial_state(config, sizes, devices), data.dataset_info(config.dataset.name)
     parameters = count_parameters(state.variables)
-    votes = voting.vote_settings(
+    votes = vote_settings(
         sigma=config.sigma,
         num_classes=info.num_classes,
         n=1,

@@ -7,17 +7,16 @@ import numpy as np
 import pytest
 
 import rs_consistency
-from rs_consistency import audit, noise, voting
+from rs_consistency import audit, noise
 from rs_consistency.certificates import CertificateFile
-from rs_consistency.certification import Certification, conclude
 from rs_consistency.common.errors import UserError
 from rs_consistency.noise import bound_uniform
-from rs_consistency.prediction import p_value_of
 from rs_consistency.rows import CERTIFY, DECIDE, PREDICT, certify_rows, decide_rows, predict_rows
 from rs_consistency.shards import Selection
-from rs_consistency.statistics.bounds import BOUNDS, certify_votes
+from rs_consistency.smoothing.certify import Certification, conclude
+from rs_consistency.smoothing.votes import Votes, count_votes, vote_settings
+from rs_consistency.statistics.bounds import BOUNDS, certify_votes, p_value_of
 from rs_consistency.tables import read_table
-from rs_consistency.voting import Votes
 
 SETTINGS = {"sigma": 0.5, "n0": 20, "n": 300, "alpha": 0.001, "seed": 3, "parameter_digest": "p", "data_digest": "d"}
 HERE = {"device": "8 x cpu", "versions": {"jax": "1", "scipy": "2"}, "code_digest": "c"}
@@ -124,16 +123,14 @@ def test_votes_of_a_model_reproduce_and_those_of_another_do_not(tmp_path):
     rows = certify_rows(np.arange(0, 12, 2), np.zeros(6, int), result, 0.1)
     path = save(tmp_path / "c.tsv", CERTIFY, {**SETTINGS, "bound": "clopper_pearson"}, rows)
     chosen = np.array([2, 8])
-    vote_settings = voting.vote_settings(
-        **settings, num_classes=3, batch_size=64, image_shape=(4, 4, 1), platform="cpu"
-    )
+    checked = vote_settings(**settings, num_classes=3, batch_size=64, image_shape=(4, 4, 1), platform="cpu")
     for change, ok in {0.0: True, 0.3: False}.items():
-        (votes,) = voting.count_votes(
+        (votes,) = count_votes(
             lambda variables, batch: batch.reshape(-1, 16) @ variables,
             weights + change * weights[::-1],
             images[chosen // 2],
             chosen,
-            settings=vote_settings,
+            settings=checked,
             devices=jax.devices()[:1],
         )
         table = read_table(path)

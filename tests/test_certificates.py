@@ -12,10 +12,10 @@ import pytest
 
 from rs_consistency import certificates
 from rs_consistency.certificates import CertificateFile
-from rs_consistency.certification import Certification
 from rs_consistency.common.errors import UserError
 from rs_consistency.rows import CERTIFY, DECIDE, PREDICT, certify_rows, decide_rows, format_time, predict_rows
 from rs_consistency.shards import Selection, parse_shard
+from rs_consistency.smoothing.certify import Certification
 from rs_consistency.tables import provenances, read_table
 
 IDENTITY = {"sigma": 0.5, "n0": 10, "n": 100, "alpha": 0.001, "bound": "clopper_pearson", "parameter_digest": "ab"}

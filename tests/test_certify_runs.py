@@ -279,7 +279,7 @@ def test_a_device_without_memory_is_one_line(program, trained, tmp_path, monkeyp
     def full(*_, **__):
         raise jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: Out of memory allocating 1 bytes.\nat length")
 
-    monkeypatch.setattr("rs_consistency.voting.count_votes", full)
+    monkeypatch.setattr("rs_consistency.certify_run.count_votes", full)
     error = program.fails("cli.certify", f"--workdir={trained}", f"--output={tmp_path / 'c.tsv'}")
     assert "the device's memory is full; use a smaller batch (--batch_size" in error
 

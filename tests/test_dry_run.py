@@ -7,8 +7,10 @@ import jax
 import numpy as np
 import pytest
 
-from rs_consistency import voting
-from rs_consistency.estimates import measure_votes, memory_of
+from rs_consistency.devices.compiler import memory_of
+from rs_consistency.smoothing import votes
+from rs_consistency.smoothing.speed import measure_votes
+from rs_consistency.smoothing.votes import vote_settings
 from tests.helpers import ROOT, TINY
 
 
@@ -78,8 +80,8 @@ def test_memory_is_that_of_the_compiled_function():
 
 @pytest.mark.parametrize("devices", [1, 8])
 def test_votes_are_timed_even_where_a_group_takes_many_images(monkeypatch, devices):
-    monkeypatch.setattr(voting, "_BATCHES_PER_CALL", {})  # as on an accelerator
-    settings = voting.vote_settings(
+    monkeypatch.setattr(votes, "_BATCHES_PER_CALL", {})  # as on an accelerator
+    settings = vote_settings(
         sigma=0.5, num_classes=2, n0=1, n=100, seed=0, batch_size=1, image_shape=(2, 2, 1), platform="cpu"
     )
     cost = measure_votes(

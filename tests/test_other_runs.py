@@ -8,8 +8,9 @@ import numpy as np
 import pytest
 
 from configs import mnist
-from rs_consistency import data, noise, runs, teacher, training, voting
+from rs_consistency import data, noise, runs, teacher, training
 from rs_consistency.common.errors import UserError
+from rs_consistency.smoothing.votes import count_votes
 from tests.helpers import TINY, final_params
 
 
@@ -89,8 +90,7 @@ def test_the_teachers_votes_are_kept_and_continued(trained, split, tmp_path, mon
         asked.append(len(args[2]))
         return count_votes(*args, **settings)
 
-    count_votes = voting.count_votes
-    monkeypatch.setattr(voting, "count_votes", spy)
+    monkeypatch.setattr(teacher, "count_votes", spy)
     path = tmp_path / teacher.FILE
     np.testing.assert_array_equal(ask(trained, split, tmp_path), whole)
     assert asked == []  # read back

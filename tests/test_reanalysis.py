@@ -9,11 +9,11 @@ from scipy import special, stats
 
 from rs_consistency.analysis import read_certificates
 from rs_consistency.certificates import CertificateFile
-from rs_consistency.certification import Certification
 from rs_consistency.noise import bound_uniform
 from rs_consistency.reanalysis import load
 from rs_consistency.rows import CERTIFY, certify_rows
 from rs_consistency.shards import Selection
+from rs_consistency.smoothing.certify import Certification
 from rs_consistency.statistics.bounds import BOUNDS, certify_votes
 
 N0, N, SIGMA, ALPHA, SEED = 20, 1000, 0.5, 0.001, 7

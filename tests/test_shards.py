@@ -8,11 +8,11 @@ import pytest
 
 from rs_consistency import merging
 from rs_consistency.certificates import CertificateFile
-from rs_consistency.certification import Certification
 from rs_consistency.common.errors import UserError
 from rs_consistency.merging import merge
 from rs_consistency.rows import CERTIFY, certify_rows
 from rs_consistency.shards import Selection, Shard, parse_shard
+from rs_consistency.smoothing.certify import Certification
 from rs_consistency.tables import provenances, read_table
 from tests.helpers import rows
 

@@ -16,11 +16,11 @@ from rs_consistency.certify_run import Question, answer
 from rs_consistency.checkpoints import digest
 from rs_consistency.common.checks import one_of
 from rs_consistency.common.errors import UserError
+from rs_consistency.common.progress import duration, size
 from rs_consistency.common.version import code_version, package_version
 from rs_consistency.config import validate
 from rs_consistency.devices import parallel
-from rs_consistency.estimates import count_parameters, duration, measure_votes, size
-from rs_consistency.models import DTYPES
+from rs_consistency.models import DTYPES, count_parameters
 from rs_consistency.models.inference import for_inference
 from rs_consistency.models.torch_checkpoints import (
     ARCHITECTURES,
@@ -31,6 +31,7 @@ from rs_consistency.models.torch_checkpoints import (
 )
 from rs_consistency.rows import DECIDE, Row
 from rs_consistency.shards import Selection
+from rs_consistency.smoothing.speed import measure_votes
 
 _VALUES_AT_ONCE = 2**28  # pixel values of the images that are read at once: 1,783 of 224 x 224 x 3
 

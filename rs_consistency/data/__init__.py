@@ -7,7 +7,7 @@ Images are stored as uint8; `to_unit` gives the float32 images in [0, 1] that mo
 """
 
 import hashlib
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping
 from typing import NamedTuple, Protocol
 
 import jax
@@ -16,6 +16,22 @@ import numpy as np
 
 from rs_consistency.common.errors import UserError
 from rs_consistency.data.datasets import DATASETS, SPLITS, DatasetInfo, dataset_info
+
+__all__ = [
+    "DATASETS",
+    "SPLITS",
+    "ArraySplit",
+    "DatasetInfo",
+    "Examples",
+    "OpenSplit",
+    "Split",
+    "check_split",
+    "dataset_info",
+    "digest",
+    "load",
+    "open_split",
+    "to_unit",
+]
 
 
 class Split(NamedTuple):

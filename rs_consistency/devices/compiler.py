@@ -88,3 +88,12 @@ def repeat(body: Callable[[Any, Any], Any], times: int, start: Any, *, compiled:
     for index in range(times):
         value = body(index, value)
     return value
+
+
+def memory_of(compiled: Any) -> int | None:
+    """Bytes that a compiled function holds on a device at most; None where its backend does not say."""
+    found = compiled.memory_analysis()
+    if found is None:
+        return None
+    held = found.argument_size_in_bytes + found.output_size_in_bytes + found.temp_size_in_bytes
+    return held - found.alias_size_in_bytes

@@ -5,7 +5,9 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import flax.linen as nn
+import jax
 import jax.numpy as jnp
+import numpy as np
 
 from rs_consistency.common.errors import UserError
 from rs_consistency.models.cifar_resnet import CifarResNet
@@ -61,3 +63,8 @@ def create_model(
     return MODELS[name](
         num_classes=num_classes, mean=tuple(mean), std=tuple(std), dtype=dtype, axis_name=tuple(axis_name)
     )
+
+
+def count_parameters(variables: Any) -> int:
+    """Parameters of a model, without batch statistics."""
+    return sum(int(np.prod(leaf.shape)) for leaf in jax.tree.leaves(variables["params"]))

@@ -7,12 +7,13 @@ import jax.numpy as jnp
 import numpy as np
 from tqdm import tqdm
 
-from rs_consistency import data, noise, runs, training, voting
+from rs_consistency import data, noise, runs, training
 from rs_consistency.checkpoints import digest
 from rs_consistency.common.errors import UserError
 from rs_consistency.models import DTYPES
 from rs_consistency.models.inference import for_inference
 from rs_consistency.report.contents import Subject
+from rs_consistency.smoothing.votes import count_votes, nan_error, to_float, vote_settings
 
 VOTES = 256  # on an image of the strip
 _BATCH = 128
@@ -100,7 +101,7 @@ def ask(subject: Subject, split: data.OpenSplit, *, images: int = 5, copies: int
     record, table = subject.record, subject.certificates
     devices = jax.local_devices()[:1]
     info = data.dataset_info(record["dataset"])
-    question = voting.vote_settings(
+    question = vote_settings(
         sigma=record.get("sigma"),
         num_classes=info.num_classes,
         n=VOTES,
@@ -137,7 +138,7 @@ def ask(subject: Subject, split: data.OpenSplit, *, images: int = 5, copies: int
         drawn, logits = zip(*(look(pictures, shown, copy) for copy in range(copies)), strict=True)
         bar.update(copies * len(shown))
         counts = []
-        for group in voting.count_votes(
+        for group in count_votes(
             apply_fn, variables, pictures, shown, settings=question, devices=devices, stream=noise.Stream.REPORT
         ):
             counts.append(group.counts)
@@ -148,7 +149,7 @@ def ask(subject: Subject, split: data.OpenSplit, *, images: int = 5, copies: int
         noisy_margins=np.concatenate(noisy, axis=1),
         shown=shown,
         least=len(least),
-        images=voting.to_float(pictures),
+        images=to_float(pictures),
         labels=labels,
         predictions=table.predict[chosen],
         radii=table.radius[chosen],
@@ -189,7 +190,7 @@ class _Look:
         rows = np.minimum(np.arange(_BATCH), number - 1)  # filled up with the last one
         noisy, logits = self._compiled(
             self._variables,
-            voting.to_float(images)[rows],
+            to_float(images)[rows],
             indices[rows].astype(np.int32),
             np.int32(copy or 0),
             np.float32(0 if copy is None else self._sigma),
@@ -197,7 +198,7 @@ class _Look:
         logits = np.asarray(logits, np.float32)[:number]
         nan = np.flatnonzero(np.isnan(logits).any(axis=1))
         if len(nan):
-            raise voting.nan_error(indices[nan[0]])
+            raise nan_error(indices[nan[0]])
         return np.asarray(noisy)[:number], logits
 
 

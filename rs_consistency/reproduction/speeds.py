@@ -8,7 +8,7 @@ from ml_collections import ConfigDict
 
 from rs_consistency.common.errors import UserError, note
 from rs_consistency.common.files import read_json, write_json
-from rs_consistency.estimates import duration
+from rs_consistency.common.progress import duration
 from rs_consistency.reproduction.plan import Cell, attack_steps, votes_of
 from rs_consistency.reproduction.state import State
 

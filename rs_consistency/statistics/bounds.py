@@ -260,3 +260,10 @@ def most_of_others(counts: np.ndarray, selected: np.ndarray) -> np.ndarray:
     others = counts.copy()
     np.put_along_axis(others, selected[:, None], 0, axis=1)
     return others.max(axis=1, initial=0)
+
+
+def p_value_of(most: ArrayLike, runner_up: ArrayLike) -> np.ndarray:
+    """Of the two-sided binomial test at 1/2 between the two largest counts, `[B]` each, `most` at least 1."""
+    # P(X >= most) of X ~ Binomial(most + runner_up, 1/2), twice: at 1/2 the other tail is as large.
+    tail = special.betainc(most, np.asarray(runner_up) + 1, 0.5)
+    return np.where(np.equal(most, runner_up), 1.0, np.minimum(2 * tail, 1.0))

@@ -9,13 +9,13 @@ import numpy as np
 import pytest
 from flax.traverse_util import flatten_dict, unflatten_dict
 
-from rs_consistency import voting
 from rs_consistency.models.cifar_resnet import CifarResNet
 from rs_consistency.models.densenet import DenseNet
 from rs_consistency.models.inference import for_inference
 from rs_consistency.models.lenet import LeNet
 from rs_consistency.models.resnet import ResNet
 from rs_consistency.models.wide_resnet import WideResNet
+from rs_consistency.smoothing.votes import count_votes, vote_settings
 
 RGB = {"num_classes": 5, "mean": (0.49, 0.48, 0.45), "std": (0.25, 0.24, 0.26)}
 SMALL = {
@@ -192,12 +192,12 @@ def test_votes_of_a_certification_change_at_ties_alone(dtype):
         return jax.nn.one_hot(jnp.where(tie, 1, jnp.where(got.argmax(axis=1) == want.argmax(axis=1), 0, 2)), 3)
 
     images = np.random.default_rng(2).uniform(size=(3, *case.image_shape)).astype(np.float32)
-    settings = voting.vote_settings(
+    settings = vote_settings(
         sigma=0.5, num_classes=3, n0=100, n=900, seed=0, batch_size=500, image_shape=case.image_shape, platform="cpu"
     )
 
     def count(ready):
-        groups = voting.count_votes(
+        groups = count_votes(
             compare, (case.variables, ready), images, np.arange(3), settings=settings, devices=jax.devices()[:1]
         )
         return sum((votes.counts0 + votes.counts).sum(axis=0) for votes in groups)

@@ -7,8 +7,8 @@ import pytest
 from scipy import special, stats
 
 from rs_consistency import ABSTAIN, UserError, certify, noise, predict
-from rs_consistency.prediction import conclude_prediction
-from tests.test_certification import SHAPE, SIGMA, images_at, linear
+from rs_consistency.smoothing.predict import conclude_prediction
+from tests.smoothing.test_certify import SHAPE, SIGMA, images_at, linear
 
 
 @pytest.mark.parametrize("num_classes", [2, 3, 10])

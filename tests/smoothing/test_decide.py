@@ -8,12 +8,13 @@ import numpy as np
 import pytest
 from scipy import special, stats
 
-from rs_consistency import UserError, certify, decide, deciding, lower_confidence_bound, noise
-from rs_consistency.deciding import LOOK_EVERY, decide_images
+from rs_consistency import UserError, certify, decide, lower_confidence_bound, noise
 from rs_consistency.devices import parallel
+from rs_consistency.smoothing import pool
+from rs_consistency.smoothing.pool import LOOK_EVERY, decide_images
+from rs_consistency.smoothing.votes import vote_settings
 from rs_consistency.statistics import sequential
-from rs_consistency.voting import vote_settings
-from tests.test_certification import SHAPE, SIGMA, images_at, linear
+from tests.smoothing.test_certify import SHAPE, SIGMA, images_at, linear
 
 ALPHA, RADIUS, SEED = 0.05, 0.1, 7
 PLANES = jnp.asarray(np.random.default_rng(1).normal(size=(16, 3)), jnp.float32)
@@ -124,8 +125,8 @@ def test_decisions_at_other_settings(images, votes_of_three, changes):
 
 def test_blocks_of_a_slot_that_has_another_image_by_now_are_thrown_away(images, expected, monkeypatch):
     # One slot for each block, and three batches in flight: finished images have blocks on their way.
-    monkeypatch.setattr(deciding, "_SLOTS_PER_BLOCK", 1)
-    monkeypatch.setattr(deciding, "_BATCHES_IN_FLIGHT", 3)
+    monkeypatch.setattr(pool, "_SLOTS_PER_BLOCK", 1)
+    monkeypatch.setattr(pool, "_BATCHES_IN_FLIGHT", 3)
     got = decide_three(images, batch_size=64, devices=jax.devices()[:1])
     np.testing.assert_array_equal(rows_of(got), expected[0])
     np.testing.assert_array_equal(got.counts0, expected[1])
@@ -248,7 +249,7 @@ def schedule(monkeypatch):
 
         return call
 
-    monkeypatch.setattr(deciding.parallel, "spread", watched)
+    monkeypatch.setattr(pool.parallel, "spread", watched)
     return events
 
 

@@ -7,8 +7,8 @@ import pytest
 from scipy import special, stats
 
 from rs_consistency import ABSTAIN, UserError, certify, lower_confidence_bound
-from rs_consistency.certification import conclude
-from rs_consistency.voting import count_votes, vote_settings
+from rs_consistency.smoothing.certify import conclude
+from rs_consistency.smoothing.votes import count_votes, vote_settings
 
 SHAPE = (4, 4, 1)
 WEIGHTS = np.random.default_rng(0).normal(size=16)

@@ -25,13 +25,11 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
-from numpy.typing import ArrayLike
-from tqdm import tqdm
 
-from rs_consistency import noise, voting
-from rs_consistency.certification import prepare
+from rs_consistency import noise
 from rs_consistency.common.checks import LARGEST, number_from, probability
 from rs_consistency.devices import parallel
+from rs_consistency.smoothing.votes import VoteSettings, cast, check_model, nan_error, to_float
 from rs_consistency.statistics import sequential
 from rs_consistency.statistics.bounds import drawn_sigma
 
@@ -68,102 +66,20 @@ class Decisions(NamedTuple):
     decision: np.ndarray
 
 
-def decide(
-    apply_fn: Callable[[jax.Array], jax.Array],
-    images: ArrayLike,
-    *,
-    sigma: float,
-    radius: float,
-    num_classes: int,
-    n0: int = 100,
-    n: int = 100_000,
-    alpha: float = 0.001,
-    seed: int = 0,
-    batch_size: int | None = None,
-    indices: Sequence[int] | np.ndarray | None = None,
-    devices: Sequence[jax.Device] | None = None,
-    progress: bool = False,
-) -> Decisions:
-    """Decides for each image whether the smoothed classifier is certified at one radius, with few votes.
-
-    Guarantee: for each image, over the noise: if the smoothed classifier does not predict the selected class
-    everywhere within `radius`, then the decision is 1 with probability at most alpha. If the selected class has
-    a probability greater than Phi(radius / sigma), so that it could be certified with votes enough, then the decision
-    is -1 with probability at most alpha. See `rs_consistency.sequential.decide` for the test.
-
-    The class is chosen by n0 votes as in `certify`. Further votes, those that `certify` would count, are looked at
-    after every 16, until there is a decision or there are n. An image far from the radius takes tens, one near it many.
-
-    Args:
-      apply_fn: a function that JAX can trace, `[N, H, W, C]` float32 -> logits `[N, K]`; normalization is part of it.
-      images: `[B, H, W, C]`, in [0, 1].
-      sigma: standard deviation of the noise, in units of the images.
-      radius: l2, at least 0, in units of the images.
-      num_classes: K.
-      n0: votes that choose the class.
-      n: the most further votes.
-      alpha: error probability of one image's statement, in (0, 1), at least 1e-100.
-      seed: of the noise.
-      batch_size: noisy images at a time, in blocks of 16 on each device; None for a choice by device. No effect on the
-        result.
-      indices: `[B]`, numbers that address the images' noise, 0..B-1 by default.
-      devices: local devices that share the work; None for all.
-      progress: show a progress bar on stderr.
-
-    Returns:
-      NumPy arrays in the order of the images, see `Decisions`.
-
-    Raises:
-      UserError: a `ValueError`, for settings or images outside their range, a model that does not fit
-        images and num_classes, or one that gives NaN.
-    """
-    task = prepare(
-        images,
-        indices,
-        devices,
-        sigma=sigma,
-        num_classes=num_classes,
-        n0=n0,
-        n=n,
-        seed=seed,
-        batch_size=batch_size,
-    )
-    groups = decide_images(
-        lambda _, batch: apply_fn(batch),
-        (),
-        task.images,
-        task.indices,
-        settings=task.settings,
-        radius=radius,
-        alpha=alpha,
-        devices=task.devices,
-    )
-    none = np.zeros(0, np.int64)
-    no_counts = np.zeros((0, task.settings.num_classes), np.int64)
-    found = [Decisions(none, none, none, no_counts, none, none, np.zeros(0, np.int8))]
-    with tqdm(total=len(task.images), desc="deciding", unit="img", disable=not progress) as bar:
-        for group in groups:
-            found.append(group)
-            bar.update(len(group.positions))
-    together = Decisions(*(np.concatenate(parts) for parts in zip(*found, strict=True)))
-    order = np.argsort(together.positions)
-    return Decisions(*(part[order] for part in together))
-
-
 def decide_images(
     apply_fn: Callable[[Any, jax.Array], jax.Array],
     variables: Any,
     images: np.ndarray,
     indices: np.ndarray,
     *,
-    settings: voting.VoteSettings,
+    settings: VoteSettings,
     radius: float,
     alpha: float,
     devices: Sequence[jax.Device],
 ) -> Iterator[Decisions]:
     """Yields the decisions about the images as they finish, each image once, in no particular order.
 
-    The votes are those of `voting.count_votes`: n0 for the selection, then those of the estimation from the first on.
+    The votes are those of `votes.count_votes`: n0 for the selection, then those of the estimation from the first on.
     The test looks after `LOOK_EVERY`, 2 `LOOK_EVERY`, ... of them, and at the cap. NaN is an error in a vote that is
     used, not in those that are thrown away.
 
@@ -190,7 +106,7 @@ def decide_images(
     num_devices, num_classes, shape = len(devices), settings.num_classes, images.shape[1:]
     per_device = max(1, settings.batch_size // (num_devices * LOOK_EVERY))  # blocks
     num_blocks = per_device * num_devices
-    voting.check_model(apply_fn, variables, shape, num_classes=num_classes, batch_size=per_device * LOOK_EVERY)
+    check_model(apply_fn, variables, shape, num_classes=num_classes, batch_size=per_device * LOOK_EVERY)
     num_slots = min(max(len(images), 1), _SLOTS_PER_BLOCK * num_blocks)
     per_refill = min(num_slots, -(-num_blocks // _BLOCKS_PER_REFILL))
     key = noise.stream_key(settings.seed, noise.Stream.CERTIFY)
@@ -205,7 +121,7 @@ def decide_images(
         slot, index, phase, first, length = jnp.repeat(blocks, LOOK_EVERY, axis=0).T
         place = jnp.tile(jnp.arange(LOOK_EVERY), per_device)
         addresses = (index, phase, first + place)
-        voted = voting.cast(
+        voted = cast(
             apply_fn,
             variables,
             pool[slot],
@@ -235,7 +151,7 @@ def decide_images(
                 padding = (0, max(0, start + per_refill - len(slots)))
                 at = np.pad(slots[start : start + per_refill], padding, constant_values=num_slots)
                 of = np.pad(positions[start : start + per_refill], padding)
-                incoming = (at.astype(np.int32), voting.to_float(images[of]))
+                incoming = (at.astype(np.int32), to_float(images[of]))
                 pool = compiled_write(pool, *parallel.replicate(incoming, devices))
             blocks = table.next_blocks(num_blocks)
             if not len(blocks.slot):
@@ -263,7 +179,7 @@ class _Blocks(NamedTuple):
     position: np.ndarray
     number: np.ndarray
 
-    def columns(self, indices: np.ndarray, settings: voting.VoteSettings, num_blocks: int) -> np.ndarray:
+    def columns(self, indices: np.ndarray, settings: VoteSettings, num_blocks: int) -> np.ndarray:
         """`[num_blocks, 5]` int32: slot, index of the image, phase, first vote, number of votes; 0 for no block."""
         before = _selection_blocks(settings)
         phase = self.number >= before
@@ -273,7 +189,7 @@ class _Blocks(NamedTuple):
         return np.pad(columns, ((0, num_blocks - len(columns)), (0, 0)))
 
 
-def _selection_blocks(settings: voting.VoteSettings) -> int:
+def _selection_blocks(settings: VoteSettings) -> int:
     return -(-settings.n0 // LOOK_EVERY)
 
 
@@ -281,7 +197,7 @@ class _Table:
     """What the host knows about the images in the pool, an entry for each slot."""
 
     def __init__(
-        self, indices: np.ndarray, *, num_slots: int, settings: voting.VoteSettings, radius: float, alpha: float
+        self, indices: np.ndarray, *, num_slots: int, settings: VoteSettings, radius: float, alpha: float
     ) -> None:
         self._indices, self._settings, self._radius, self._alpha = indices, settings, radius, alpha
         self._before = _selection_blocks(settings)
@@ -348,7 +264,7 @@ class _Table:
         last[done] = number_m[ends]
         if (nan & (number <= last[slot])).any():
             bad = slot[nan & (number <= last[slot])][0]
-            raise voting.nan_error(self._indices[self._position[bad]])
+            raise nan_error(self._indices[self._position[bad]])
         np.maximum.at(self._hits, slot_m, hits)
         np.maximum.at(self._known, slot, number + 1)
         if not len(done):

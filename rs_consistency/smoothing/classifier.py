@@ -6,11 +6,12 @@ from typing import Any
 import jax
 from numpy.typing import ArrayLike
 
-from rs_consistency.certification import Certification, certify
 from rs_consistency.common.checks import LARGEST, number_above, whole_number
 from rs_consistency.common.errors import UserError
-from rs_consistency.deciding import Decisions, decide
-from rs_consistency.prediction import Prediction, predict
+from rs_consistency.smoothing.certify import Certification, certify
+from rs_consistency.smoothing.decide import decide
+from rs_consistency.smoothing.pool import Decisions
+from rs_consistency.smoothing.predict import Prediction, predict
 
 
 class SmoothedClassifier:

@@ -6,12 +6,12 @@ from typing import NamedTuple
 import jax
 import numpy as np
 from numpy.typing import ArrayLike
-from scipy import special
 
 from rs_consistency import noise
-from rs_consistency.certification import ABSTAIN, prepare
 from rs_consistency.common.checks import check_all, number_array, probability
 from rs_consistency.common.errors import UserError
+from rs_consistency.smoothing.certify import ABSTAIN, prepare
+from rs_consistency.statistics.bounds import p_value_of
 
 
 class Prediction(NamedTuple):
@@ -87,13 +87,6 @@ def predict(
     )
     votes = task.all_votes(apply_fn, noise.Stream.PREDICT, "predicting" if progress else None)
     return conclude_prediction(votes.counts, alpha=alpha)
-
-
-def p_value_of(most: ArrayLike, runner_up: ArrayLike) -> np.ndarray:
-    """Of the two-sided binomial test at 1/2 between the two largest counts, `[B]` each, `most` at least 1."""
-    # P(X >= most) of X ~ Binomial(most + runner_up, 1/2), twice: at 1/2 the other tail is as large.
-    tail = special.betainc(most, np.asarray(runner_up) + 1, 0.5)
-    return np.where(np.equal(most, runner_up), 1.0, np.minimum(2 * tail, 1.0))
 
 
 def conclude_prediction(counts: ArrayLike, *, alpha: float) -> Prediction:

@@ -8,10 +8,11 @@ import numpy as np
 from numpy.typing import ArrayLike
 from tqdm import tqdm
 
-from rs_consistency import noise, voting
+from rs_consistency import noise
 from rs_consistency.common.checks import MAX_INDEX, one_of, probability
 from rs_consistency.common.errors import UserError
 from rs_consistency.devices import parallel
+from rs_consistency.smoothing.votes import Votes, VoteSettings, count_votes, vote_settings
 from rs_consistency.statistics.bounds import ABSTAIN, BOUNDS, certify_votes, most_of_others
 
 
@@ -114,13 +115,13 @@ class Task(NamedTuple):
     images: np.ndarray
     indices: np.ndarray
     devices: list[jax.Device]
-    settings: voting.VoteSettings
+    settings: VoteSettings
 
     def all_votes(
         self, apply_fn: Callable[[jax.Array], jax.Array], stream: noise.Stream, progress: str | None
-    ) -> voting.Votes:
+    ) -> Votes:
         """The counts of all images; `progress` is the name of a progress bar on stderr, if there is to be one."""
-        groups = voting.count_votes(
+        groups = count_votes(
             lambda _, batch: apply_fn(batch),
             (),
             self.images,
@@ -129,13 +130,13 @@ class Task(NamedTuple):
             devices=self.devices,
             stream=stream,
         )
-        found: list[voting.Votes] = []
+        found: list[Votes] = []
         with tqdm(total=len(self.images), desc=progress, unit="img", disable=progress is None) as bar:
             for votes in groups:
                 found.append(votes)
                 bar.update(len(votes.counts))
         none = np.zeros((0, self.settings.num_classes), np.int64)
-        return voting.Votes(
+        return Votes(
             np.concatenate([none, *(votes.counts0 for votes in found)]),
             np.concatenate([none, *(votes.counts for votes in found)]),
         )
@@ -144,7 +145,7 @@ class Task(NamedTuple):
 def prepare(
     images: ArrayLike, indices: ArrayLike | None, devices: Sequence[jax.Device] | None, **settings: Any
 ) -> Task:
-    """Checked arguments of `certify` and its like; `settings` are those of `voting.vote_settings`.
+    """Checked arguments of `certify` and its like; `settings` are those of `votes.vote_settings`.
 
     Raises:
       UserError: for the first argument that cannot work.
@@ -154,7 +155,7 @@ def prepare(
     devices = parallel.choose_devices() if devices is None else list(devices)
     if not devices:
         raise UserError("devices=[]: give at least one, or None for all")
-    checked = voting.vote_settings(**settings, image_shape=images.shape[1:], platform=devices[0].platform)
+    checked = vote_settings(**settings, image_shape=images.shape[1:], platform=devices[0].platform)
     return Task(images, indices, devices, checked)
 
 

@@ -1,0 +1,1 @@
+"""Images in memory, their votes under noise, and the conclusions: certificates, decisions, predictions."""

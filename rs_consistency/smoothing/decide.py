@@ -1,0 +1,93 @@
+"""Decisions at one radius, with as many votes for each image as it needs."""
+
+from collections.abc import Callable, Sequence
+
+import jax
+import numpy as np
+from numpy.typing import ArrayLike
+from tqdm import tqdm
+
+from rs_consistency.smoothing.certify import prepare
+from rs_consistency.smoothing.pool import Decisions, decide_images
+
+
+def decide(
+    apply_fn: Callable[[jax.Array], jax.Array],
+    images: ArrayLike,
+    *,
+    sigma: float,
+    radius: float,
+    num_classes: int,
+    n0: int = 100,
+    n: int = 100_000,
+    alpha: float = 0.001,
+    seed: int = 0,
+    batch_size: int | None = None,
+    indices: Sequence[int] | np.ndarray | None = None,
+    devices: Sequence[jax.Device] | None = None,
+    progress: bool = False,
+) -> Decisions:
+    """Decides for each image whether the smoothed classifier is certified at one radius, with few votes.
+
+    Guarantee: for each image, over the noise: if the smoothed classifier does not predict the selected class
+    everywhere within `radius`, then the decision is 1 with probability at most alpha. If the selected class has
+    a probability greater than Phi(radius / sigma), so that it could be certified with votes enough, then the decision
+    is -1 with probability at most alpha. See `rs_consistency.sequential.decide` for the test.
+
+    The class is chosen by n0 votes as in `certify`. Further votes, those that `certify` would count, are looked at
+    after every 16, until there is a decision or there are n. An image far from the radius takes tens, one near it many.
+
+    Args:
+      apply_fn: a function that JAX can trace, `[N, H, W, C]` float32 -> logits `[N, K]`; normalization is part of it.
+      images: `[B, H, W, C]`, in [0, 1].
+      sigma: standard deviation of the noise, in units of the images.
+      radius: l2, at least 0, in units of the images.
+      num_classes: K.
+      n0: votes that choose the class.
+      n: the most further votes.
+      alpha: error probability of one image's statement, in (0, 1), at least 1e-100.
+      seed: of the noise.
+      batch_size: noisy images at a time, in blocks of 16 on each device; None for a choice by device. No effect on the
+        result.
+      indices: `[B]`, numbers that address the images' noise, 0..B-1 by default.
+      devices: local devices that share the work; None for all.
+      progress: show a progress bar on stderr.
+
+    Returns:
+      NumPy arrays in the order of the images, see `Decisions`.
+
+    Raises:
+      UserError: a `ValueError`, for settings or images outside their range, a model that does not fit
+        images and num_classes, or one that gives NaN.
+    """
+    task = prepare(
+        images,
+        indices,
+        devices,
+        sigma=sigma,
+        num_classes=num_classes,
+        n0=n0,
+        n=n,
+        seed=seed,
+        batch_size=batch_size,
+    )
+    groups = decide_images(
+        lambda _, batch: apply_fn(batch),
+        (),
+        task.images,
+        task.indices,
+        settings=task.settings,
+        radius=radius,
+        alpha=alpha,
+        devices=task.devices,
+    )
+    none = np.zeros(0, np.int64)
+    no_counts = np.zeros((0, task.settings.num_classes), np.int64)
+    found = [Decisions(none, none, none, no_counts, none, none, np.zeros(0, np.int8))]
+    with tqdm(total=len(task.images), desc="deciding", unit="img", disable=not progress) as bar:
+        for group in groups:
+            found.append(group)
+            bar.update(len(group.positions))
+    together = Decisions(*(np.concatenate(parts) for parts in zip(*found, strict=True)))
+    order = np.argsort(together.positions)
+    return Decisions(*(part[order] for part in together))

@@ -1,0 +1,71 @@
+"""Votes per second, measured: for `--dry_run`."""
+
+import time
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from rs_consistency import noise
+from rs_consistency.devices.compiler import memory_of
+from rs_consistency.smoothing.votes import VoteSettings, cast, count_votes
+
+_MEASURED_SECONDS = 2.0
+_MEASURED_IMAGES = 64
+_MEASURED_BATCHES = 8  # of an image
+
+
+class VoteCost(NamedTuple):
+    """What votes take.
+
+    Attributes:
+      per_second: votes on the wall clock, over all devices.
+      bytes_per_device: that a compiled batch holds at most; None where XLA does not say.
+    """
+
+    per_second: float
+    bytes_per_device: int | None
+
+
+def measure_votes(
+    apply_fn: Callable[[Any, jax.Array], jax.Array],
+    variables: Any,
+    images: np.ndarray,
+    *,
+    settings: VoteSettings,
+    devices: Sequence[jax.Device],
+) -> VoteCost:
+    """Times votes on some images `[B, H, W, C]`, for about two seconds; arguments as in `votes.count_votes`."""
+    rows = -(-settings.batch_size // len(devices))
+    # Whole batches on all devices: then the images do not fit into one group, which alone would not be timed.
+    short = settings._replace(n0=1, n=_MEASURED_BATCHES * rows * len(devices) - 1)
+    many = images[np.arange(_MEASURED_IMAGES) % len(images)]
+    counted, start = 0, 0.0
+    for votes in count_votes(
+        apply_fn, variables, many, np.arange(len(many)), settings=short, devices=devices, stream=noise.Stream.PREDICT
+    ):
+        if start == 0.0:  # the first group compiles
+            start = time.perf_counter()
+            continue
+        counted += len(votes.counts) * (short.n0 + short.n)
+        if time.perf_counter() - start > _MEASURED_SECONDS:
+            break
+    per_second = counted / (time.perf_counter() - start)
+
+    def one_batch(variables: Any, key: jax.Array, images: jax.Array, index: jax.Array) -> jax.Array:
+        return cast(
+            apply_fn,
+            variables,
+            images,
+            key=key,
+            addresses=(index, index, index),
+            sigma=settings.sigma,
+            num_classes=settings.num_classes,
+        )
+
+    batch = jax.ShapeDtypeStruct((rows, *images.shape[1:]), jnp.float32)
+    index = jax.ShapeDtypeStruct((rows,), jnp.int32)
+    key = noise.stream_key(settings.seed, noise.Stream.PREDICT)
+    return VoteCost(per_second, memory_of(jax.jit(one_batch).lower(variables, key, batch, index).compile()))
