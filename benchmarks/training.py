@@ -25,11 +25,13 @@ from common import device_name, in_turns, make_twin, show, to_torch, torch_devic
 from ml_collections import ConfigDict
 from torch_methods import Trainer
 
-from rs_consistency import data, methods, training
+from rs_consistency import data, methods
 from rs_consistency.devices import parallel
 from rs_consistency.devices.compiler import steps_per_call
 from rs_consistency.devices.host import keep_memory, use_cores
-from rs_consistency.inputs import ArrayInputs
+from rs_consistency.training.array_inputs import ArrayInputs
+from rs_consistency.training.inputs import step_sizes
+from rs_consistency.training.step import create_state, make_model, make_optimizer, make_train_steps
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 from configs import cifar10, mnist
@@ -84,20 +86,20 @@ class Ours:
 
     def __init__(self, config: ConfigDict, examples: data.Split) -> None:
         devices = parallel.choose_devices()
-        sizes = training.step_sizes(config, len(examples.labels))
-        optimizer = training.make_optimizer(config, sizes.steps)
+        sizes = step_sizes(config, len(examples.labels))
+        optimizer = make_optimizer(config, sizes.steps)
         inputs = ArrayInputs(config, examples, examples, extra={}, sizes=sizes, devices=devices)
         self.steps_per_call = steps_per_call(devices[0].platform)
-        self._steps = training.make_train_steps(
+        self._steps = make_train_steps(
             config,
-            apply_fn=training.make_model(config).apply,
+            apply_fn=make_model(config).apply,
             optimizer=optimizer,
             sizes=sizes,
             inputs=inputs,
             devices=devices,
             steps_per_call=self.steps_per_call,
         )
-        self._state = parallel.replicate(training.create_state(config, optimizer), devices)
+        self._state = parallel.replicate(create_state(config, optimizer), devices)
         self.variables = jax.device_get(self._state.variables)
         (self._feed,) = inputs.feeds(0, 1)
         self._pending: list[Any] = []
@@ -145,7 +147,7 @@ def _check_twins(config: ConfigDict, variables: Any, rival: Trainer, examples: d
         extra={},
     )
     objective = methods.make_objective(config)
-    model = training.make_model(config).clone(axis_name=(), dtype=jnp.float32)
+    model = make_model(config).clone(axis_name=(), dtype=jnp.float32)
     state = {name: value for name, value in variables.items() if name != "params"}
     loss_fn = jax.jit(
         jax.value_and_grad(lambda params: objective(_Classifier(model, params, state), batch).loss.mean())

@@ -29,7 +29,7 @@ wants several GPUs.
 from ml_collections import ConfigDict
 
 from configs import default
-from rs_consistency.presets import apply_preset
+from rs_consistency.training.presets import apply_preset
 
 PUBLISHED = {
     "gaussian": {sigma: {"method": "gaussian", "num_noise": 1} for sigma in (0.25, 0.5, 1.0)},

@@ -40,7 +40,7 @@ from typing import Any
 from ml_collections import ConfigDict
 
 from configs import default
-from rs_consistency.presets import apply_preset
+from rs_consistency.training.presets import apply_preset
 
 _SIGMAS = (0.25, 0.5, 1.0)
 _SMOOTHADV = {"epsilon": 255 / 256, "num_steps": 10, "warmup_epochs": 10}

@@ -170,7 +170,7 @@ def _example(encoded, label):
 
 def final_variables(workdir):
     """The model's variables in a run's newest checkpoint, as NumPy arrays."""
-    from rs_consistency import runs
+    from rs_consistency.training import runs
 
     return jax.tree.map(np.asarray, runs.restore(workdir, jax.devices()[:1]).variables)
 

@@ -13,10 +13,10 @@ import pytest
 
 import rs_consistency
 from rs_consistency import certificates, data
-from rs_consistency.checkpoints import digest
 from rs_consistency.cli.common import EXIT_INTERRUPTED, EXIT_NOT_FINISHED
 from rs_consistency.models import create_model
 from rs_consistency.rows import CERTIFY, format_radius, format_time
+from rs_consistency.training.checkpoints import digest
 from tests.helpers import count_lines, damage_checkpoint, final_params, kill_when, rows, start
 
 QUICK = ["--n0=20", "--n=300", "--batch_size=128"]

@@ -16,7 +16,7 @@ import pytest
 from configs import default
 from rs_consistency import data, methods
 from rs_consistency.cli import analyze, certify, reproduce, train
-from rs_consistency.config import flatten
+from rs_consistency.training.config import flatten
 from tests.helpers import ROOT
 
 DOCS = ROOT / "docs"

@@ -11,13 +11,16 @@ import pytest
 from scipy import special, stats
 
 from configs import default
-from rs_consistency import attacks, data, inputs, losses, methods, models, training
+from rs_consistency import attacks, data, losses, methods, models
 from rs_consistency.devices import parallel
 from rs_consistency.methods.base import warmup
 from rs_consistency.models.cifar_resnet import CifarResNet
 from rs_consistency.models.densenet import DenseNet
 from rs_consistency.models.resnet import ResNet
 from rs_consistency.models.wide_resnet import WideResNet
+from rs_consistency.training import inputs
+from rs_consistency.training.inputs import step_sizes
+from rs_consistency.training.step import create_state, make_model, make_optimizer, make_train_steps
 from tests.helpers import TINY, final_params
 
 SHAPE, NUM_CLASSES, NUM_EXAMPLES, NUM_COPIES = (5, 4, 2), 3, 12, 4
@@ -267,7 +270,7 @@ def initial_state(model):
     """The state of a run on CIFAR-10, made once for all methods: to compile a model's init takes seconds."""
     config = make_config("gaussian", model=model)
     config.dataset.name = "cifar10"
-    state = training.create_state(config, training.make_optimizer(config, 1))
+    state = create_state(config, make_optimizer(config, 1))
     return jax.tree.map(np.array, state)  # copies: a step takes the buffers
 
 
@@ -277,12 +280,12 @@ def one_step(config, num_examples=8, num_devices=2):
     split = data.Split(images, (np.arange(num_examples) % 10).astype(np.int32))
     extra = {"smoothed": rng.dirichlet(np.ones(10), size=num_examples).astype(np.float32)}
     devices = jax.devices()[:num_devices]
-    sizes = training.step_sizes(config, num_examples)
-    optimizer = training.make_optimizer(config, sizes.steps)
+    sizes = step_sizes(config, num_examples)
+    optimizer = make_optimizer(config, sizes.steps)
     arrays = inputs.ArrayInputs(config, split, split, extra=extra, sizes=sizes, devices=devices)
-    steps = training.make_train_steps(
+    steps = make_train_steps(
         config,
-        apply_fn=training.make_model(config).apply,
+        apply_fn=make_model(config).apply,
         optimizer=optimizer,
         sizes=sizes,
         inputs=arrays,

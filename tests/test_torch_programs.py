@@ -7,9 +7,9 @@ import jax
 import numpy as np
 import pytest
 
-from rs_consistency import runs
 from rs_consistency.common.errors import UserError
 from rs_consistency.models.torch_checkpoints import export_torch, from_torch, read_torch_checkpoint
+from rs_consistency.training import runs
 from tests.helpers import ROOT, final_variables, need_torch, rows
 
 

@@ -50,7 +50,7 @@ from rs_consistency.rows import CERTIFY, DECIDE, SCHEMAS, Row
 from rs_consistency.shards import Selection, parse_shard
 from rs_consistency.statistics.bounds import BOUNDS
 from rs_consistency.tables import PROVENANCE, read_table
-from rs_consistency.workdir import finished_step
+from rs_consistency.training.runs import finished_step
 
 _SECONDS_BETWEEN_LINES = 30  # of the progress, where stderr is a file
 

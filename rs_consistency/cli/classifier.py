@@ -11,14 +11,12 @@ from typing import Any
 import numpy as np
 from ml_collections import ConfigDict
 
-from rs_consistency import data, runs, training
+from rs_consistency import data
 from rs_consistency.certify_run import Question, answer
-from rs_consistency.checkpoints import digest
 from rs_consistency.common.checks import one_of
 from rs_consistency.common.errors import UserError
 from rs_consistency.common.progress import duration, size
 from rs_consistency.common.version import code_version, package_version
-from rs_consistency.config import validate
 from rs_consistency.devices import parallel
 from rs_consistency.models import DTYPES, count_parameters
 from rs_consistency.models.inference import for_inference
@@ -32,6 +30,10 @@ from rs_consistency.models.torch_checkpoints import (
 from rs_consistency.rows import DECIDE, Row
 from rs_consistency.shards import Selection
 from rs_consistency.smoothing.speed import measure_votes
+from rs_consistency.training import runs
+from rs_consistency.training.checkpoints import digest
+from rs_consistency.training.config import validate
+from rs_consistency.training.step import make_model
 
 _VALUES_AT_ONCE = 2**28  # pixel values of the images that are read at once: 1,783 of 224 x 224 x 3
 
@@ -97,7 +99,7 @@ class Classifier:
             "parameter_digest": digest(variables),
             **origin,
         }
-        model = training.make_model(self.config)
+        model = make_model(self.config)
         if not self.workdir:
             model = with_input_layer(model, self._input_layer)
         self._apply_fn, self._variables = for_inference(model, variables, image_shape=self.info.image_shape)

@@ -10,12 +10,13 @@ from pathlib import Path
 
 import jax
 
-from rs_consistency import runs
 from rs_consistency.cli.common import Parser, run_main, run_program
 from rs_consistency.common.errors import UserError
+from rs_consistency.common.files import read_json
 from rs_consistency.models.torch_checkpoints import export_torch
-from rs_consistency.training import step_sizes
-from rs_consistency.workdir import DATA_FILE, read_json
+from rs_consistency.training import runs
+from rs_consistency.training.inputs import step_sizes
+from rs_consistency.training.runs import DATA_FILE
 
 
 def _main(argv: Sequence[str] | None) -> None:

@@ -32,7 +32,9 @@ def _main(argv: Sequence[str] | None) -> None:
     if values.dry_run and values.profile is not None:
         raise UserError(f"profile={values.profile} writes a trace, and dry_run is to write nothing; leave out one")
     # After the flags, so that a mistake in them is told at once.
-    from rs_consistency.train_loop import plan, profile, train
+    from rs_consistency.training.dry_run import plan
+    from rs_consistency.training.loop import train
+    from rs_consistency.training.profiling import profile
 
     set_up(values.config)
     workdir = Path(values.workdir).expanduser()
@@ -46,8 +48,8 @@ def _main(argv: Sequence[str] | None) -> None:
 
 def set_up(config: ConfigDict) -> None:
     """Gets the CPU ready for training, before JAX's first computation; of no effect on accelerators."""
-    from rs_consistency.config import validate
     from rs_consistency.devices.host import CPU_DEVICES, keep_memory, use_cores
+    from rs_consistency.training.config import validate
 
     with contextlib.suppress(UserError):  # of a step that two cannot share equally; all else is told by the training
         validate(config, num_devices=CPU_DEVICES)

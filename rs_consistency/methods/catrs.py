@@ -59,7 +59,7 @@ def check(config: ConfigDict) -> None:
 
 def prepare(config: ConfigDict, split: Split, devices: list[jax.Device], workdir: Path) -> Mapping[str, np.ndarray]:
     """The teacher's smoothed predictions `[N, K]`."""
-    from rs_consistency import teacher  # not above: to restore the teacher's run takes training.py, which imports this
+    from rs_consistency.training import teacher
 
     settings = config.catrs
     shares = teacher.smoothed_predictions(

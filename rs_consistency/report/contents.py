@@ -124,7 +124,7 @@ def _read(path: Path, notes: list[str]) -> dict[str, Any]:
 
 
 def _metrics(folder: Path, notes: list[str]) -> list[dict[str, Any]]:
-    from rs_consistency.metrics import METRICS_FILE, read_lines  # TensorBoard's writer, slow to import
+    from rs_consistency.training.metrics import METRICS_FILE, read_lines  # TensorBoard's writer, slow to import
 
     try:
         return read_lines(folder / METRICS_FILE)

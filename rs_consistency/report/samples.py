@@ -7,13 +7,15 @@ import jax.numpy as jnp
 import numpy as np
 from tqdm import tqdm
 
-from rs_consistency import data, noise, runs, training
-from rs_consistency.checkpoints import digest
+from rs_consistency import data, noise
 from rs_consistency.common.errors import UserError
 from rs_consistency.models import DTYPES
 from rs_consistency.models.inference import for_inference
 from rs_consistency.report.contents import Subject
 from rs_consistency.smoothing.votes import count_votes, nan_error, to_float, vote_settings
+from rs_consistency.training import runs
+from rs_consistency.training.checkpoints import digest
+from rs_consistency.training.step import make_model
 
 VOTES = 256  # on an image of the strip
 _BATCH = 128
@@ -215,7 +217,7 @@ def _network(subject: Subject, devices: list[jax.Device]) -> tuple[Any, Any]:
         )
     if record.get("dtype") in DTYPES:
         run.config.dtype = record["dtype"]
-    model = training.make_model(run.config)
+    model = make_model(run.config)
     return for_inference(model, run.variables, image_shape=data.dataset_info(run.config.dataset.name).image_shape)
 
 

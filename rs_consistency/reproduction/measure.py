@@ -15,7 +15,7 @@ from rs_consistency.cli.common import run_main
 
 def _main(argv: Sequence[str] | None) -> None:
     values = train.parse(argv or [])
-    from rs_consistency.train_loop import plan
+    from rs_consistency.training.dry_run import plan
 
     train.set_up(values.config)  # without, steps and votes take 1.4 times as long on a CPU
     found = plan(values.config, Path(values.workdir))

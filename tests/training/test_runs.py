@@ -8,9 +8,11 @@ import numpy as np
 import pytest
 
 from configs import mnist
-from rs_consistency import data, noise, runs, teacher, training
+from rs_consistency import data, noise
 from rs_consistency.common.errors import UserError
 from rs_consistency.smoothing.votes import count_votes
+from rs_consistency.training import runs, teacher
+from rs_consistency.training.step import make_model
 from tests.helpers import TINY, final_params
 
 
@@ -74,7 +76,7 @@ def test_the_teachers_votes_are_those_of_its_smoothed_classifier(trained, split,
     shares = ask(trained, split, tmp_path)
     assert shares.shape == (20, 10) and shares.dtype == np.float32
     run = runs.restore(trained, jax.devices()[:1])
-    model, key = training.make_model(run.config), noise.stream_key(0, noise.Stream.TEACHER)
+    model, key = make_model(run.config), noise.stream_key(0, noise.Stream.TEACHER)
     for index in (0, 13):
         draws = np.stack([jax.random.normal(noise.fold(key, index, 1, vote), (28, 28, 1)) for vote in range(40)])
         logits = model.apply(run.variables, split.images[index] / np.float32(255) + run.config.sigma * draws)

@@ -10,14 +10,23 @@ import pytest
 from ml_collections import ConfigDict
 
 from configs import default, mnist
-from rs_consistency import data, losses, methods, models, noise, training
+from rs_consistency import data, losses, methods, models, noise
 from rs_consistency.data import DATASETS
 from rs_consistency.data.augment import AUGMENTATIONS
 from rs_consistency.devices import parallel
-from rs_consistency.inputs import ArrayInputs, make_order
 from rs_consistency.methods import smoothadv
 from rs_consistency.methods.base import Method, MethodOutput
 from rs_consistency.models.cifar_resnet import CifarResNet
+from rs_consistency.training.array_inputs import ArrayInputs
+from rs_consistency.training.inputs import make_order, step_sizes
+from rs_consistency.training.step import (
+    create_state,
+    make_eval_step,
+    make_model,
+    make_optimizer,
+    make_schedule,
+    make_train_steps,
+)
 
 NUM_EXAMPLES = 40
 SHAPE = (28, 28, 1)
@@ -37,11 +46,11 @@ def examples():
 
 def run_steps(config, examples, num_devices, num_steps, extra=None, steps_per_call=1):
     devices = jax.devices()[:num_devices]
-    sizes = training.step_sizes(config, NUM_EXAMPLES)
-    optimizer = training.make_optimizer(config, sizes.steps)
-    apply_fn = training.make_model(config).apply
+    sizes = step_sizes(config, NUM_EXAMPLES)
+    optimizer = make_optimizer(config, sizes.steps)
+    apply_fn = make_model(config).apply
     inputs = ArrayInputs(config, examples, examples, extra=extra or {}, sizes=sizes, devices=devices)
-    steps = training.make_train_steps(
+    steps = make_train_steps(
         config,
         apply_fn=apply_fn,
         optimizer=optimizer,
@@ -50,7 +59,7 @@ def run_steps(config, examples, num_devices, num_steps, extra=None, steps_per_ca
         devices=devices,
         steps_per_call=steps_per_call,
     )
-    state = parallel.replicate(training.create_state(config, optimizer), devices)
+    state = parallel.replicate(create_state(config, optimizer), devices)
     history, step = [], 0
     while step < num_steps:
         in_epoch = sizes.steps - step % sizes.steps
@@ -67,8 +76,8 @@ def reference_steps(config, examples, num_steps):
     """One device, one copy at a time, gradients of the plain mean, PyTorch's SGD written out."""
     num_noise, batch = config.num_noise, config.batch_size // config.num_noise
     steps = -(-NUM_EXAMPLES // batch)
-    model = training.make_model(config)
-    params = training.create_state(config, training.make_optimizer(config, steps)).params
+    model = make_model(config)
+    params = create_state(config, make_optimizer(config, steps)).params
     momentum = jax.tree.map(jnp.zeros_like, params)
     key = noise.stream_key(config.seed, noise.Stream.TRAIN)
     draw = jax.jit(lambda *address: jax.random.normal(noise.fold(key, *address), SHAPE))
@@ -120,7 +129,7 @@ def test_steps_equal_the_reference(examples, changes):
     params, reference = reference_steps(config, examples, 5)
     np.testing.assert_allclose([step["loss"] for step in history], reference, rtol=1e-4)
     assert_close(state.params, params, atol=1e-5)  # float32 rounding of five steps
-    moved = training.create_state(config, training.make_optimizer(config, 3)).params
+    moved = create_state(config, make_optimizer(config, 3)).params
     assert max(np.abs(a - b).max() for a, b in zip(*map(jax.tree.leaves, (state.params, moved)), strict=True)) > 5e-3
     assert int(state.step) == 5
 
@@ -162,9 +171,9 @@ def test_a_seed_is_a_training_of_its_own(examples):
 
 def test_the_published_steps():
     config = mnist.get_config()
-    assert training.step_sizes(config, 60_000) == (128, 469)  # M = 2: 256 noisy images of 128 examples
+    assert step_sizes(config, 60_000) == (128, 469)  # M = 2: 256 noisy images of 128 examples
     gaussian = mnist.get_config("method=gaussian")
-    assert training.step_sizes(gaussian, 60_000) == (256, 235)
+    assert step_sizes(gaussian, 60_000) == (256, 235)
 
 
 def test_the_order_is_a_permutation_by_seed_and_epoch():
@@ -180,8 +189,8 @@ def test_the_order_is_a_permutation_by_seed_and_epoch():
 
 def test_the_learning_rate_drops_by_epochs():
     never = small_config(optimizer={"lr_step_size": 10**9})
-    assert float(training.make_schedule(never, steps_per_epoch=469)(10**6)) == pytest.approx(0.01)
-    schedule = training.make_schedule(mnist.get_config(), steps_per_epoch=469)
+    assert float(make_schedule(never, steps_per_epoch=469)(10**6)) == pytest.approx(0.01)
+    schedule = make_schedule(mnist.get_config(), steps_per_epoch=469)
     for epoch, lr in {0: 1e-2, 29: 1e-2, 30: 1e-3, 59: 1e-3, 60: 1e-4, 89: 1e-4}.items():
         for step in (469 * epoch, 469 * epoch + 468):
             assert float(schedule(step)) == pytest.approx(lr, rel=1e-5)
@@ -191,12 +200,12 @@ def test_the_learning_rate_drops_by_epochs():
 @pytest.mark.parametrize("batch", [16, 13, 100])
 def test_evaluation_counts_every_image_once(examples, num_devices, batch):
     config = small_config(eval_batch_size=batch)
-    model = training.make_model(config)
-    params = training.create_state(config, optax.sgd(0.1)).params
+    model = make_model(config)
+    params = create_state(config, optax.sgd(0.1)).params
     devices = jax.devices()[:num_devices]
-    sizes = training.step_sizes(config, NUM_EXAMPLES)
+    sizes = step_sizes(config, NUM_EXAMPLES)
     inputs = ArrayInputs(config, examples, examples, extra={}, sizes=sizes, devices=devices)
-    step = training.make_eval_step(config, apply_fn=model.apply, inputs=inputs, devices=devices)
+    step = make_eval_step(config, apply_fn=model.apply, inputs=inputs, devices=devices)
     found = [step({"params": params}, np.int32(start), *feed.args) for start, feed in inputs.test_feeds()]
     correct, seen = np.sum(found, axis=0)
 
@@ -223,7 +232,7 @@ def test_a_model_that_cannot_take_the_images_is_told(monkeypatch):
     config = small_config()
     config.dataset.name = "specks"
     with pytest.raises(ValueError, match=r"model='lenet' cannot take the \(6, 6, 1\) images of dataset 'specks'"):
-        training.create_state(config, optax.sgd(0.1))
+        create_state(config, optax.sgd(0.1))
 
 
 @pytest.fixture
@@ -233,7 +242,7 @@ def resnet8(monkeypatch):
 
 def test_batch_statistics_are_those_of_all_copies_on_all_devices(examples, resnet8):
     config = small_config(model="resnet8")
-    start = training.create_state(config, training.make_optimizer(config, 1))
+    start = create_state(config, make_optimizer(config, 1))
     one, (one_metrics,) = run_steps(config, examples, 1, 1)
     many, (many_metrics,) = run_steps(config, examples, 8, 1)
     assert one_metrics["loss"] == pytest.approx(many_metrics["loss"], rel=1e-5)
@@ -275,7 +284,7 @@ def test_a_step_in_pieces_is_the_same_step(examples, monkeypatch, num_devices):
         asked.append(sizes)
         return 4
 
-    monkeypatch.setattr(training, "pieces_of", pieces_of)
+    monkeypatch.setattr("rs_consistency.training.step.pieces_of", pieces_of)
     pieces, pieces_history = run_steps(config, examples, num_devices, 3)
     assert asked[0] == (8 // num_devices, 4, "cpu")
     assert_close(whole.params, pieces.params, atol=2e-6)  # sums in another order
@@ -328,8 +337,8 @@ def test_augmentation_reaches_the_step_by_step_and_position(examples):
     draws = noise.training_noise(
         noise.stream_key(config.seed, noise.Stream.TRAIN), step=0, positions=jnp.arange(32), num_noise=1, shape=SHAPE
     )
-    state = training.create_state(config, training.make_optimizer(config, 1))
-    logits = training.make_model(config).apply(state.variables, images + config.sigma * draws[0])
+    state = create_state(config, make_optimizer(config, 1))
+    logits = make_model(config).apply(state.variables, images + config.sigma * draws[0])
     expected = losses.cross_entropy(logits[None], jnp.asarray(examples.labels[chosen])).mean()
     assert history[0]["loss"] == pytest.approx(float(expected), rel=1e-5)
 

@@ -14,10 +14,9 @@ from rs_consistency.common.errors import UserError
 from rs_consistency.data.augment import AUGMENTATIONS
 from rs_consistency.devices.compiler import pieces_of, repeat, training_compiler_options
 from rs_consistency.devices.parallel import AXIS, replicated_sharding, spread, sum_over_devices
-from rs_consistency.inputs import Inputs, StepSizes, part_positions
+from rs_consistency.training.inputs import Inputs, StepSizes, part_positions
 
 COPIES = "copies"  # the vmap axis of the M noisy copies
-
 # (state, number of steps, feed) -> (state, metrics of the steps)
 TrainSteps = Callable[..., tuple["TrainState", dict[str, jax.Array]]]
 
@@ -42,12 +41,6 @@ class TrainState(struct.PyTreeNode):
     def variables(self) -> dict[str, Any]:
         """What the model's `apply` takes."""
         return {"params": self.params, **self.model_state}
-
-
-def step_sizes(config: ConfigDict, num_examples: int) -> StepSizes:
-    """The published step: `batch_size` noisy images, M copies of batch_size / M examples."""
-    examples = config.batch_size // config.num_noise
-    return StepSizes(examples, -(-num_examples // examples))
 
 
 def make_model(config: ConfigDict) -> Any:

@@ -11,9 +11,9 @@ import optax
 import pytest
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from rs_consistency import metrics, train_loop, training
-from rs_consistency.checkpoints import digest
 from rs_consistency.cli.common import EXIT_INTERRUPTED
+from rs_consistency.training import loop, metrics
+from rs_consistency.training.checkpoints import digest
 from tests.helpers import TINY, count_lines, damage_checkpoint, final_params, kill_when, start, write_tfds
 
 
@@ -81,7 +81,7 @@ def test_a_killed_run_resumes_to_the_same_parameters(program, tmp_path):
 
 
 def test_a_run_with_several_steps_in_a_call_is_the_same_run(program, trained, tmp_path, monkeypatch):
-    monkeypatch.setattr(train_loop, "steps_per_call", lambda _: 4)
+    monkeypatch.setattr(loop, "steps_per_call", lambda _: 4)
     run = tmp_path / "run"
     program.succeeds("cli.train", *TINY, "--config.checkpoint_every_steps=3", f"--workdir={run}")
     assert sorted(int(path.name) for path in (run / "checkpoints").iterdir()) == [9, 12, 14]  # keeps three
@@ -204,7 +204,8 @@ def test_only_unreadable_checkpoints_are_an_error(program, trained, tmp_path):
 def test_a_loss_that_is_not_finite_stops_the_run_and_keeps_the_good_checkpoint(program, tmp_path, monkeypatch):
     # The learning rate becomes absurd in the second epoch.
     monkeypatch.setattr(
-        training, "make_schedule", lambda config, steps: optax.piecewise_constant_schedule(1e-2, {steps: 1e32})
+        "rs_consistency.training.step.make_schedule",
+        lambda config, steps: optax.piecewise_constant_schedule(1e-2, {steps: 1e32}),
     )
     error = program.fails("cli.train", *TINY, f"--workdir={tmp_path}")
     assert "training diverged at step " in error

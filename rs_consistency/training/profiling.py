@@ -13,10 +13,12 @@ import numpy as np
 from jax.profiler import ProfileData
 from ml_collections import ConfigDict
 
-from rs_consistency import training
 from rs_consistency.common.errors import UserError
 from rs_consistency.devices.compiler import steps_per_call
-from rs_consistency.inputs import Inputs, StepSizes
+from rs_consistency.training.inputs import Inputs, StepSizes
+from rs_consistency.training.loop import initial_state, open_inputs, open_run, prepare_examples
+from rs_consistency.training.metrics import TENSORBOARD_FOLDER
+from rs_consistency.training.step import TrainState, make_model, make_optimizer, make_train_steps
 
 _WARM_UP_CALLS = 3
 _SHOWN = 15
@@ -78,7 +80,7 @@ class Profile(NamedTuple):
 def profile_steps(
     config: ConfigDict,
     *,
-    state: training.TrainState,
+    state: TrainState,
     inputs: Inputs,
     sizes: StepSizes,
     devices: Sequence[jax.Device],
@@ -104,10 +106,10 @@ def profile_steps(
     most = max(sizes.steps // per_call - _WARM_UP_CALLS, 1) * per_call
     if not 1 <= num_steps <= most:
         raise UserError(f"profile={num_steps}: use a number of steps from 1 to {most}, which one epoch has")
-    steps = training.make_train_steps(
+    steps = make_train_steps(
         config,
-        apply_fn=training.make_model(config).apply,
-        optimizer=training.make_optimizer(config, sizes.steps),
+        apply_fn=make_model(config).apply,
+        optimizer=make_optimizer(config, sizes.steps),
         sizes=sizes,
         inputs=inputs,
         devices=devices,
@@ -116,7 +118,7 @@ def profile_steps(
     number, sources = np.int32(per_call), {}
     with closing(inputs.feeds(0, (_WARM_UP_CALLS + num_calls) * per_call)) as feeds:
 
-        def call(state: training.TrainState) -> training.TrainState:
+        def call(state: TrainState) -> TrainState:
             feed = next(feeds)
             state, _ = steps(state, number, *feed.args, **feed.parts)
             return state
@@ -173,3 +175,30 @@ def _operation_of(line: Any, event: Any) -> str | None:
     if line.name == "XLA Ops":  # of a TPU
         return event.name
     return next((str(value) for key, value in event.stats if key == "hlo_op"), None)
+
+
+def profile(config: ConfigDict, workdir: Path, *, num_steps: int) -> Profile:
+    """Traces some steps from initial parameters, into `tensorboard/` of a workdir; trains nothing.
+
+    Args:
+      config: as for `train`.
+      workdir: a run's folder, or one that will be.
+      num_steps: how many steps.
+
+    Raises:
+      UserError: as `train`, and for a number of steps that an epoch does not have.
+    """
+    devices, train_split, test_split, sizes = open_run(config, workdir)
+    (workdir / TENSORBOARD_FOLDER).mkdir(parents=True, exist_ok=True)
+    extra = prepare_examples(config, train_split, devices, workdir)
+    state = initial_state(config, sizes, devices)
+    with closing(open_inputs(config, train_split, test_split, extra=extra, sizes=sizes, devices=devices)) as inputs:
+        return profile_steps(
+            config,
+            state=state,
+            inputs=inputs,
+            sizes=sizes,
+            devices=devices,
+            num_steps=num_steps,
+            folder=workdir / TENSORBOARD_FOLDER,
+        )

@@ -10,11 +10,12 @@ import numpy as np
 import pytest
 from ml_collections import ConfigDict
 
-from rs_consistency import data, inputs, models, noise
-from rs_consistency.checkpoints import digest
+from rs_consistency import data, models, noise
 from rs_consistency.data import DATASETS
 from rs_consistency.models.resnet import ResNet
-from rs_consistency.stream_inputs import StreamInputs
+from rs_consistency.training import inputs
+from rs_consistency.training.checkpoints import digest
+from rs_consistency.training.stream_inputs import StreamInputs
 from tests.helpers import ROOT, encode, final_params, kill_when, rows, start, write_imagenet
 
 NUM_TRAIN, NUM_TEST = 22, 7
@@ -81,7 +82,7 @@ def test_a_run_that_stopped_within_an_epoch_goes_on_exactly(program, finished, t
             self.wait()
             raise KeyboardInterrupt
 
-    from rs_consistency.checkpoints import Checkpoints
+    from rs_consistency.training.checkpoints import Checkpoints
 
     original = Checkpoints.save
     with monkeypatch.context() as patch:
@@ -154,14 +155,15 @@ def test_a_streamed_run_is_certified(program, finished, tmp_path):
 
 def test_evaluation_counts_every_streamed_image(finished):
     # The accuracy of the record, from the images and the noise of their addresses one by one.
-    from rs_consistency import runs, training
+    from rs_consistency.training import runs
+    from rs_consistency.training.step import make_model
 
     run = runs.restore(finished, jax.devices()[:1])
     images, labels = data.open_split("imagenet", "test").read(range(NUM_TEST))
     key = noise.stream_key(run.config.seed, noise.Stream.EVAL)
     draws = np.stack([jax.random.normal(noise.fold(key, i), SMALL.image_shape) for i in range(NUM_TEST)])
     noisy = images / np.float32(255) + run.config.sigma * draws
-    logits = training.make_model(run.config).apply(run.variables, noisy, train=False)
+    logits = make_model(run.config).apply(run.variables, noisy, train=False)
     assert records(finished)[-1]["noisy_test_accuracy"] == np.mean(logits.argmax(axis=-1) == labels)
 
 

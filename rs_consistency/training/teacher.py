@@ -13,13 +13,15 @@ import numpy as np
 from ml_collections import ConfigDict
 from tqdm import tqdm
 
-from rs_consistency import data, runs, training
-from rs_consistency.checkpoints import digest
+from rs_consistency import data
 from rs_consistency.common.errors import note
 from rs_consistency.common.files import replace_atomically
 from rs_consistency.models.inference import for_inference
 from rs_consistency.noise import Stream
 from rs_consistency.smoothing.votes import count_votes, vote_settings
+from rs_consistency.training import runs
+from rs_consistency.training.checkpoints import digest
+from rs_consistency.training.step import make_model
 
 FILE = "smoothed_predictions.npz"
 _SECONDS_BETWEEN_SAVES = 30
@@ -99,7 +101,7 @@ def _vote(
         platform=devices[0].platform,
         least_n0=0,
     )
-    apply_fn, variables = for_inference(training.make_model(run.config), run.variables, image_shape=info.image_shape)
+    apply_fn, variables = for_inference(make_model(run.config), run.variables, image_shape=info.image_shape)
     done, total = len(kept.counts), len(split.labels)
     groups = count_votes(
         apply_fn,

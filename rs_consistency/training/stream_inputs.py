@@ -10,7 +10,7 @@ from ml_collections import ConfigDict
 from rs_consistency import data
 from rs_consistency.data import streaming
 from rs_consistency.devices import parallel
-from rs_consistency.inputs import Feed, StepSizes, part_positions
+from rs_consistency.training.inputs import Feed, StepSizes, part_positions
 
 _AHEAD = 2  # batches that wait on the devices, so that copying them overlaps with the step
 

@@ -2,45 +2,48 @@
 
 import math
 import sys
-import tempfile
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from contextlib import closing
 from datetime import timedelta
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import numpy as np
 from ml_collections import ConfigDict
 from tqdm import tqdm
 
-from rs_consistency import data, methods, runs, training
-from rs_consistency.checkpoints import Checkpoints
+from rs_consistency import data, methods
 from rs_consistency.common.errors import UserError, note
-from rs_consistency.common.progress import duration, size
-from rs_consistency.config import flatten, validate
 from rs_consistency.devices import parallel
 from rs_consistency.devices.compiler import steps_per_call
-from rs_consistency.estimates import measure_steps
-from rs_consistency.inputs import Inputs, StepSizes, open_inputs
-from rs_consistency.metrics import TENSORBOARD_FOLDER, MetricsWriter, Sums
-from rs_consistency.models import count_parameters
-from rs_consistency.models.inference import for_inference
-from rs_consistency.profiling import Profile, profile_steps
-from rs_consistency.smoothing.speed import measure_votes
-from rs_consistency.smoothing.votes import vote_settings
-from rs_consistency.workdir import CONFIG_FILE, check_claim, open_for_training
+from rs_consistency.training import runs
+from rs_consistency.training.array_inputs import ArrayInputs
+from rs_consistency.training.checkpoints import Checkpoints
+from rs_consistency.training.config import flatten, validate
+from rs_consistency.training.inputs import Inputs, StepSizes, step_sizes
+from rs_consistency.training.metrics import MetricsWriter, Sums
+from rs_consistency.training.runs import CONFIG_FILE, open_for_training
+from rs_consistency.training.step import (
+    TrainState,
+    create_state,
+    make_eval_step,
+    make_model,
+    make_optimizer,
+    make_schedule,
+    make_train_steps,
+    restore_target,
+)
 
 # Steps between two looks at the metrics. Scalars of the steps between stay on the device, so it never waits.
 _LOOK_EVERY = 50
 # Calls of steps that may be under way at once: more only hold memory, and keep an interruption waiting.
 _IN_FLIGHT = 8
-_FEW = 10  # training images that a dry run asks a method's preparation about
 _SECONDS_BETWEEN_LINES = 60  # of the progress, where stderr is a file
 
 
-def train(config: ConfigDict, workdir: Path) -> training.TrainState:
+def train(config: ConfigDict, workdir: Path) -> TrainState:
     """Trains, or continues, the run of a workdir until its last epoch.
 
     Args:
@@ -56,7 +59,7 @@ def train(config: ConfigDict, workdir: Path) -> training.TrainState:
       UserError: a setting that cannot work, another config in the workdir, no readable checkpoint, or a loss
         that is not finite (the checkpoints before it stay).
     """
-    devices, train_split, test_split, sizes = _open(config, workdir)
+    devices, train_split, test_split, sizes = open_run(config, workdir)
     with (
         open_for_training(workdir, config, data_digest=train_split.digest(), num_examples=len(train_split)),
         closing(Checkpoints(workdir, keep=config.checkpoint_keep)) as checkpoints,
@@ -65,8 +68,8 @@ def train(config: ConfigDict, workdir: Path) -> training.TrainState:
         if int(state.step) >= config.num_epochs * sizes.steps:
             print(f"{workdir}: all {config.num_epochs} epochs are done", flush=True)
             return state
-        print(f"{_describe(config, sizes)}\ndevices: {parallel.describe(devices)}", flush=True)
-        extra = _prepare(config, train_split, devices, workdir)
+        print(f"{describe_run(config, sizes)}\ndevices: {parallel.describe(devices)}", flush=True)
+        extra = prepare_examples(config, train_split, devices, workdir)
         with (
             closing(MetricsWriter(workdir, finished_steps=int(state.step), steps_per_epoch=sizes.steps)) as writer,
             closing(open_inputs(config, train_split, test_split, extra=extra, sizes=sizes, devices=devices)) as inputs,
@@ -78,110 +81,13 @@ def train(config: ConfigDict, workdir: Path) -> training.TrainState:
         return state
 
 
-def profile(config: ConfigDict, workdir: Path, *, num_steps: int) -> Profile:
-    """Traces some steps from initial parameters, into `tensorboard/` of a workdir; trains nothing.
-
-    Args:
-      config: as for `train`.
-      workdir: a run's folder, or one that will be.
-      num_steps: how many steps.
-
-    Raises:
-      UserError: as `train`, and for a number of steps that an epoch does not have.
-    """
-    devices, train_split, test_split, sizes = _open(config, workdir)
-    (workdir / TENSORBOARD_FOLDER).mkdir(parents=True, exist_ok=True)
-    extra = _prepare(config, train_split, devices, workdir)
-    state = _initial_state(config, sizes, devices)
-    with closing(open_inputs(config, train_split, test_split, extra=extra, sizes=sizes, devices=devices)) as inputs:
-        return profile_steps(
-            config,
-            state=state,
-            inputs=inputs,
-            sizes=sizes,
-            devices=devices,
-            num_steps=num_steps,
-            folder=workdir / TENSORBOARD_FOLDER,
-        )
+def initial_state(config: ConfigDict, sizes: StepSizes, devices: list[jax.Device]) -> TrainState:
+    """Return the state before the first step, replicated on the devices."""
+    optimizer = make_optimizer(config, sizes.steps)
+    return parallel.replicate(create_state(config, optimizer), devices)
 
 
-class Plan(NamedTuple):
-    """What `plan` found.
-
-    Attributes:
-      text: for people, in lines: data, shapes, parameters, memory, speed, time.
-      seconds: that the training would take.
-      epoch_seconds: of one epoch, with its evaluation.
-      votes_per_second: when the model is certified here.
-    """
-
-    text: str
-    seconds: float
-    epoch_seconds: float
-    votes_per_second: float
-
-
-def plan(config: ConfigDict, workdir: Path) -> Plan:
-    """What `train` would do with the same arguments, from a few measured steps; writes nothing but caches.
-
-    Raises:
-      UserError: as `train`.
-    """
-    devices, train_split, test_split, sizes = _open(config, workdir)
-    check_claim(workdir, config, data_digest=train_split.digest())
-    with closing(Checkpoints(workdir)) as checkpoints:
-        done = max(checkpoints.steps(), default=0)
-    state, info = _initial_state(config, sizes, devices), data.dataset_info(config.dataset.name)
-    parameters = count_parameters(state.variables)
-    votes = vote_settings(
-        sigma=config.sigma,
-        num_classes=info.num_classes,
-        n=1,
-        seed=config.seed,
-        batch_size=None,
-        image_shape=info.image_shape,
-        n0=1,
-        platform=devices[0].platform,
-    )
-    apply_fn, variables = for_inference(training.make_model(config), state.variables, image_shape=info.image_shape)
-    voted = measure_votes(apply_fn, variables, test_split.read(np.arange(1))[0], settings=votes, devices=devices)
-    extra = {}
-    if methods.METHODS[config.method].prepare:  # what it would find out about every example, from a few of them
-        few = data.Split(*(rows[:_FEW] for rows in train_split.arrays))
-        with tempfile.TemporaryDirectory() as folder:
-            found = methods.METHODS[config.method].prepare(config, few, devices, Path(folder))
-        extra = {name: np.resize(rows, (len(train_split), *rows.shape[1:])) for name, rows in found.items()}
-    with closing(open_inputs(config, train_split, test_split, extra=extra, sizes=sizes, devices=devices)) as inputs:
-        cost = measure_steps(config, state=state, inputs=inputs, sizes=sizes, devices=devices)
-    last = config.num_epochs * sizes.steps
-    left = max(last - done, 0)
-    epoch_seconds = sizes.steps * cost.seconds + cost.evaluation_seconds / config.eval_every_epochs
-    seconds = left / sizes.steps * epoch_seconds + (cost.compile_seconds if left else 0)
-    shape = " x ".join(map(str, info.image_shape))
-    copies = f"{sizes.examples} examples x {config.num_noise} noisy copies of {shape}"
-    lines = [
-        _describe(config, sizes),
-        f"data: {len(train_split):,} training and {len(test_split):,} test images; a step takes {copies}",
-        f"model: {config.model}, {parameters:,} parameters, {config.dtype}",
-        f"devices: {parallel.describe(devices)}, {size(cost.bytes_per_device)} each for a step, data included",
-        f"speed: {config.batch_size / cost.seconds:,.0f} noisy images a second, {cost.seconds * 1000:.1f} ms a step;"
-        f" {cost.compile_seconds:.0f} s to compile",
-        f"workdir: {workdir}, {f'at step {done:,}' if done else 'new'}; {left:,} of {last:,} steps to do",
-        f"time: about {duration(seconds)}, with evaluation; certify.py then counts about {voted.per_second:,.0f} votes"
-        " a second",
-    ]
-    if extra:
-        lines.append(f"not in it: what {config.method} finds out about every training image first")
-    text = "\n".join([*lines, "dry run: nothing but caches was written"])
-    return Plan(text, seconds, epoch_seconds, voted.per_second)
-
-
-def _initial_state(config: ConfigDict, sizes: StepSizes, devices: list[jax.Device]) -> training.TrainState:
-    optimizer = training.make_optimizer(config, sizes.steps)
-    return parallel.replicate(training.create_state(config, optimizer), devices)
-
-
-def _open(config: ConfigDict, workdir: Path) -> tuple[list[jax.Device], data.OpenSplit, data.OpenSplit, StepSizes]:
+def open_run(config: ConfigDict, workdir: Path) -> tuple[list[jax.Device], data.OpenSplit, data.OpenSplit, StepSizes]:
     """Checks the config, and opens what it names: devices, training and test split, sizes of a step."""
     devices = parallel.choose_devices(config.num_devices)
     validate(config, num_devices=len(devices))
@@ -191,7 +97,7 @@ def _open(config: ConfigDict, workdir: Path) -> tuple[list[jax.Device], data.Ope
     source = {"data_dir": config.dataset.data_dir, "cache_dir": config.dataset.cache_dir}
     train_split = data.open_split(config.dataset.name, "train", **source)
     test_split = data.open_split(config.dataset.name, "test", **source)
-    return devices, train_split, test_split, training.step_sizes(config, len(train_split))
+    return devices, train_split, test_split, step_sizes(config, len(train_split))
 
 
 class _Run:
@@ -208,21 +114,21 @@ class _Run:
     ) -> None:
         self._config, self._inputs, self._sizes = config, inputs, sizes
         self._checkpoints, self._writer = checkpoints, writer
-        apply_fn = training.make_model(config).apply
-        self._schedule = training.make_schedule(config, sizes.steps)
-        self._eval_step = training.make_eval_step(config, apply_fn=apply_fn, inputs=inputs, devices=devices)
+        apply_fn = make_model(config).apply
+        self._schedule = make_schedule(config, sizes.steps)
+        self._eval_step = make_eval_step(config, apply_fn=apply_fn, inputs=inputs, devices=devices)
         self._steps_per_call = steps_per_call(devices[0].platform) if inputs.same_feed else 1
-        self._train_steps = training.make_train_steps(
+        self._train_steps = make_train_steps(
             config,
             apply_fn=apply_fn,
-            optimizer=training.make_optimizer(config, sizes.steps),
+            optimizer=make_optimizer(config, sizes.steps),
             sizes=sizes,
             inputs=inputs,
             devices=devices,
             steps_per_call=self._steps_per_call,
         )
 
-    def epoch(self, state: training.TrainState, epoch: int) -> training.TrainState:
+    def epoch(self, state: TrainState, epoch: int) -> TrainState:
         """Trains to the end of an epoch, evaluates, and writes record and checkpoint where they are due."""
         config = self._config
         end_step = (epoch + 1) * self._sizes.steps
@@ -246,9 +152,7 @@ class _Run:
             self._checkpoints.save(end_step, state)
         return state
 
-    def _steps(
-        self, state: training.TrainState, epoch: int, first_step: int, end_step: int
-    ) -> tuple[training.TrainState, Sums]:
+    def _steps(self, state: TrainState, epoch: int, first_step: int, end_step: int) -> tuple[TrainState, Sums]:
         """The steps of an epoch that remain, and the sums of the metrics of all its steps."""
         config, every = self._config, self._config.checkpoint_every_steps
         sums = self._writer.sums_of_part(first_step)
@@ -291,7 +195,7 @@ class _Run:
                     self._checkpoints.save(step, state)
         return state, sums
 
-    def _evaluate(self, state: training.TrainState) -> float:
+    def _evaluate(self, state: TrainState) -> float:
         """Accuracy on one noisy copy of every test image."""
         with closing(self._inputs.test_feeds()) as feeds:
             counts = [
@@ -316,7 +220,7 @@ def _check_sources(config: ConfigDict) -> None:
         runs.check_same_dataset(config, Path(flatten(config)[key]), name=key)
 
 
-def _prepare(
+def prepare_examples(
     config: ConfigDict, split: data.OpenSplit, devices: list[jax.Device], workdir: Path
 ) -> Mapping[str, np.ndarray]:
     """What the method wants to know of every training example; `validate` has refused it for streamed datasets."""
@@ -326,10 +230,10 @@ def _prepare(
 
 def _start_state(
     config: ConfigDict, checkpoints: Checkpoints, sizes: StepSizes, devices: list[jax.Device]
-) -> training.TrainState:
-    restored = checkpoints.restore_newest(training.restore_target(config, devices), note=note)
+) -> TrainState:
+    restored = checkpoints.restore_newest(restore_target(config, devices), note=note)
     if restored is None:
-        state = _initial_state(config, sizes, devices)
+        state = initial_state(config, sizes, devices)
         return runs.start_from(state, Path(config.init_from), devices) if config.init_from else state
     step, state = restored
     checkpoints.set_aside_after(step)
@@ -363,7 +267,7 @@ def _check_finite(config: ConfigDict, fetched: list[Mapping[str, np.ndarray]], f
             )
 
 
-def _describe(config: ConfigDict, sizes: StepSizes) -> str:
+def describe_run(config: ConfigDict, sizes: StepSizes) -> str:
     """What is trained, in a line."""
     consistency, method = config.consistency, config.method
     if consistency.lbd > 0:
@@ -381,3 +285,20 @@ def _print_record(config: ConfigDict, record: dict[str, Any]) -> None:
     seconds = (config.num_epochs - record["epoch"]) * images_in_epoch / record["noisy_images_per_second"]
     left = timedelta(seconds=round(seconds))
     print(f"epoch {record['epoch']}/{config.num_epochs}  {'  '.join(parts)}  left {left}", flush=True)
+
+
+def open_inputs(
+    config: ConfigDict,
+    train: data.OpenSplit,
+    test: data.OpenSplit,
+    *,
+    extra: Mapping[str, np.ndarray],
+    sizes: StepSizes,
+    devices: Sequence[jax.Device],
+) -> Inputs:
+    """The inputs of a run, by the kind of its dataset."""
+    if isinstance(train, data.ArraySplit):
+        return ArrayInputs(config, train.arrays, test.arrays, extra=extra, sizes=sizes, devices=devices)
+    from rs_consistency.training.stream_inputs import StreamInputs  # slow to import, and only needed here
+
+    return StreamInputs(config, train, test, sizes=sizes, devices=devices)

@@ -4,7 +4,7 @@ import pytest
 
 from configs import cifar10, default, demo, fashion_mnist, imagenet, mnist
 from rs_consistency import UserError
-from rs_consistency.config import differing_keys, flatten, validate
+from rs_consistency.training.config import differing_keys, flatten, validate
 from tests.helpers import ROOT, TINY
 
 
