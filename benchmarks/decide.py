@@ -13,9 +13,9 @@ import sys
 from pathlib import Path
 from typing import Any
 
+from rs_consistency.certificates.read import Table, read_table
 from rs_consistency.cli import certify
 from rs_consistency.common.files import write_json
-from rs_consistency.tables import Table, read_table
 
 _SETTINGS = ("sigma", "n0", "n", "alpha", "seed", "split", "dtype")  # those of the fixed number of votes
 

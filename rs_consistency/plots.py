@@ -13,9 +13,10 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from scipy import special
 
-from rs_consistency.analysis import Certificates, acr
+from rs_consistency.certificates.measures import acr
+from rs_consistency.certificates.proof import Evidence
+from rs_consistency.certificates.read import Certificates
 from rs_consistency.common.files import replace_atomically
-from rs_consistency.reanalysis import Evidence
 from rs_consistency.statistics.bounds import radius_ceiling
 from rs_consistency.statistics.intervals import binomial_interval
 

@@ -12,10 +12,11 @@ import numpy as np
 import pytest
 
 import rs_consistency
-from rs_consistency import certificates, data
+from rs_consistency import data
+from rs_consistency.certificates import write
+from rs_consistency.certificates.columns import CERTIFY, format_radius, format_time
 from rs_consistency.cli.common import EXIT_INTERRUPTED, EXIT_NOT_FINISHED
 from rs_consistency.models import create_model
-from rs_consistency.rows import CERTIFY, format_radius, format_time
 from rs_consistency.training.checkpoints import digest
 from tests.helpers import count_lines, damage_checkpoint, final_params, kill_when, rows, start
 
@@ -279,7 +280,7 @@ def test_a_device_without_memory_is_one_line(program, trained, tmp_path, monkeyp
     def full(*_, **__):
         raise jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: Out of memory allocating 1 bytes.\nat length")
 
-    monkeypatch.setattr("rs_consistency.certify_run.count_votes", full)
+    monkeypatch.setattr("rs_consistency.certificates.question.count_votes", full)
     error = program.fails("cli.certify", f"--workdir={trained}", f"--output={tmp_path / 'c.tsv'}")
     assert "the device's memory is full; use a smaller batch (--batch_size" in error
 
@@ -316,14 +317,14 @@ def test_a_full_disk_loses_no_whole_line(program, trained, certified, tmp_path, 
     program.succeeds("cli.certify", *command, f"--output={output}", "--max=10")
     limit = output.stat().st_size + 100
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
-    write_json = certificates.write_json
+    write_json = write.write_json
 
     def write_record(*args):  # which is larger than the limit
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
         write_json(*args)
         resource.setrlimit(resource.RLIMIT_FSIZE, (limit, hard))
 
-    monkeypatch.setattr(certificates, "write_json", write_record)
+    monkeypatch.setattr(write, "write_json", write_record)
     try:
         resource.setrlimit(resource.RLIMIT_FSIZE, (limit, hard))
         error = program.fails("cli.certify", *command, f"--output={output}")

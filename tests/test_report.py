@@ -16,7 +16,7 @@ from PIL import Image
 from scipy import stats
 
 from rs_consistency import data, formats, noise, plots
-from rs_consistency.analysis import Certificates, read_certificates
+from rs_consistency.certificates.read import Certificates, read_certificates
 from rs_consistency.models import create_model
 from rs_consistency.report import figures
 from rs_consistency.report.contents import compare, subject
@@ -365,7 +365,7 @@ def test_bands_are_clopper_pearson_over_images_whatever_the_seeds(monkeypatch):
 
 
 def test_runs_keep_their_colour_where_a_file_has_no_counts(monkeypatch, two_runs, tmp_path):
-    from rs_consistency.reanalysis import load
+    from rs_consistency.certificates.proof import load
 
     saved = []
     monkeypatch.setattr(plots, "save", lambda figure, path: saved.append(figure))

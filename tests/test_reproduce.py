@@ -8,12 +8,12 @@ from pathlib import Path
 
 import pytest
 
+from rs_consistency.certificates.selection import Shard
 from rs_consistency.reproduction.machine import this_machine
 from rs_consistency.reproduction.plan import Options, cost, deviations, make_plan, not_available, share_of
 from rs_consistency.reproduction.published import TABLES, TRADEOFF, Published, table_of
 from rs_consistency.reproduction.speeds import Speeds
 from rs_consistency.reproduction.state import State
-from rs_consistency.shards import Shard
 from tests.helpers import ROOT, count_lines, kill_when, processes_with, start
 
 TINY = [

@@ -30,12 +30,13 @@ from pathlib import Path
 from typing import Any
 
 from rs_consistency import formats
-from rs_consistency.analysis import DEFAULT_RADII, Certificates, summarize
+from rs_consistency.certificates.joint import DEFAULT_DELTA, joint_statement
+from rs_consistency.certificates.measures import DEFAULT_RADII, summarize, summarize_votes
+from rs_consistency.certificates.proof import Evidence, load
+from rs_consistency.certificates.read import Certificates
 from rs_consistency.cli.common import Parser, program_words, run_main, run_program
 from rs_consistency.common.checks import probability
 from rs_consistency.common.errors import UserError
-from rs_consistency.joint import DEFAULT_DELTA, joint_statement
-from rs_consistency.reanalysis import Evidence, load, summarize_votes
 from rs_consistency.report import tables
 from rs_consistency.statistics.bounds import BOUNDS
 

@@ -24,10 +24,15 @@ from typing import Any
 
 from tqdm import tqdm
 
-from rs_consistency import audit
-from rs_consistency.certificates import CertificateFile, check_answers
-from rs_consistency.certify_run import FILES, Question, make_question, question_of_record
-from rs_consistency.cli.classifier import Classifier, names_sigma
+from rs_consistency.certificates import audit
+from rs_consistency.certificates.columns import CERTIFY, DECIDE, SCHEMAS, Row
+from rs_consistency.certificates.merge import merge
+from rs_consistency.certificates.question import FILES, Question, make_question, question_of_record
+from rs_consistency.certificates.read import read_table
+from rs_consistency.certificates.record import PROVENANCE
+from rs_consistency.certificates.selection import Selection, parse_shard
+from rs_consistency.certificates.source import Classifier, names_sigma
+from rs_consistency.certificates.write import CertificateFile, check_answers
 from rs_consistency.cli.common import (
     EXIT_NOT_FINISHED,
     EXIT_NOT_REPRODUCED,
@@ -43,13 +48,9 @@ from rs_consistency.common.checks import one_of, whole_number
 from rs_consistency.common.errors import UserError, note
 from rs_consistency.devices import parallel
 from rs_consistency.devices.host import keep_compiled, keep_memory, use_cores
-from rs_consistency.merging import merge
 from rs_consistency.models import DTYPES
 from rs_consistency.models.torch_checkpoints import INPUT_LAYERS
-from rs_consistency.rows import CERTIFY, DECIDE, SCHEMAS, Row
-from rs_consistency.shards import Selection, parse_shard
 from rs_consistency.statistics.bounds import BOUNDS
-from rs_consistency.tables import PROVENANCE, read_table
 from rs_consistency.training.runs import finished_step
 
 _SECONDS_BETWEEN_LINES = 30  # of the progress, where stderr is a file

@@ -14,6 +14,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from rs_consistency.certificates.selection import parse_shard
 from rs_consistency.cli.common import Parser, program_words, run_main, run_program, whole
 from rs_consistency.common.checks import whole_number
 from rs_consistency.common.errors import UserError, note
@@ -27,7 +28,6 @@ from rs_consistency.reproduction.plan import (
     share_of,
 )
 from rs_consistency.reproduction.published import TABLES
-from rs_consistency.shards import parse_shard
 
 EXIT_FAILED_CELLS = 1
 

@@ -7,10 +7,10 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from rs_consistency.analysis import Certificates, certificate_path
+from rs_consistency.certificates.proof import Evidence
+from rs_consistency.certificates.read import Certificates, certificate_path
 from rs_consistency.common.errors import UserError
 from rs_consistency.common.files import read_json
-from rs_consistency.reanalysis import Evidence
 from rs_consistency.statistics.intervals import Interval, PairedDifference, bootstrap_interval, paired_difference
 
 _NAMED = 5  # images that gained most, and lost most

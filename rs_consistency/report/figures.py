@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 from matplotlib.axes import Axes
 
-from rs_consistency.analysis import acr
+from rs_consistency.certificates.measures import acr
 from rs_consistency.plots import COLOURS, STYLES, plain, plt, save
 from rs_consistency.report.contents import Comparison, Subject
 from rs_consistency.statistics.bounds import ABSTAIN

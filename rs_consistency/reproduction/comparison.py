@@ -7,7 +7,8 @@ from typing import NamedTuple
 
 import numpy as np
 
-from rs_consistency.analysis import Certificates, certified_accuracy
+from rs_consistency.certificates.measures import certified_accuracy
+from rs_consistency.certificates.read import Certificates
 from rs_consistency.reproduction.plan import is_about_images
 from rs_consistency.reproduction.published import Published, Table, published_acr
 from rs_consistency.reproduction.results import Result

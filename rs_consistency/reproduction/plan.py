@@ -9,11 +9,11 @@ from typing import Any, NamedTuple
 from ml_collections import ConfigDict
 
 from rs_consistency import data
+from rs_consistency.certificates.selection import Selection, Shard
 from rs_consistency.common.checks import one_of, whole_number
 from rs_consistency.common.errors import UserError
 from rs_consistency.models import MODELS
 from rs_consistency.reproduction.published import TABLES, Table, table_of
-from rs_consistency.shards import Selection, Shard
 from rs_consistency.training.config import PLACE_KEYS, flatten, validate
 
 PUBLISHED_N = 100_000

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from rs_consistency import formats
-from rs_consistency.analysis import Certificates
+from rs_consistency.certificates.read import Certificates
 from rs_consistency.common.files import write_text
 from rs_consistency.plots import plt, save, save_curves
 from rs_consistency.reproduction.comparison import Pair, Row, groups_of, pairs_of, rows_of, together

@@ -10,13 +10,13 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from rs_consistency.analysis import Certificates, read_certificates
+from rs_consistency.certificates.columns import seconds_of
+from rs_consistency.certificates.read import Certificates, in_order, read_certificates
+from rs_consistency.certificates.record import provenances, record_of
 from rs_consistency.common.errors import UserError
 from rs_consistency.common.files import read_json, replace_atomically
 from rs_consistency.reproduction.plan import Cell, deviations, is_about_images
 from rs_consistency.reproduction.state import CERTIFICATES, calls_of
-from rs_consistency.rows import seconds_of
-from rs_consistency.tables import in_order, provenances, record_of
 from rs_consistency.training.config import PLACE_KEYS
 from rs_consistency.training.metrics import METRICS_FILE, read_lines
 from rs_consistency.training.runs import CONFIG_FILE

@@ -12,6 +12,8 @@ from typing import NamedTuple
 
 from tqdm import tqdm
 
+from rs_consistency.certificates.columns import seconds_of
+from rs_consistency.certificates.read import read_table
 from rs_consistency.common.errors import UserError, note
 from rs_consistency.devices.host import compiled_folder
 from rs_consistency.reproduction.cell_run import CellRun, Outcome, last_line
@@ -19,8 +21,6 @@ from rs_consistency.reproduction.machine import Machine
 from rs_consistency.reproduction.plan import Cell, votes_of
 from rs_consistency.reproduction.speeds import Speeds
 from rs_consistency.reproduction.state import CERTIFICATES, State, calls_of, glance, inspect, is_trained
-from rs_consistency.rows import seconds_of
-from rs_consistency.tables import read_table
 
 SPEEDS_FILE = "speeds.json"
 _POLL_SECONDS = 0.5

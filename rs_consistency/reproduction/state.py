@@ -5,11 +5,11 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from rs_consistency.certificates.read import read_table
 from rs_consistency.common.errors import UserError
 from rs_consistency.common.files import read_json, write_json
 from rs_consistency.common.version import code_version
 from rs_consistency.reproduction.plan import PUBLISHED_VOTES, Cell
-from rs_consistency.tables import read_table
 from rs_consistency.training.config import differing_keys
 from rs_consistency.training.metrics import METRICS_FILE, read_lines
 from rs_consistency.training.runs import CONFIG_FILE

@@ -30,7 +30,7 @@ from typing import Any
 import numpy as np
 from scipy import special
 
-from rs_consistency.analysis import Certificates
+from rs_consistency.certificates.read import Certificates
 from rs_consistency.common.checks import count, probability
 from rs_consistency.statistics.bounds import lower_confidence_bound
 

@@ -4,18 +4,11 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from rs_consistency.certificates.read import Progress, Table, in_order, read_table
+from rs_consistency.certificates.record import check_replaceable, finished_entry, record_of
+from rs_consistency.certificates.selection import parse_shard
 from rs_consistency.common.errors import UserError
 from rs_consistency.common.files import read_json, replace_atomically, write_json
-from rs_consistency.shards import parse_shard
-from rs_consistency.tables import (
-    Progress,
-    Table,
-    check_replaceable,
-    finished_entry,
-    in_order,
-    read_table,
-    record_of,
-)
 
 _OF_SELECTION = ("split_size", "skip", "shard")
 

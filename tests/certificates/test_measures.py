@@ -8,7 +8,7 @@ import matplotlib.image
 import numpy as np
 import pytest
 
-from rs_consistency.analysis import read_certificates
+from rs_consistency.certificates.read import read_certificates
 from rs_consistency.cli.common import EXIT_BROKEN_PIPE
 from rs_consistency.plots import short_labels
 from tests.helpers import start

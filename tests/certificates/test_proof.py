@@ -7,12 +7,12 @@ import numpy as np
 import pytest
 from scipy import special, stats
 
-from rs_consistency.analysis import read_certificates
-from rs_consistency.certificates import CertificateFile
+from rs_consistency.certificates.columns import CERTIFY, certify_rows
+from rs_consistency.certificates.proof import load
+from rs_consistency.certificates.read import read_certificates
+from rs_consistency.certificates.selection import Selection
+from rs_consistency.certificates.write import CertificateFile
 from rs_consistency.noise import bound_uniform
-from rs_consistency.reanalysis import load
-from rs_consistency.rows import CERTIFY, certify_rows
-from rs_consistency.shards import Selection
 from rs_consistency.smoothing.certify import Certification
 from rs_consistency.statistics.bounds import BOUNDS, certify_votes
 

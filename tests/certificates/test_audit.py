@@ -7,16 +7,17 @@ import numpy as np
 import pytest
 
 import rs_consistency
-from rs_consistency import audit, noise
-from rs_consistency.certificates import CertificateFile
+from rs_consistency import noise
+from rs_consistency.certificates import audit
+from rs_consistency.certificates.columns import CERTIFY, DECIDE, PREDICT, certify_rows, decide_rows, predict_rows
+from rs_consistency.certificates.read import read_table
+from rs_consistency.certificates.selection import Selection
+from rs_consistency.certificates.write import CertificateFile
 from rs_consistency.common.errors import UserError
 from rs_consistency.noise import bound_uniform
-from rs_consistency.rows import CERTIFY, DECIDE, PREDICT, certify_rows, decide_rows, predict_rows
-from rs_consistency.shards import Selection
 from rs_consistency.smoothing.certify import Certification, conclude
 from rs_consistency.smoothing.votes import Votes, count_votes, vote_settings
 from rs_consistency.statistics.bounds import BOUNDS, certify_votes, p_value_of
-from rs_consistency.tables import read_table
 
 SETTINGS = {"sigma": 0.5, "n0": 20, "n": 300, "alpha": 0.001, "seed": 3, "parameter_digest": "p", "data_digest": "d"}
 HERE = {"device": "8 x cpu", "versions": {"jax": "1", "scipy": "2"}, "code_digest": "c"}

@@ -12,7 +12,9 @@ import numpy as np
 from ml_collections import ConfigDict
 
 from rs_consistency import data
-from rs_consistency.certify_run import Question, answer
+from rs_consistency.certificates.columns import DECIDE, Row
+from rs_consistency.certificates.question import Question, answer
+from rs_consistency.certificates.selection import Selection
 from rs_consistency.common.checks import one_of
 from rs_consistency.common.errors import UserError
 from rs_consistency.common.progress import duration, size
@@ -27,8 +29,6 @@ from rs_consistency.models.torch_checkpoints import (
     read_torch_checkpoint,
     with_input_layer,
 )
-from rs_consistency.rows import DECIDE, Row
-from rs_consistency.shards import Selection
 from rs_consistency.smoothing.speed import measure_votes
 from rs_consistency.training import runs
 from rs_consistency.training.checkpoints import digest

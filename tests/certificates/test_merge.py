@@ -6,14 +6,14 @@ import shutil
 import numpy as np
 import pytest
 
-from rs_consistency import merging
-from rs_consistency.certificates import CertificateFile
+from rs_consistency.certificates.columns import CERTIFY, certify_rows
+from rs_consistency.certificates.merge import merge
+from rs_consistency.certificates.read import read_table
+from rs_consistency.certificates.record import provenances
+from rs_consistency.certificates.selection import Selection, Shard, parse_shard
+from rs_consistency.certificates.write import CertificateFile
 from rs_consistency.common.errors import UserError
-from rs_consistency.merging import merge
-from rs_consistency.rows import CERTIFY, certify_rows
-from rs_consistency.shards import Selection, Shard, parse_shard
 from rs_consistency.smoothing.certify import Certification
-from rs_consistency.tables import provenances, read_table
 from tests.helpers import rows
 
 IDENTITY = {"sigma": 0.5, "n": 100, "data_digest": "d", "parameter_digest": "p"}
@@ -249,7 +249,7 @@ def test_a_kill_during_a_merge_leaves_nothing_half(shards, output, tmp_path, mon
         raise Killed
 
     with monkeypatch.context() as patch:
-        patch.setattr(merging, "replace_atomically", killed)  # after the record
+        patch.setattr("rs_consistency.certificates.merge.replace_atomically", killed)  # after the record
         with pytest.raises(Killed):
             merge(shards, output)
     assert not output.exists()

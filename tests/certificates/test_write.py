@@ -10,13 +10,22 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from rs_consistency import certificates
-from rs_consistency.certificates import CertificateFile
+from rs_consistency.certificates import write
+from rs_consistency.certificates.columns import (
+    CERTIFY,
+    DECIDE,
+    PREDICT,
+    certify_rows,
+    decide_rows,
+    format_time,
+    predict_rows,
+)
+from rs_consistency.certificates.read import read_table
+from rs_consistency.certificates.record import provenances
+from rs_consistency.certificates.selection import Selection, parse_shard
+from rs_consistency.certificates.write import CertificateFile
 from rs_consistency.common.errors import UserError
-from rs_consistency.rows import CERTIFY, DECIDE, PREDICT, certify_rows, decide_rows, format_time, predict_rows
-from rs_consistency.shards import Selection, parse_shard
 from rs_consistency.smoothing.certify import Certification
-from rs_consistency.tables import provenances, read_table
 
 IDENTITY = {"sigma": 0.5, "n0": 10, "n": 100, "alpha": 0.001, "bound": "clopper_pearson", "parameter_digest": "ab"}
 ABOUT = {"device": "1 x cpu", "versions": {"jax": "1"}, "code_digest": "c0"}
@@ -232,9 +241,9 @@ def test_a_kill_at_any_moment_can_be_resumed(tmp_path, monkeypatch):
         leave()
         write_all(file, content[len(content) // 2 :])
 
-    write_all = certificates._write_all
+    write_all = write._write_all
     with monkeypatch.context() as patch:
-        patch.setattr(certificates, "_write_all", in_halves)
+        patch.setattr(write, "_write_all", in_halves)
         patch.setattr(os, "fsync", after_leaving(os.fsync))
         patch.setattr(Path, "replace", after_leaving(Path.replace))
         patch.setattr(Path, "write_text", after_leaving(Path.write_text))
@@ -369,7 +378,7 @@ def test_the_lock_goes_over_to_the_sorted_file(path):
 def test_a_file_that_is_replaced_before_it_is_locked_is_opened_again(path, monkeypatch):
     complete(path)
     lines = path.read_bytes()
-    real, opens = certificates.lock, []
+    real, opens = write.lock, []
 
     def replaced_meanwhile(descriptor, what):
         if not opens:
@@ -378,7 +387,7 @@ def test_a_file_that_is_replaced_before_it_is_locked_is_opened_again(path, monke
         opens.append(os.fstat(descriptor).st_ino)
         real(descriptor, what)
 
-    monkeypatch.setattr(certificates, "lock", replaced_meanwhile)
+    monkeypatch.setattr(write, "lock", replaced_meanwhile)
     file = opened(path)
     assert len(opens) == 2 and opens[0] != opens[1] == path.stat().st_ino
     with path.open("rb") as other, pytest.raises(BlockingIOError):
@@ -408,7 +417,7 @@ def test_a_full_disk_while_sorting_leaves_the_lines(path, monkeypatch):
         raise OSError(28, "No space left on device")
 
     with monkeypatch.context() as patch:
-        patch.setattr(certificates, "_write_all", full)
+        patch.setattr(write, "_write_all", full)
         with pytest.raises(OSError, match="No space left"):
             file.finish()
     assert path.read_bytes() == before

@@ -12,13 +12,23 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from rs_consistency import noise
+from rs_consistency.certificates.columns import (
+    CERTIFIED,
+    CERTIFY,
+    DECIDE,
+    PREDICT,
+    WORDS,
+    Row,
+    decided_radius,
+    format_radius,
+)
+from rs_consistency.certificates.read import Table
+from rs_consistency.certificates.record import differing_places, provenances, record_of
 from rs_consistency.common.checks import number_from, probability, whole_number
 from rs_consistency.common.errors import UserError
-from rs_consistency.rows import CERTIFIED, CERTIFY, DECIDE, PREDICT, WORDS, Row, decided_radius, format_radius
 from rs_consistency.smoothing.certify import ABSTAIN
 from rs_consistency.statistics import sequential
 from rs_consistency.statistics.bounds import certify_votes, drawn_sigma, p_value_of, upper_confidence_bound
-from rs_consistency.tables import Table, differing_places, provenances, record_of
 
 _COUNTS = ("count0", "count", "count_runner_up", "votes")
 _ERROR = 0.05  # error probability of the statement about the lines that were not drawn

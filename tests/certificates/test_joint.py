@@ -5,8 +5,13 @@ import pytest
 from scipy import special, stats
 
 from rs_consistency import UserError
-from rs_consistency.analysis import Certificates
-from rs_consistency.joint import certified_accuracy_lower, joint_statement, population_accuracy_lower, wrong_at_most
+from rs_consistency.certificates.joint import (
+    certified_accuracy_lower,
+    joint_statement,
+    population_accuracy_lower,
+    wrong_at_most,
+)
+from rs_consistency.certificates.read import Certificates
 
 N = 200
 ALPHA, DELTA = 0.02, 0.05

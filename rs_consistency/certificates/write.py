@@ -8,23 +8,21 @@ from typing import Any, BinaryIO
 
 import numpy as np
 
-from rs_consistency.common.errors import UserError
-from rs_consistency.common.files import lock, naming, read_json, replace_atomically, write_json
-from rs_consistency.rows import SCHEMAS, Row, Schema
-from rs_consistency.shards import Selection
-from rs_consistency.tables import (
+from rs_consistency.certificates.columns import SCHEMAS, Row, Schema
+from rs_consistency.certificates.read import Progress, in_order, read_lines
+from rs_consistency.certificates.record import (
     PROVENANCE,
-    Progress,
     check_record,
     check_replaceable,
     differing_places,
     finished_entry,
-    in_order,
     is_as_finished,
     provenances,
-    read_lines,
     record_of,
 )
+from rs_consistency.certificates.selection import Selection
+from rs_consistency.common.errors import UserError
+from rs_consistency.common.files import lock, naming, read_json, replace_atomically, write_json
 
 
 class CertificateFile:

@@ -8,10 +8,7 @@ import jax
 import numpy as np
 
 from rs_consistency import noise
-from rs_consistency.common.checks import one_of, probability
-from rs_consistency.common.errors import UserError
-from rs_consistency.data import DatasetInfo
-from rs_consistency.rows import (
+from rs_consistency.certificates.columns import (
     CERTIFY,
     DECIDE,
     PREDICT,
@@ -23,6 +20,9 @@ from rs_consistency.rows import (
     decide_rows,
     predict_rows,
 )
+from rs_consistency.common.checks import one_of, probability
+from rs_consistency.common.errors import UserError
+from rs_consistency.data import DatasetInfo
 from rs_consistency.smoothing.certify import conclude, most_of_others
 from rs_consistency.smoothing.pool import LOOK_EVERY, check_radius, decide_images
 from rs_consistency.smoothing.predict import conclude_prediction

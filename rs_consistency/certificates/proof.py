@@ -9,14 +9,13 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from rs_consistency.analysis import Certificates, Counts, certificate_path, read_certificates
+from rs_consistency.certificates.columns import CERTIFY, format_radius
+from rs_consistency.certificates.read import Certificates, Counts, certificate_path, read_certificates
 from rs_consistency.common import checks
 from rs_consistency.common.errors import UserError
 from rs_consistency.common.files import read_json
-from rs_consistency.rows import CERTIFY, format_radius
-from rs_consistency.statistics.bounds import ABSTAIN, BOUNDS, Certified, certify_votes, radius_ceiling
+from rs_consistency.statistics.bounds import ABSTAIN, BOUNDS, Certified, certify_votes
 
-P_A_QUANTILES = (0.05, 0.25, 0.5, 0.75, 0.95)
 _MODE = CERTIFY.name  # of the records that can be analysed here; those without a mode are older, and of this one
 
 
@@ -111,37 +110,6 @@ def load(
     radius = np.array([float(format_radius(radius)) for radius in proven.radius])
     table = table._replace(predict=predict, radius=radius, correct=(predict == table.label).astype(int))
     return table, Evidence(settings, table.counts, proven.lower)
-
-
-def summarize_votes(evidence: Evidence | None) -> dict[str, Any]:
-    """What `analyze.py --format=json` says about the votes of a file, beside `analysis.summarize`.
-
-    Args:
-      evidence: from `load`.
-
-    Returns:
-      `sigma`, `n`, `alpha` and `bound`, as in `Settings`; `radius_ceiling`, the largest radius that n votes can
-      certify; `at_ceiling`, the share of images with all n votes for the selected class; `p_a`, a map from quantile (as
-      text, such as "0.05") to the estimate count / n that this share of the images does not exceed. All None without
-      evidence.
-    """
-    names = ("sigma", "n", "alpha", "bound", "radius_ceiling", "at_ceiling", "p_a")
-    if evidence is None:
-        return dict.fromkeys(names, None) | {"p_a": {f"{share:g}": None for share in P_A_QUANTILES}}
-    settings, count = evidence.settings, evidence.counts.count
-    # A value that occurs: between two of them, interpolation would invent one.
-    quantiles = np.quantile(count / settings.n, P_A_QUANTILES, method="inverted_cdf")
-    ceiling = radius_ceiling(settings.n, alpha=settings.alpha, sigma=settings.sigma, bound=settings.bound)
-    values = (
-        settings.sigma,
-        settings.n,
-        settings.alpha,
-        settings.bound,
-        float(ceiling),
-        float(np.mean(count == settings.n)),
-        {f"{share:g}": float(value) for share, value in zip(P_A_QUANTILES, quantiles, strict=True)},
-    )
-    return dict(zip(names, values, strict=True))
 
 
 def _read_settings(path: Path, table: Certificates) -> tuple[Settings | None, str]:
