@@ -29,7 +29,6 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from rs_consistency import formats
 from rs_consistency.certificates.joint import DEFAULT_DELTA, joint_statement
 from rs_consistency.certificates.measures import DEFAULT_RADII, summarize, summarize_votes
 from rs_consistency.certificates.proof import Evidence, load
@@ -37,7 +36,7 @@ from rs_consistency.certificates.read import Certificates
 from rs_consistency.cli.common import Parser, program_words, run_main, run_program
 from rs_consistency.common.checks import probability
 from rs_consistency.common.errors import UserError
-from rs_consistency.report import tables
+from rs_consistency.report import formats, tables
 from rs_consistency.statistics.bounds import BOUNDS
 
 
@@ -102,9 +101,9 @@ def _report(
     output: Path,
 ) -> None:
     """Writes the report about files that were read."""
-    from rs_consistency.plots import short_labels  # matplotlib is slow to import
     from rs_consistency.report.contents import subject
     from rs_consistency.report.page import write_report
+    from rs_consistency.report.plots import short_labels  # matplotlib is slow to import
 
     output.mkdir(parents=True, exist_ok=True)
     subjects = [subject(label, path, *one) for label, path, one in zip(short_labels(paths), paths, loaded, strict=True)]

@@ -8,8 +8,8 @@ import numpy as np
 from matplotlib.axes import Axes
 
 from rs_consistency.certificates.measures import acr
-from rs_consistency.plots import COLOURS, STYLES, plain, plt, save
 from rs_consistency.report.contents import Comparison, Subject
+from rs_consistency.report.plots import COLOURS, STYLES, plain, plt, save
 from rs_consistency.statistics.bounds import ABSTAIN
 
 if TYPE_CHECKING:  # JAX, slow to import, which most figures have no use for

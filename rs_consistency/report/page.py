@@ -9,12 +9,11 @@ import jinja2
 from PIL import Image
 from tqdm import tqdm
 
-from rs_consistency import formats
 from rs_consistency.common.errors import UserError, note
 from rs_consistency.common.files import write_text
-from rs_consistency.plots import DPI, save_curves, save_p_a
-from rs_consistency.report import figures, tables
+from rs_consistency.report import figures, formats, tables
 from rs_consistency.report.contents import Comparison, Subject, compare
+from rs_consistency.report.plots import DPI, save_curves, save_p_a
 
 if TYPE_CHECKING:  # JAX, slow to import, which is not needed where no network is asked
     from rs_consistency.data import OpenSplit

@@ -5,10 +5,10 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from rs_consistency import formats
 from rs_consistency.certificates.read import Certificates
 from rs_consistency.common.files import write_text
-from rs_consistency.plots import plt, save, save_curves
+from rs_consistency.report import formats
+from rs_consistency.report.plots import plt, save, save_curves
 from rs_consistency.reproduction.comparison import Pair, Row, groups_of, pairs_of, rows_of, together
 from rs_consistency.reproduction.plan import not_available
 from rs_consistency.reproduction.published import TRADEOFF, table_of

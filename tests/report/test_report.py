@@ -15,10 +15,10 @@ import pytest
 from PIL import Image
 from scipy import stats
 
-from rs_consistency import data, formats, noise, plots
+from rs_consistency import data, noise
 from rs_consistency.certificates.read import Certificates, read_certificates
 from rs_consistency.models import create_model
-from rs_consistency.report import figures
+from rs_consistency.report import figures, formats, plots
 from rs_consistency.report.contents import compare, subject
 from tests.helpers import ROOT, final_params
 
