@@ -34,7 +34,7 @@ test-all: $(VENV)/installed
 # What needs PyTorch, which no other target installs: its checkpoints, read and written. None of it is skipped here.
 # PyTorch's build for the CPU is smaller than what pip takes by default; PIP_EXTRA_INDEX_URL can name where it is.
 test-torch: $(VENV)/installed-torch
-	RS_CONSISTENCY_NEEDS_TORCH=1 $(RUN) -m pytest -n 2 tests/models/test_torch_checkpoints.py tests/test_torch_programs.py
+	RS_CONSISTENCY_NEEDS_TORCH=1 $(RUN) -m pytest -n 2 tests/models/test_torch_checkpoints.py tests/cli/test_torch.py
 
 $(VENV)/installed-torch: $(VENV)/installed
 	$(RUN) -m pip install -qq --disable-pip-version-check --constraint constraints.txt --editable '.[torch]'
