@@ -126,7 +126,7 @@ def compare(table: Table, redrawn: list[Row], here: dict[str, Any]) -> Report:
 
     Args:
       table: from `read_table`; model and data as `check_binding` wants them.
-      redrawn: fresh rows of some of its images, from `certify_run.answer`; their time is not looked at.
+      redrawn: fresh rows of some of its images, from `question.answer`; their time is not looked at.
       here: device, versions and code that they were drawn with: `PROVENANCE`.
 
     Returns:

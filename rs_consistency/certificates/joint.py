@@ -21,7 +21,7 @@ is wrong.
 independent with the same mean, which Clopper-Pearson bounds from below. The statement is about one r that was not
 chosen by looking; for R of them at once take delta / R.
 
-Both take the images as chosen without looking at their votes, and alpha and bound too (see `reanalysis.load`).
+Both take the images as chosen without looking at their votes, and alpha and bound too (see `proof.load`).
 """
 
 from collections.abc import Sequence

@@ -52,7 +52,7 @@ P_A_QUANTILES = (0.05, 0.25, 0.5, 0.75, 0.95)
 
 
 def summarize_votes(evidence: Evidence | None) -> dict[str, Any]:
-    """What `analyze.py --format=json` says about the votes of a file, beside `analysis.summarize`.
+    """What `analyze.py --format=json` says about the votes of a file, beside `measures.summarize`.
 
     Args:
       evidence: from `load`.

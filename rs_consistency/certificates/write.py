@@ -1,4 +1,4 @@
-"""The files of a certification, written; `rs_consistency.tables` says what is in them."""
+"""The files of a certification, written; `rs_consistency.certificates.record` says what is in them."""
 
 import os
 import stat

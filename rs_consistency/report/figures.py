@@ -1,4 +1,4 @@
-"""The figures of a report, beyond those of `rs_consistency.plots`: ACR, comparison, training, logit margins, images."""
+"""Figures of a report: ACR, comparison, training, logit margins, images; `report.plots` has the curves."""
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path

@@ -114,7 +114,7 @@ def write_report(
 
     Args:
       subjects: from `contents.subject`, with labels of their own.
-      summaries: from `analysis.summarize`, `reanalysis.summarize_votes` and `joint.joint_statement`, one for each.
+      summaries: from `measures.summarize`, `measures.summarize_votes` and `joint.joint_statement`, one for each.
       folder: where to; exists.
       recomputed: with what the radii were computed again from the counts; empty for those of the files.
       ask_networks: restore networks and read datasets, for logit margins and images.

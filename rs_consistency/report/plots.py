@@ -105,7 +105,7 @@ def save_p_a(evidences: Mapping[str, Evidence | None], path: Path) -> None:
     bound `two_class`: where a lower bound means abstention.
 
     Args:
-      evidences: label -> what `reanalysis.load` returns; see `short_labels`. Files without are left out, and keep their
+      evidences: label -> what `proof.load` returns; see `short_labels`. Files without are left out, and keep their
         colours for the other figures; one is there at least.
       path: of the PNG; replaced if it exists.
     """

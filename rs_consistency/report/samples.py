@@ -179,7 +179,7 @@ class _Look:
         def noisy_logits(
             variables: Any, images: jax.Array, indices: jax.Array, copy: jax.Array, sigma: jax.Array
         ) -> tuple[jax.Array, jax.Array]:
-            # The address of an estimating vote, as `voting.count_votes` has it.
+            # The address of an estimating vote, as `votes.count_votes` has it.
             address = indices, jnp.ones_like(indices), jnp.full_like(indices, copy)
             noisy = images + sigma * noise.addressed_noise(key, *address, shape=images.shape[1:])
             return noisy, apply_fn(variables, noisy)

@@ -1,4 +1,4 @@
-"""The tables of analyze.py: lines of text from summaries, comparisons and records; see `rs_consistency.formats`."""
+"""The tables of analyze.py: lines of text from summaries, comparisons and records; see `report.formats`."""
 
 import math
 from collections.abc import Mapping, Sequence
@@ -26,7 +26,7 @@ def measures(summaries: Sequence[dict[str, Any]], intervals: "Sequence[Interval 
     """ACR, accuracy, abstention and certified accuracies, a line for each file.
 
     Args:
-      summaries: from `analysis.summarize`.
+      summaries: from `measures.summarize`.
       intervals: of the ACR, one for each file, None where there is none; empty for a table without them.
     """
     header = ["path", "images", "ACR", *(["95 % interval"] if intervals else []), "accuracy", "abstention"]

@@ -32,7 +32,7 @@ def decide(
     Guarantee: for each image, over the noise: if the smoothed classifier does not predict the selected class
     everywhere within `radius`, then the decision is 1 with probability at most alpha. If the selected class has
     a probability greater than Phi(radius / sigma), so that it could be certified with votes enough, then the decision
-    is -1 with probability at most alpha. See `rs_consistency.sequential.decide` for the test.
+    is -1 with probability at most alpha. See `rs_consistency.statistics.sequential.decide` for the test.
 
     The class is chosen by n0 votes as in `certify`. Further votes, those that `certify` would count, are looked at
     after every 16, until there is a decision or there are n. An image far from the radius takes tens, one near it many.

@@ -1,6 +1,6 @@
 """What chance there is in a share, a mean over images, and a difference of two classifiers on the same images.
 
-A certificate's own chance, that of its votes, is not here: `rs_consistency.bounds` and `rs_consistency.joint` have it.
+A certificate's own chance, that of its votes, is not here: see `statistics.bounds` and `certificates.joint`.
 """
 
 from typing import NamedTuple

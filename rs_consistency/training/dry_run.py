@@ -133,7 +133,7 @@ def measure_steps(
       config: the run's configuration.
       state: to start from; consumed.
       inputs: hands out the examples.
-      sizes: from `training.step_sizes`.
+      sizes: from `inputs.step_sizes`.
       devices: to use.
     """
     apply_fn = make_model(config).apply

@@ -93,7 +93,7 @@ def profile_steps(
       config: the run's configuration.
       state: to start from; consumed.
       inputs: hands out the examples.
-      sizes: from `training.step_sizes`.
+      sizes: from `inputs.step_sizes`.
       devices: to use.
       num_steps: steps to trace, after a few to warm up.
       folder: where TensorBoard looks; the trace goes to `plugins/profile/` in it.
