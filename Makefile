@@ -44,10 +44,11 @@ $(VENV)/installed-torch: $(VENV)/installed
 docs: $(VENV)/installed
 	$(RUN) -m sphinx -W --keep-going -q -b html docs docs/_build/html
 
-# The one gate: format, lint, types on public functions.
+# The one gate: format, lint, types on public functions, and which package may import which (pyproject.toml).
 lint: $(VENV)/installed
 	$(RUN) -m ruff format --check .
 	$(RUN) -m ruff check .
+	$(VENV)/bin/lint-imports
 
 format: $(VENV)/installed
 	$(RUN) -m ruff format .

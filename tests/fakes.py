@@ -15,8 +15,8 @@ from pathlib import Path
 from rs_consistency.certificates.columns import CERTIFY
 from rs_consistency.certificates.selection import Selection
 from rs_consistency.certificates.write import CertificateFile
-from rs_consistency.cli.common import EXIT_NOT_FINISHED
 from rs_consistency.cli.train import parse
+from rs_consistency.common.errors import EXIT_NOT_FINISHED
 from rs_consistency.common.files import read_json, write_json
 
 STEPS = 5  # of an epoch

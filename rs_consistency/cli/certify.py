@@ -33,19 +33,10 @@ from rs_consistency.certificates.record import PROVENANCE
 from rs_consistency.certificates.selection import Selection, parse_shard
 from rs_consistency.certificates.source import Classifier, names_sigma
 from rs_consistency.certificates.write import CertificateFile, check_answers
-from rs_consistency.cli.common import (
-    EXIT_NOT_FINISHED,
-    EXIT_NOT_REPRODUCED,
-    Parser,
-    fail,
-    program_words,
-    run_main,
-    run_program,
-    whole,
-)
+from rs_consistency.cli.common import Parser, fail, program_words, run_main, run_program, whole
 from rs_consistency.cli.config_file import split
 from rs_consistency.common.checks import one_of, whole_number
-from rs_consistency.common.errors import UserError, note
+from rs_consistency.common.errors import EXIT_NOT_FINISHED, EXIT_NOT_REPRODUCED, UserError, note
 from rs_consistency.devices import parallel
 from rs_consistency.devices.host import keep_compiled, keep_memory, use_cores
 from rs_consistency.models import DTYPES

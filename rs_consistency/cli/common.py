@@ -12,13 +12,7 @@ from typing import Any, NoReturn
 
 from absl import logging as absl_logging
 
-from rs_consistency.common.errors import UserError
-
-EXIT_USER_ERROR = 2
-EXIT_NOT_REPRODUCED = 3
-EXIT_NOT_FINISHED = 4
-EXIT_BROKEN_PIPE = 141
-EXIT_INTERRUPTED = 130
+from rs_consistency.common.errors import EXIT_BROKEN_PIPE, EXIT_INTERRUPTED, EXIT_USER_ERROR, UserError
 
 
 def run_main(main: Callable[[Sequence[str] | None], None], argv: Sequence[str] | None) -> None:

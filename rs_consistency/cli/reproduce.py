@@ -17,7 +17,7 @@ from typing import Any
 from rs_consistency.certificates.selection import parse_shard
 from rs_consistency.cli.common import Parser, program_words, run_main, run_program, whole
 from rs_consistency.common.checks import whole_number
-from rs_consistency.common.errors import UserError, note
+from rs_consistency.common.errors import EXIT_FAILED_CELLS, UserError, note
 from rs_consistency.reproduction.plan import (
     PUBLISHED_N,
     Cell,
@@ -28,8 +28,6 @@ from rs_consistency.reproduction.plan import (
     share_of,
 )
 from rs_consistency.reproduction.published import TABLES
-
-EXIT_FAILED_CELLS = 1
 
 
 def _names(text: str) -> list[str]:

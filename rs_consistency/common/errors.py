@@ -1,6 +1,13 @@
-"""What is said to the person at the keyboard: mistakes that they can repair, and notes."""
+"""Errors that a user can repair, notes, and the exit codes of the programs."""
 
 import sys
+
+EXIT_FAILED_CELLS = 1  # of reproduce.py: some cells failed
+EXIT_USER_ERROR = 2
+EXIT_NOT_REPRODUCED = 3  # of certify.py --verify: a line does not come out the same
+EXIT_NOT_FINISHED = 4  # of certify.py --finished: the last checkpoint is missing or damaged
+EXIT_INTERRUPTED = 130
+EXIT_BROKEN_PIPE = 141
 
 
 class UserError(ValueError):

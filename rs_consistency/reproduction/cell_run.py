@@ -5,16 +5,14 @@ import os
 import subprocess
 from collections.abc import Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING, NamedTuple
+from typing import NamedTuple, Protocol
 
-from rs_consistency.cli.common import EXIT_NOT_FINISHED
-from rs_consistency.common.errors import UserError, note
+from rs_consistency.common.errors import EXIT_NOT_FINISHED, UserError, note
 from rs_consistency.common.files import lock
+from rs_consistency.reproduction.machine import Machine
 from rs_consistency.reproduction.plan import Cell
+from rs_consistency.reproduction.speeds import Speeds
 from rs_consistency.reproduction.state import State, inspect, record_call
-
-if TYPE_CHECKING:
-    from rs_consistency.reproduction.runner import Runner
 
 _MOST_CRASHES = 2  # of a run by a signal, such as for want of memory, before its cell counts as failed
 
@@ -37,6 +35,39 @@ class Outcome(NamedTuple):
         return {*self.failed, *(cell.name for cell in (*self.finished, *self.elsewhere))}
 
 
+class Jobs(Protocol):
+    """What a cell under way asks of the runner of its plan; see `runner.Runner`."""
+
+    folder: Path
+    machine: Machine
+    where: str
+    speeds: Speeds
+
+    def workdir(self, cell: Cell) -> Path:
+        """Return the folder of a cell."""
+        ...
+
+    def log(self, cell: Cell) -> Path:
+        """Return the log of a cell's programs."""
+        ...
+
+    def glance(self, cell: Cell) -> State:
+        """Return how far a cell is, by counting lines."""
+        ...
+
+    def done(self, cell: Cell, state: State) -> None:
+        """Take note of a finished cell."""
+        ...
+
+    def time(self, cell: Cell, *, slot: int = 0) -> None:
+        """Measure the speed of a cell."""
+        ...
+
+    def start(self, cell: Cell, program: str, slot: int) -> subprocess.Popen[bytes]:
+        """Start a program for a cell."""
+        ...
+
+
 class CellRun:
     """A cell under way: what it does now, and what comes next.
 
@@ -47,7 +78,7 @@ class CellRun:
       state: how far it is, when last looked at.
     """
 
-    def __init__(self, runner: "Runner", cell: Cell, slot: int) -> None:
+    def __init__(self, runner: Jobs, cell: Cell, slot: int) -> None:
         self.cell, self.slot = cell, slot
         self.process: subprocess.Popen[bytes] | None = None
         self.state = State()

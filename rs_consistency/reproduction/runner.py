@@ -30,7 +30,7 @@ _MEASURE_SECONDS = 900
 _MODULES = {
     "train": "rs_consistency.cli.train",
     "certify": "rs_consistency.cli.certify",
-    "measure": "rs_consistency.reproduction.measure",
+    "measure": "rs_consistency.cli.measure",
 }
 
 

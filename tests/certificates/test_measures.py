@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from rs_consistency.certificates.read import read_certificates
-from rs_consistency.cli.common import EXIT_BROKEN_PIPE
+from rs_consistency.common.errors import EXIT_BROKEN_PIPE
 from rs_consistency.report.plots import short_labels
 from tests.helpers import start
 

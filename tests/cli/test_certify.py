@@ -15,7 +15,7 @@ import rs_consistency
 from rs_consistency import data
 from rs_consistency.certificates import write
 from rs_consistency.certificates.columns import CERTIFY, format_radius, format_time
-from rs_consistency.cli.common import EXIT_INTERRUPTED, EXIT_NOT_FINISHED
+from rs_consistency.common.errors import EXIT_INTERRUPTED, EXIT_NOT_FINISHED
 from rs_consistency.models import create_model
 from rs_consistency.training.checkpoints import digest
 from tests.helpers import count_lines, damage_checkpoint, final_params, kill_when, rows, start

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from rs_consistency import data, decide, noise, predict
-from rs_consistency.cli.common import EXIT_NOT_REPRODUCED
+from rs_consistency.common.errors import EXIT_NOT_REPRODUCED
 from rs_consistency.models import create_model
 from rs_consistency.statistics import bounds
 from tests.helpers import count_lines, final_params, kill_when, rows, start

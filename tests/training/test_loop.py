@@ -11,7 +11,7 @@ import optax
 import pytest
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from rs_consistency.cli.common import EXIT_INTERRUPTED
+from rs_consistency.common.errors import EXIT_INTERRUPTED
 from rs_consistency.training import loop, metrics
 from rs_consistency.training.checkpoints import digest
 from tests.helpers import TINY, count_lines, damage_checkpoint, final_params, kill_when, start, write_tfds
