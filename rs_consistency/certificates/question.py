@@ -26,11 +26,10 @@ from rs_consistency.data import DatasetInfo
 from rs_consistency.smoothing.certify import conclude, most_of_others
 from rs_consistency.smoothing.pool import LOOK_EVERY, check_radius, decide_images
 from rs_consistency.smoothing.predict import conclude_prediction
-from rs_consistency.smoothing.votes import VoteSettings, count_votes, vote_settings
-from rs_consistency.statistics.bounds import BOUNDS
+from rs_consistency.smoothing.votes import VoteSettings, count_votes
+from rs_consistency.statistics.bounds import BOUNDS, N0
 
 FILES = {CERTIFY.name: "certificates", DECIDE.name: "decisions", PREDICT.name: "predictions"}
-_DEFAULT_N0 = 100
 
 
 class Question(NamedTuple):
@@ -94,15 +93,15 @@ def make_question(
     elif schema is CERTIFY:
         bound = BOUNDS[0] if bound is None else bound
         one_of("bound", bound, BOUNDS)
-    votes = vote_settings(
+    selects = schema is not PREDICT
+    votes = VoteSettings.for_dataset(
+        info,
         sigma=sigma,
-        num_classes=info.num_classes,
         n=n,
         seed=seed,
         batch_size=batch_size,
-        n0=0 if schema is PREDICT else _DEFAULT_N0 if n0 is None else n0,
-        least_n0=0 if schema is PREDICT else 1,
-        image_shape=info.image_shape,
+        n0=(N0 if n0 is None else n0) if selects else 0,
+        least_n0=int(selects),
         platform=platform,
     )
     return Question(schema, votes, probability("alpha", alpha), bound, radius)

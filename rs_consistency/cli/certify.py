@@ -41,14 +41,14 @@ from rs_consistency.devices import parallel
 from rs_consistency.devices.host import keep_compiled, keep_memory, use_cores
 from rs_consistency.models import DTYPES
 from rs_consistency.models.torch_checkpoints import INPUT_LAYERS
-from rs_consistency.statistics.bounds import BOUNDS
+from rs_consistency.statistics.bounds import ALPHA, BOUNDS, N0, N
 from rs_consistency.training.runs import finished_step
 
 _SECONDS_BETWEEN_LINES = 30  # of the progress, where stderr is a file
 
 
 # Kept out of argparse, so that it is known what the user named.
-_DEFAULTS = {"n": 100_000, "alpha": 0.001, "skip": 1, "split": "test", "seed": 0}
+_DEFAULTS = {"n": N, "alpha": ALPHA, "skip": 1, "split": "test", "seed": 0}
 _KEPT_IN_THE_RECORD = ("sigma", "n0", "bound", "radius", "dtype", *_DEFAULTS)
 
 
@@ -66,9 +66,9 @@ def _parser() -> Parser:
     add("--mode", default=CERTIFY.name, help=f"{', '.join(SCHEMAS)} (default: %(default)s)")
     add("--radius", type=float, help="of --mode=decide")
     add("--bound", help=f"of --mode=certify: {', '.join(BOUNDS)} (default: {BOUNDS[0]})")
-    add("--n0", type=whole, help="votes that choose the class (default: 100)")
-    add("--n", type=whole, help="further votes, in mode decide at most so many (default: 100000)")
-    add("--alpha", type=float, help="error probability of a certificate (default: 0.001)")
+    add("--n0", type=whole, help=f"votes that choose the class (default: {N0})")
+    add("--n", type=whole, help=f"further votes, in mode decide at most so many (default: {N})")
+    add("--alpha", type=float, help=f"error probability of a certificate (default: {ALPHA})")
     add("--sigma", type=float, help="standard deviation of the noise (default: the one used in training)")
     add("--dtype", help=f"what the model computes in: {', '.join(DTYPES)} (default: as in training)")
     add("--skip", type=whole, help="certify every SKIP-th image (default: 1)")

@@ -19,7 +19,6 @@ from rs_consistency.cli.common import Parser, program_words, run_main, run_progr
 from rs_consistency.common.checks import whole_number
 from rs_consistency.common.errors import EXIT_FAILED_CELLS, UserError, note
 from rs_consistency.reproduction.plan import (
-    PUBLISHED_N,
     Cell,
     Options,
     deviations,
@@ -28,6 +27,7 @@ from rs_consistency.reproduction.plan import (
     share_of,
 )
 from rs_consistency.reproduction.published import TABLES
+from rs_consistency.statistics.bounds import N
 
 
 def _names(text: str) -> list[str]:
@@ -51,7 +51,7 @@ def _parser() -> Parser:
     add("--sigmas", type=_numbers, help="columns, such as 0.25,0.5 (default: all)")
     add("--seeds", type=whole, default=1, help="runs of every cell, with seeds 0, 1, ... (default: %(default)s)")
     add("--images", type=whole, help="certified: every so-manyth of the test set (default: as published)")
-    add("--n", type=whole, default=PUBLISHED_N, help="votes of an image (default: %(default)s)")
+    add("--n", type=whole, default=N, help="votes of an image (default: %(default)s)")
     add("--epochs", type=whole, help="shorter or longer training; its schedules follow (default: as published)")
     add("--dataset", help="another dataset with such images, such as mnist_subset (default: as published)")
     add("--model", help="another model, such as resnet20 (default: as published)")

@@ -10,12 +10,10 @@ from tqdm import tqdm
 from rs_consistency import data, noise
 from rs_consistency.common.errors import UserError
 from rs_consistency.models import DTYPES
-from rs_consistency.models.inference import for_inference
 from rs_consistency.report.contents import Subject
-from rs_consistency.smoothing.votes import count_votes, nan_error, to_float, vote_settings
+from rs_consistency.smoothing.votes import VoteSettings, count_votes, nan_error, to_float
 from rs_consistency.training import runs
 from rs_consistency.training.checkpoints import digest
-from rs_consistency.training.step import make_model
 
 VOTES = 256  # on an image of the strip
 _BATCH = 128
@@ -103,16 +101,8 @@ def ask(subject: Subject, split: data.OpenSplit, *, images: int = 5, copies: int
     record, table = subject.record, subject.certificates
     devices = jax.local_devices()[:1]
     info = data.dataset_info(record["dataset"])
-    question = vote_settings(
-        sigma=record.get("sigma"),
-        num_classes=info.num_classes,
-        n=VOTES,
-        seed=record.get("seed"),
-        batch_size=None,
-        image_shape=info.image_shape,
-        n0=0,
-        least_n0=0,
-        platform=devices[0].platform,
+    question = VoteSettings.for_dataset(
+        info, sigma=record.get("sigma"), n=VOTES, seed=record.get("seed"), platform=devices[0].platform
     )
     apply_fn, variables = _network(subject, devices)
     look = _Look(apply_fn, variables, noise.stream_key(question.seed, noise.Stream.REPORT), question.sigma)
@@ -217,8 +207,7 @@ def _network(subject: Subject, devices: list[jax.Device]) -> tuple[Any, Any]:
         )
     if record.get("dtype") in DTYPES:
         run.config.dtype = record["dtype"]
-    model = make_model(run.config)
-    return for_inference(model, run.variables, image_shape=data.dataset_info(run.config.dataset.name).image_shape)
+    return run.classifier()
 
 
 def _extremes(robustness: np.ndarray, images: int) -> tuple[np.ndarray, np.ndarray]:

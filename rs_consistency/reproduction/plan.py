@@ -14,10 +14,10 @@ from rs_consistency.common.checks import one_of, whole_number
 from rs_consistency.common.errors import UserError
 from rs_consistency.models import MODELS
 from rs_consistency.reproduction.published import TABLES, Table, table_of
+from rs_consistency.statistics.bounds import ALPHA, BOUNDS, N0, N
 from rs_consistency.training.config import PLACE_KEYS, flatten, validate
 
-PUBLISHED_N = 100_000
-PUBLISHED_VOTES = {"mode": "certify", "n0": 100, "alpha": 0.001, "bound": "clopper_pearson"}  # of every certificate
+PUBLISHED_VOTES = {"mode": "certify", "n0": N0, "alpha": ALPHA, "bound": BOUNDS[0]}  # of every certificate
 _TEST_IMAGES = {"mnist_subset": 1_000, "cifar100": 10_000, "fashion_mnist": 10_000, "svhn": 26_032} | {
     table.dataset: table.test_images for table in TABLES.values()
 }
@@ -101,7 +101,7 @@ class Options(NamedTuple):
     sigmas: Sequence[float] | None = None
     seeds: int = 1
     images: int | None = None
-    n: int = PUBLISHED_N
+    n: int = N
     epochs: int | None = None
     dataset: str | None = None
     model: str | None = None
@@ -201,7 +201,7 @@ def deviations(cell: Cell) -> list[str]:
         found.append(f"{size:,} of {split_size:,} images")
     if not table.same_images and cell.selection.size < table.test_images:
         found.append(_OTHER_ORDER)
-    if cell.n != PUBLISHED_N:
+    if cell.n != N:
         found.append(f"n {cell.n:,}")
     return found
 

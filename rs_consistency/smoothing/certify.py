@@ -13,7 +13,7 @@ from rs_consistency.common.checks import MAX_INDEX, one_of, probability
 from rs_consistency.common.errors import UserError
 from rs_consistency.devices import parallel
 from rs_consistency.smoothing.votes import Votes, VoteSettings, count_votes, vote_settings
-from rs_consistency.statistics.bounds import ABSTAIN, BOUNDS, certify_votes, most_of_others
+from rs_consistency.statistics.bounds import ABSTAIN, ALPHA, BOUNDS, N0, N, certify_votes, most_of_others
 
 
 class Certification(NamedTuple):
@@ -38,9 +38,9 @@ def certify(
     *,
     sigma: float,
     num_classes: int,
-    n0: int = 100,
-    n: int = 100_000,
-    alpha: float = 0.001,
+    n0: int = N0,
+    n: int = N,
+    alpha: float = ALPHA,
     bound: str = BOUNDS[0],
     seed: int = 0,
     batch_size: int | None = None,

@@ -9,6 +9,7 @@ from tqdm import tqdm
 
 from rs_consistency.smoothing.certify import prepare
 from rs_consistency.smoothing.pool import Decisions, decide_images
+from rs_consistency.statistics.bounds import ALPHA, N0, N
 
 
 def decide(
@@ -18,9 +19,9 @@ def decide(
     sigma: float,
     radius: float,
     num_classes: int,
-    n0: int = 100,
-    n: int = 100_000,
-    alpha: float = 0.001,
+    n0: int = N0,
+    n: int = N,
+    alpha: float = ALPHA,
     seed: int = 0,
     batch_size: int | None = None,
     indices: Sequence[int] | np.ndarray | None = None,

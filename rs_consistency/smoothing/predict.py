@@ -11,7 +11,7 @@ from rs_consistency import noise
 from rs_consistency.common.checks import check_all, number_array, probability
 from rs_consistency.common.errors import UserError
 from rs_consistency.smoothing.certify import ABSTAIN, prepare
-from rs_consistency.statistics.bounds import p_value_of
+from rs_consistency.statistics.bounds import ALPHA, N, p_value_of
 
 
 class Prediction(NamedTuple):
@@ -34,8 +34,8 @@ def predict(
     *,
     sigma: float,
     num_classes: int,
-    n: int = 100_000,
-    alpha: float = 0.001,
+    n: int = N,
+    alpha: float = ALPHA,
     seed: int = 0,
     batch_size: int | None = None,
     indices: Sequence[int] | np.ndarray | None = None,

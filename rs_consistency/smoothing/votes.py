@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Self
 
 import jax
 import jax.numpy as jnp
@@ -11,6 +11,7 @@ import numpy as np
 from rs_consistency import noise
 from rs_consistency.common.checks import LARGEST, MAX_SEED, number_above, whole_number
 from rs_consistency.common.errors import UserError
+from rs_consistency.data import DatasetInfo
 from rs_consistency.devices import parallel
 
 # A group of images is voted on together, and is at least so many calls: what its last call leaves unused is small.
@@ -49,6 +50,32 @@ class VoteSettings(NamedTuple):
     n: int
     seed: int
     batch_size: int
+
+    @classmethod
+    def for_dataset(
+        cls,
+        info: DatasetInfo,
+        *,
+        sigma: Any,
+        n: Any,
+        seed: Any,
+        platform: str,
+        n0: Any = 0,
+        batch_size: Any = None,
+        least_n0: int = 0,
+    ) -> Self:
+        """Return checked settings for the images of a dataset; see `vote_settings`."""
+        return vote_settings(
+            sigma=sigma,
+            num_classes=info.num_classes,
+            n0=n0,
+            n=n,
+            seed=seed,
+            batch_size=batch_size,
+            image_shape=info.image_shape,
+            platform=platform,
+            least_n0=least_n0,
+        )
 
 
 def vote_settings(

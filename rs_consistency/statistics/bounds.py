@@ -21,6 +21,8 @@ from rs_consistency.common.errors import UserError
 
 ABSTAIN = -1  # the prediction of an image without a certificate
 BOUNDS = ("clopper_pearson", "two_class", "randomized")
+# The defaults of every certification, as published: votes that select, votes that measure, error probability.
+N0, N, ALPHA = 100, 100_000, 0.001
 _HALVINGS = 60  # of an interval within [0, 1]: more than float64 can tell apart
 
 

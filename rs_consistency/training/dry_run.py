@@ -16,13 +16,12 @@ from rs_consistency.common.progress import duration, size
 from rs_consistency.devices import parallel
 from rs_consistency.devices.compiler import memory_of, steps_per_call
 from rs_consistency.models import count_parameters
-from rs_consistency.models.inference import for_inference
 from rs_consistency.smoothing.speed import measure_votes
-from rs_consistency.smoothing.votes import vote_settings
+from rs_consistency.smoothing.votes import VoteSettings
 from rs_consistency.training.checkpoints import Checkpoints
 from rs_consistency.training.inputs import Inputs, StepSizes
 from rs_consistency.training.loop import describe_run, initial_state, open_inputs, open_run
-from rs_consistency.training.runs import check_claim
+from rs_consistency.training.runs import Run, check_claim
 from rs_consistency.training.step import TrainState, make_eval_step, make_model, make_optimizer, make_train_steps
 
 _FEW = 10  # training images that a dry run asks a method's preparation about
@@ -56,17 +55,10 @@ def plan(config: ConfigDict, workdir: Path) -> Plan:
         done = max(checkpoints.steps(), default=0)
     state, info = initial_state(config, sizes, devices), data.dataset_info(config.dataset.name)
     parameters = count_parameters(state.variables)
-    votes = vote_settings(
-        sigma=config.sigma,
-        num_classes=info.num_classes,
-        n=1,
-        seed=config.seed,
-        batch_size=None,
-        image_shape=info.image_shape,
-        n0=1,
-        platform=devices[0].platform,
+    votes = VoteSettings.for_dataset(
+        info, sigma=config.sigma, n0=1, n=1, seed=config.seed, platform=devices[0].platform
     )
-    apply_fn, variables = for_inference(make_model(config), state.variables, image_shape=info.image_shape)
+    apply_fn, variables = Run(config, 0, state.variables).classifier()
     voted = measure_votes(apply_fn, variables, test_split.read(np.arange(1))[0], settings=votes, devices=devices)
     extra = {}
     if methods.METHODS[config.method].prepare:  # what it would find out about every example, from a few of them

@@ -2,7 +2,7 @@
 
 import json
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -12,10 +12,12 @@ from ml_collections import ConfigDict
 
 from rs_consistency.common.errors import UserError, note
 from rs_consistency.common.files import lock, read_json, write_json
+from rs_consistency.data import dataset_info
+from rs_consistency.models.inference import for_inference
 from rs_consistency.training.checkpoints import Checkpoints
 from rs_consistency.training.config import PLACE_KEYS, differing_keys, flatten, validate
 from rs_consistency.training.inputs import step_sizes
-from rs_consistency.training.step import TrainState, restore_target
+from rs_consistency.training.step import TrainState, make_model, restore_target
 
 CONFIG_FILE = "config.json"
 DATA_FILE = "data.json"
@@ -33,6 +35,11 @@ class Run(NamedTuple):
     config: ConfigDict
     step: int
     variables: dict[str, Any]
+
+    def classifier(self) -> tuple[Callable[[Any, jax.Array], jax.Array], dict[str, Any]]:
+        """Return the network ready for inference: `apply_fn(variables, images)`, and its variables."""
+        image_shape = dataset_info(self.config.dataset.name).image_shape
+        return for_inference(make_model(self.config), self.variables, image_shape=image_shape)
 
 
 def read_valid_config(workdir: Path, *, name: str = "workdir") -> ConfigDict:

@@ -16,12 +16,10 @@ from tqdm import tqdm
 from rs_consistency import data
 from rs_consistency.common.errors import note
 from rs_consistency.common.files import replace_atomically
-from rs_consistency.models.inference import for_inference
 from rs_consistency.noise import Stream
-from rs_consistency.smoothing.votes import count_votes, vote_settings
+from rs_consistency.smoothing.votes import VoteSettings, count_votes
 from rs_consistency.training import runs
 from rs_consistency.training.checkpoints import digest
-from rs_consistency.training.step import make_model
 
 FILE = "smoothed_predictions.npz"
 _SECONDS_BETWEEN_SAVES = 30
@@ -90,18 +88,10 @@ def _vote(
     path: Path,
 ) -> _Kept:
     info = data.dataset_info(config.dataset.name)
-    settings = vote_settings(
-        sigma=run.config.sigma,
-        num_classes=info.num_classes,
-        n0=0,
-        n=num_votes,
-        seed=config.seed,
-        batch_size=None,
-        image_shape=info.image_shape,
-        platform=devices[0].platform,
-        least_n0=0,
+    settings = VoteSettings.for_dataset(
+        info, sigma=run.config.sigma, n=num_votes, seed=config.seed, platform=devices[0].platform
     )
-    apply_fn, variables = for_inference(make_model(run.config), run.variables, image_shape=info.image_shape)
+    apply_fn, variables = run.classifier()
     done, total = len(kept.counts), len(split.labels)
     groups = count_votes(
         apply_fn,
