@@ -16,6 +16,11 @@ _WITHOUT_LOCKS = (errno.ENOSYS, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOLCK)  
 _REMEDY = "restore it from a copy, or move it away"
 
 
+def cache_folder() -> Path:
+    """Return the user's folder for files that can be made again."""
+    return Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "rs_consistency"
+
+
 @contextmanager
 def naming(path: Path) -> Iterator[None]:
     """Put the path, as the user knows it, into an `OSError` of the block: a failed write does not name its file."""

@@ -142,18 +142,14 @@ def open_split(name: str, split: str, *, data_dir: str = "", cache_dir: str = ""
 def check_split(what: str, images: np.ndarray, labels: np.ndarray, info: DatasetInfo) -> None:
     """Raise a `UserError` if arrays do not fit the dataset's entry."""
     if images.dtype != np.uint8 or images.shape[1:] != info.image_shape or not len(images):
-        raise UserError(
-            f"{what}: images are {images.dtype} {images.shape}; expected uint8 [N, {info.image_shape}], N > 0."
-            " Prepare the dataset again"
-        )
-    if labels.shape != images.shape[:1]:
-        raise UserError(f"{what}: {len(images)} images but labels {labels.shape}. Prepare the dataset again")
-    outside = np.flatnonzero((labels < 0) | (labels >= info.num_classes))
-    if outside.size:
-        raise UserError(
-            f"{what}: label {labels[outside[0]]} of example {outside[0]} is outside 0..{info.num_classes - 1}."
-            " Prepare the dataset again"
-        )
+        problem = f"images are {images.dtype} {images.shape}; expected uint8 [N, {info.image_shape}], N > 0"
+    elif labels.shape != images.shape[:1]:
+        problem = f"{len(images)} images but labels {labels.shape}"
+    elif (outside := np.flatnonzero((labels < 0) | (labels >= info.num_classes))).size:
+        problem = f"label {labels[outside[0]]} of example {outside[0]} is outside 0..{info.num_classes - 1}"
+    else:
+        return
+    raise UserError(f"{what}: {problem}. Prepare the dataset again")
 
 
 def to_unit(images: jax.Array) -> jax.Array:

@@ -2,7 +2,6 @@
 
 from dataclasses import dataclass
 from functools import lru_cache
-from typing import NamedTuple
 
 import numpy as np
 from PIL import Image
@@ -14,22 +13,16 @@ _TRIES = 10
 # Uniform numbers of an example: an area and a ratio for every try, two for the crop's position, the last for the flip.
 DRAWS = 2 * _TRIES + 3
 
-
-class Visit(NamedTuple):
-    """A use of an example in training."""
-
-    index: int  # of the example in the split
-    epoch: int
-    position: int  # in the epoch
+Visit = tuple[int, int, int]  # number of an example in the split, epoch, position in the epoch
 
 
 @dataclass(frozen=True)
 class TrainingOrder:
-    """All visits in the order of training: a sequence for Grain that is cheap to send to a worker."""
+    """The examples in the order of training: a sequence of visits for Grain that is cheap to send to a worker."""
 
     num_examples: int
     seed: int
-    epoch_length: int  # visits, more than num_examples where an epoch's last batch is filled up
+    epoch_length: int  # visits of an epoch, whose last batch is filled up from its start
     length: int  # visits of all epochs
 
     def __len__(self) -> int:
@@ -38,7 +31,7 @@ class TrainingOrder:
     def __getitem__(self, number: int) -> Visit:
         epoch, position = divmod(number, self.epoch_length)
         order = permutation(self.seed, epoch, self.num_examples)
-        return Visit(int(order[position % self.num_examples]), epoch, position)
+        return int(order[position % self.num_examples]), epoch, position
 
 
 def _philox(seed: int, epoch: int, stream: int, position: int) -> np.random.Philox:

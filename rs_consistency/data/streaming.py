@@ -39,7 +39,7 @@ from tensorflow_datasets.proto import tf_example_pb2  # tf.train.Example, withou
 
 from rs_consistency.common.errors import UserError, first_line, note
 from rs_consistency.data.crops import TrainingOrder, Visit, central_crop, random_crop, uniform
-from rs_consistency.data.tfds import file_format, find_prepared, prepare_command, resolve_data_dir
+from rs_consistency.data.tfds import file_format, find_prepared, prepare_command, resolve_data_dir, unreadable
 
 Batch = tuple[np.ndarray, np.ndarray]
 
@@ -176,17 +176,12 @@ def open_split(
         splits = tfds.builder_from_directory(folder).info.splits
         shards = splits[tfds_split].file_instructions if tfds_split in splits else []
     except Exception as error:  # TFDS raises many kinds for a damaged description
-        raise UserError(
-            f"{folder} is unreadable: {first_line(error)}; move it away and prepare it again: {prepare_command(name)}"
-        ) from error
+        raise unreadable(folder, first_line(error), name) from error
     if not shards:
         raise UserError(f"{folder} has no split {tfds_split!r}; use one of {', '.join(sorted(splits))}")
     missing = [shard.filename for shard in shards if not Path(shard.filename).is_file()]
     if missing:
-        raise UserError(
-            f"{folder} is unreadable: {Path(missing[0]).name} is missing; move it away and prepare it again:"
-            f" {prepare_command(name)}"
-        )
+        raise unreadable(folder, f"{Path(missing[0]).name} is missing", name)
     _allow_open_files(len(shards) + _OTHER_OPEN_FILES)
     return StreamedSplit(name, tfds_split, folder, image_shape, num_classes, shards)
 
@@ -318,8 +313,9 @@ def evaluation_batches(split: StreamedSplit, *, batch_size: int, num_workers: in
 
 def _augmented(split: StreamedSplit, seed: int, visit: Visit) -> tuple[np.ndarray, np.int32]:
     """Read an example for training."""
-    draws = uniform(seed, visit.epoch, visit.position)
-    return split.decode(visit.index, lambda image, size: random_crop(image, size, draws))
+    index, epoch, position = visit
+    draws = uniform(seed, epoch, position)
+    return split.decode(index, lambda image, size: random_crop(image, size, draws))
 
 
 def _start(batches: grain.MapDataset, split: StreamedSplit, batch_size: int, num_workers: int) -> Batches:

@@ -18,7 +18,7 @@ import numpy as np
 from PIL import Image
 
 from rs_consistency.common.errors import UserError, first_line, note
-from rs_consistency.common.files import replace_atomically
+from rs_consistency.common.files import cache_folder, replace_atomically
 from rs_consistency.common.progress import progress_bar
 
 _READ_AT_ONCE = 1000  # records
@@ -47,9 +47,7 @@ def resolve_data_dir(data_dir: str) -> Path:
 
 def resolve_cache_dir(cache_dir: str) -> Path:
     """Return the folder of decoded arrays."""
-    if cache_dir:
-        return Path(cache_dir).expanduser()
-    return Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "rs_consistency"
+    return Path(cache_dir).expanduser() if cache_dir else cache_folder()
 
 
 def tfds_name(name: str) -> str:
@@ -136,10 +134,7 @@ def _decode(name: str, split: str, prepared: Path) -> tuple[np.ndarray, np.ndarr
                 images = np.stack(list(bar))
         labels = np.asarray([record["label"] for record in records], np.int32)
     except Exception as error:  # the readers raise many kinds for a damaged file
-        raise UserError(
-            f"{prepared} ({split}) is unreadable: {first_line(error)}; move it away and prepare it again:"
-            f" {prepare_command(name)}"
-        ) from error
+        raise unreadable(f"{prepared} ({split})", first_line(error), name) from error
     return images, labels
 
 
@@ -153,6 +148,11 @@ def _from_array_record(source: Any) -> list[dict[str, Any]]:
 def _decode_image(encoded: bytes) -> np.ndarray:
     image = np.asarray(Image.open(io.BytesIO(encoded)), np.uint8)
     return image[..., None] if image.ndim == 2 else image  # [H, W, C]
+
+
+def unreadable(what: Path | str, reason: str, name: str) -> UserError:
+    """Return the error for a damaged folder of a dataset."""
+    return UserError(f"{what} is unreadable: {reason}; move it away and prepare it again: {prepare_command(name)}")
 
 
 def prepare_command(name: str) -> str:

@@ -9,6 +9,8 @@ from pathlib import Path
 
 import jax
 
+from rs_consistency.common.files import cache_folder
+
 CPU_DEVICES = 2  # number of JAX devices that `use_cores` makes of a CPU
 _M_TRIM_THRESHOLD, _M_MMAP_MAX = -1, -4  # from glibc's malloc.h
 
@@ -64,19 +66,15 @@ def keep_memory() -> None:
 def keep_compiled() -> None:
     """Make JAX keep compiled programs on disk, so that later processes do not compile the same shapes again.
 
-    The folder is `$XDG_CACHE_HOME/rs_consistency/xla-...`. A `JAX_COMPILATION_CACHE_DIR` in the environment has
-    precedence, as has a folder that the program set.
+    Each kind of processor has its folder `$XDG_CACHE_HOME/rs_consistency/xla-...`, since code for one kind may not run
+    on another. A `JAX_COMPILATION_CACHE_DIR` in the environment has precedence, as has a folder that the program set.
     """
     if jax.config.jax_compilation_cache_dir is None:
-        home = Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser()
-        jax.config.update("jax_compilation_cache_dir", str(compiled_folder(home / "rs_consistency")))
+        jax.config.update("jax_compilation_cache_dir", str(compiled_folder(cache_folder())))
 
 
 def compiled_folder(home: Path) -> Path:
-    """Return the subfolder for programs compiled for this kind of processor: they may not run on another kind.
-
-    Machines may share the folder `home`.
-    """
+    """Return the subfolder of `home`, which machines may share, for programs compiled for this kind of processor."""
     features = [line for line in _cpuinfo() if line.startswith(("flags", "Features"))]
     kind = "\n".join([platform.machine(), *sorted(set(features))])
     return home / f"xla-{hashlib.sha256(kind.encode()).hexdigest()[:12]}"

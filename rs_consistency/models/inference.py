@@ -45,8 +45,8 @@ def for_inference(
       image_shape: `(H, W, C)` of the images.
 
     Returns:
-      `(apply_fn, variables)`: `apply_fn(variables, images [N, H, W, C])` returns logits `[N, K]`, or raises a ValueError
-      for images of another shape or the original variables. The new variables are `params`, without batch
+      `(apply_fn, variables)`: `apply_fn(variables, images [N, H, W, C])` returns logits `[N, K]`. It raises a
+      ValueError for images of another shape or the original variables. The new variables are `params`, without batch
       normalization, and `affine`.
 
     Raises:
@@ -65,9 +65,6 @@ def for_inference(
             return model.apply(variables, images, train=False)
 
     return apply_fn, ready
-
-
-# --- what runs -------------------------------------------------------------------------------------------------------
 
 
 def _replace(next_fun: Callable[..., Any], args: Any, kwargs: Any, context: Any) -> Any:
@@ -103,9 +100,6 @@ def _batch_norm_arguments(
 ) -> tuple[jax.Array, bool | None]:
     del mask  # used for batch statistics alone
     return x, use_running_average
-
-
-# --- what is computed once -------------------------------------------------------------------------------------------
 
 
 class _Trace(NamedTuple):

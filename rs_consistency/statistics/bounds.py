@@ -309,14 +309,7 @@ def _checked_sigma(sigma: ArrayLike) -> np.ndarray:
 
 
 def most_of_others(counts: np.ndarray, selected: np.ndarray) -> np.ndarray:
-    """Return the largest count of any class but the selected one; 0 where there is no other.
-
-    Args:
-      counts: `[B, K]` votes.
-      selected: `[B]` classes.
-
-    Returns:
-      `[B]`, of the type of the counts.
+    """Return from counts `[B, K]` the largest `[B]` of any class but the `selected` `[B]`; 0 if there is no other.
 
     Example:
       >>> import numpy as np
@@ -330,11 +323,7 @@ def most_of_others(counts: np.ndarray, selected: np.ndarray) -> np.ndarray:
 
 
 def p_value_of(most: ArrayLike, runner_up: ArrayLike) -> np.ndarray:
-    """Return p-values `[B]` of the two-sided binomial test at 1/2 between the two largest counts.
-
-    Args:
-      most: `[B]` largest counts, at least 1.
-      runner_up: `[B]` second largest counts.
+    """Return p-values of the two-sided binomial test at 1/2 between the two largest counts, `most` at least 1.
 
     Example:
       >>> from rs_consistency.statistics.bounds import p_value_of

@@ -113,7 +113,7 @@ def bootstrap_interval(
     level, samples = probability("level", level), whole_number("samples", samples, at_least=1)
     if np.ptp(values) == 0:  # scipy would warn
         return Interval(values[0], values[0])
-    interval = stats.bootstrap(
+    result = stats.bootstrap(
         (values,),
         np.mean,
         n_resamples=samples,
@@ -121,8 +121,8 @@ def bootstrap_interval(
         method="percentile",
         batch=max(1, _BATCH_VALUES // len(values)),
         rng=np.random.default_rng(seed),
-    ).confidence_interval
-    return Interval(interval.low, interval.high)
+    )
+    return Interval(*result.confidence_interval)
 
 
 class PairedDifference(NamedTuple):
