@@ -1,11 +1,11 @@
-"""The runs of a plan on a CPU: one on each core at a time, beside one after the other, each on all cores.
+"""The runs of a plan on a CPU: one on each core at a time, against one after the other, each on all cores.
 
     python benchmarks/jobs.py --cases "lenet consistency" --json benchmarks.json
 
-The first is what reproduce.py does by default, the second its `--jobs=1`. Noisy images trained on and votes counted in
-a second, by all runs together; the processes stay between the rounds and are asked in turns. Then the seconds from a
-process's start to its first finished step and group of votes, with the plan's compile cache filled and empty. Needs
-PyTorch, as the other benchmarks do: pip install -e '.[benchmarks]'.
+reproduce.py does the first by default, the second with `--jobs=1`. The table has the noisy images and the votes of all
+runs together in a second. The processes stay between the rounds and take turns. It also has the time from a process's
+start to its first finished step and group of votes, with the plan's compile cache filled and empty. Needs PyTorch, as
+the other benchmarks do: pip install -e '.[benchmarks]'.
 """
 
 import argparse
@@ -33,7 +33,7 @@ _WHAT = {"training": "noisy images", "certification": "votes"}
 
 
 class _Run:
-    """A process that trains and certifies for some seconds whenever it is asked to."""
+    """A process that trains or certifies for some seconds on request."""
 
     def __init__(self, case: str, cores: Sequence[int], cache: str) -> None:
         start = time.perf_counter()
@@ -48,12 +48,12 @@ class _Run:
         self.start_seconds = time.perf_counter() - start
 
     def ask(self, what: str, seconds: float) -> None:
-        """To train or to certify for so many seconds."""
+        """Request `seconds` of training or certification."""
         self._process.stdin.write(json.dumps([what, seconds]) + "\n")
         self._process.stdin.flush()
 
     def answer(self) -> float:
-        """How much of it a second."""
+        """Return the speed: noisy images or votes per second."""
         return float(self._answer())
 
     def _answer(self) -> str:
@@ -106,7 +106,7 @@ def _compare(case: str, args: argparse.Namespace) -> list[dict[str, Any]]:
 
 
 def _serve(case: str, cores: Sequence[int]) -> None:
-    """What a run's process does: answers on stdout, until stdin ends."""
+    """Serve requests in a run's process: from stdin, until it ends, with answers on stdout."""
     os.sched_setaffinity(0, cores)  # before JAX starts threads
     use_cores()
     keep_memory()
@@ -127,7 +127,7 @@ def _serve(case: str, cores: Sequence[int]) -> None:
 
 
 def main() -> None:
-    """The command."""
+    """Run the command."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument(
         "--cases", default="lenet consistency", help="some of those of training.py (default: %(default)s)"
