@@ -133,13 +133,13 @@ def _against_rival(name: str, dtype: str, args: argparse.Namespace) -> dict[str,
     # Few votes on each image keep the rounds short. `_overhead` measures whether many votes cost more.
     ours = Ours(apply_fn, variables, image, n=_VOTES_IN_ROUND, batch_size=None)
     print(f"{name} {dtype}: ours, rival at batch {batch}, ratio", file=sys.stderr)
-    found = in_turns(
+    speeds = in_turns(
         lambda: speed_of_ours(ours, args.seconds),
         lambda: _speed(lambda n: rival.count(n, batch), batch, args.seconds),
         args.rounds,
     )
     case = name if dtype == "float32" else f"{name} {dtype}"
-    return {"case": case, "device": device_name(), **found, "rival_batch": batch}
+    return {"case": case, "device": device_name(), **speeds, "rival_batch": batch}
 
 
 def _overhead(name: str, args: argparse.Namespace) -> dict[str, Any]:
@@ -151,9 +151,9 @@ def _overhead(name: str, args: argparse.Namespace) -> dict[str, Any]:
     one = Ours(apply_fn, variables, image, n=n, batch_size=None)
     many = Ours(apply_fn, variables, image, n=1000, batch_size=None)
     print(f"{name}: n = {n} on one image, n = 1,000 on many, ratio", file=sys.stderr)
-    found = in_turns(lambda: speed_of_ours(one, args.seconds), lambda: speed_of_ours(many, args.seconds), args.rounds)
+    speeds = in_turns(lambda: speed_of_ours(one, args.seconds), lambda: speed_of_ours(many, args.seconds), args.rounds)
     case = f"{name}: n={n} (ours) beside n=1000 (rival)"
-    return {"case": case, "device": device_name(), **found}
+    return {"case": case, "device": device_name(), **speeds}
 
 
 def main() -> None:

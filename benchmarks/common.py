@@ -86,10 +86,10 @@ def in_turns(a: Callable[[], float], b: Callable[[], float], rounds: int) -> dic
     }
 
 
-def show(results: Sequence[dict[str, Any]], what: str, path: Path | None) -> None:
+def show(results: Sequence[dict[str, Any]], caption: str, path: Path | None) -> None:
     """Print the table and write the JSON list."""
     width = max(len(result["case"]) for result in results)
-    print(f"{'case'.ljust(width)}  {'ours':>9}  {'rival':>9}  ratio   ({what}; {device_name()})")
+    print(f"{'case'.ljust(width)}  {'ours':>9}  {'rival':>9}  ratio   ({caption}; {device_name()})")
     for result in results:
         print(f"{result['case'].ljust(width)}  {result['ours']:>9}  {result['rival']:>9}  {result['ratio']:.2f}")
     if path:

@@ -71,7 +71,7 @@ def read_json(path: Path) -> dict[str, Any]:
     return content
 
 
-def lock(descriptor: int, what: str, *, remedy: str = "") -> None:
+def lock(descriptor: int, name: str, *, remedy: str = "") -> None:
     """Take an exclusive lock on an open file or folder. It ends when the descriptor is closed or the process dies.
 
     On a file system without locks nothing is locked, and a note says so, with the remedy.
@@ -82,8 +82,8 @@ def lock(descriptor: int, what: str, *, remedy: str = "") -> None:
     try:
         fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
-        raise UserError(f"{what} is in use by another process; wait for it, or choose another") from None
+        raise UserError(f"{name} is in use by another process; wait for it, or choose another") from None
     except OSError as error:
         if error.errno not in _WITHOUT_LOCKS:
             raise
-        note(f"{what} cannot be locked here ({error.strerror}): nothing else may use it meanwhile{remedy}")
+        note(f"{name} cannot be locked here ({error.strerror}): nothing else may use it meanwhile{remedy}")

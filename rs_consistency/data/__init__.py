@@ -71,7 +71,7 @@ def load(name: str, split: str, *, data_dir: str = "", cache_dir: str = "") -> S
         `~/.cache/rs_consistency`.
 
     Returns:
-      The split. The order of the examples is that of the source.
+      The split. The examples are in the order of the source.
 
     Raises:
       UserError: for an unknown name or split, a dataset that is not prepared, or content that does not fit the dataset.
@@ -139,7 +139,7 @@ def open_split(name: str, split: str, *, data_dir: str = "", cache_dir: str = ""
     return streaming.open_split(name, stored_as, data_dir, image_shape=info.image_shape, num_classes=info.num_classes)
 
 
-def check_split(what: str, images: np.ndarray, labels: np.ndarray, info: DatasetInfo) -> None:
+def check_split(name: str, images: np.ndarray, labels: np.ndarray, info: DatasetInfo) -> None:
     """Raise a `UserError` if arrays do not fit the dataset's entry."""
     if images.dtype != np.uint8 or images.shape[1:] != info.image_shape or not len(images):
         problem = f"images are {images.dtype} {images.shape}; expected uint8 [N, {info.image_shape}], N > 0"
@@ -149,7 +149,7 @@ def check_split(what: str, images: np.ndarray, labels: np.ndarray, info: Dataset
         problem = f"label {labels[outside[0]]} of example {outside[0]} is outside 0..{info.num_classes - 1}"
     else:
         return
-    raise UserError(f"{what}: {problem}. Prepare the dataset again")
+    raise UserError(f"{name}: {problem}. Prepare the dataset again")
 
 
 def to_unit(images: jax.Array) -> jax.Array:

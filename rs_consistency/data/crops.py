@@ -54,7 +54,7 @@ def uniform(seed: int, epoch: int, position: int) -> np.ndarray:
 def random_crop(image: Image.Image, size: int, draws: np.ndarray) -> Image.Image:
     """Return a random part of the image, resized to `[size, size]` and mirrored half of the time.
 
-    The draws are those of `uniform`.
+    The draws are the numbers of `uniform`.
     """
     left, top, width, height = crop_box(*image.size, draws)
     # The crop comes first: the filter of a resized box would use pixels beyond it.

@@ -150,9 +150,9 @@ def _decode_image(encoded: bytes) -> np.ndarray:
     return image[..., None] if image.ndim == 2 else image  # [H, W, C]
 
 
-def unreadable(what: Path | str, reason: str, name: str) -> UserError:
+def unreadable(source: Path | str, reason: str, name: str) -> UserError:
     """Return the error for a damaged folder of a dataset."""
-    return UserError(f"{what} is unreadable: {reason}; move it away and prepare it again: {prepare_command(name)}")
+    return UserError(f"{source} is unreadable: {reason}; move it away and prepare it again: {prepare_command(name)}")
 
 
 def prepare_command(name: str) -> str:
