@@ -69,18 +69,10 @@ def vote_settings(
     least_n0: int = 0,
     batch_size: Any = None,
 ) -> VoteSettings:
-    """Return checked settings.
+    """Return checked settings; see `VoteSettings`.
 
-    Args:
-      sigma: see `VoteSettings`; so are `num_classes`, `n` and `seed`.
-      num_classes: K.
-      n: votes of the estimation, at least 1.
-      seed: seed of the noise.
-      image_shape: `(H, W, C)` of the images.
-      platform: platform of the devices: cpu, gpu or tpu.
-      n0: votes of the selection, at least `least_n0`.
-      least_n0: 1 where a class has to be selected, else 0.
-      batch_size: noisy images at a time; None for a choice by platform and image shape.
+    n0 must be at least `least_n0`, which is 1 where a class has to be selected. A `batch_size` of None is chosen by
+    platform and image shape `(H, W, C)`.
 
     Raises:
       UserError: for the first setting that cannot work.
