@@ -138,14 +138,8 @@ def answer(
 ) -> Iterator[list[Row]]:
     """Yield the rows of images as soon as they are known, each image once; decisions in the order in which they end.
 
-    Args:
-      question: from `make_question`.
-      apply_fn: (variables, `[N, H, W, C]`) -> logits `[N, K]`.
-      variables: first argument of `apply_fn`.
-      images: `[B, H, W, C]`, float32 in [0, 1], or uint8.
-      indices: `[B]` image numbers, which address the noise.
-      labels: `[B]` true classes.
-      devices: devices that share the work.
+    The network's answers are about images `[B, H, W, C]` with numbers `indices` `[B]` and true classes `labels` `[B]`;
+    the other arguments are as for `votes.count_votes`.
 
     Raises:
       UserError: for a model that does not accept the images, does not give K logits, or gives NaN.

@@ -73,7 +73,7 @@ class Source:
         data_dir: str = "",
         cache_dir: str = "",
     ) -> Self:
-        """Read the newest readable checkpoint of a run, and images of its dataset.
+        """Open the images of a run's dataset, and read its newest readable checkpoint.
 
         Args:
           workdir: folder of the run.
@@ -86,12 +86,13 @@ class Source:
         Raises:
           UserError: for a folder without a run or a readable checkpoint, or images that cannot be read.
         """
-        run = runs.restore(workdir, devices)
+        config = runs.read_valid_config(workdir)
         if dtype is not None:
-            run.config.dtype = dtype
-        images = _open_split(run.config, split, data_dir, cache_dir)
-        binding = _binding(run.config, split, images, run.step, run.variables)
-        return cls(run.config, images, devices, run.step, *run.classifier(), count_parameters(run.variables), binding)
+            config.dtype = dtype
+        images, binding = _open_images(config, split, data_dir, cache_dir)
+        run = runs.restore(workdir, devices)._replace(config=config)
+        binding |= {"checkpoint_step": run.step, "parameter_digest": digest(run.variables)}
+        return cls(config, images, devices, run.step, *run.classifier(), count_parameters(run.variables), binding)
 
     @classmethod
     def from_torch(
@@ -105,7 +106,7 @@ class Source:
         data_dir: str = "",
         cache_dir: str = "",
     ) -> Self:
-        """Read a PyTorch checkpoint, and images of a dataset.
+        """Open the images of a dataset, and read a PyTorch checkpoint.
 
         `config` gives model, dtype and dataset; `input_layer`, one of `torch_checkpoints.INPUT_LAYERS`, stands in front
         of the model. The other arguments are as for `from_run`.
@@ -113,10 +114,10 @@ class Source:
         Raises:
           UserError: for a file that cannot be read or holds another model, or images that cannot be read.
         """
+        images, binding = _open_images(config, split, data_dir, cache_dir)
         variables = _torch_variables(checkpoint, config, input_layer)
-        images = _open_split(config, split, data_dir, cache_dir)
         sha256 = hashlib.sha256(checkpoint.read_bytes()).hexdigest()
-        binding = _binding(config, split, images, None, variables)
+        binding |= {"checkpoint_step": None, "parameter_digest": digest(variables)}
         binding |= {"torch_checkpoint_sha256": sha256, "torch_input": input_layer}
         model = with_input_layer(make_model(config), input_layer)
         network = for_inference(model, variables, image_shape=data.dataset_info(config.dataset.name).image_shape)
@@ -180,26 +181,15 @@ def plan(source: Source, question: Question, selection: Selection, output: Path,
     )
 
 
-def _open_split(config: ConfigDict, split: str, data_dir: str, cache_dir: str) -> data.OpenSplit:
-    dataset = config.dataset
-    return data.open_split(
-        dataset.name, split, data_dir=data_dir or dataset.data_dir, cache_dir=cache_dir or dataset.cache_dir
-    )
-
-
-def _binding(
-    config: ConfigDict, split: str, images: data.OpenSplit, step: int | None, variables: dict[str, Any]
-) -> dict[str, Any]:
-    """Return the names and digests of model and data."""
-    return {
-        "dataset": config.dataset.name,
-        "split": split,
-        "data_digest": images.digest(),
-        "model": config.model,
-        "dtype": config.dtype,
-        "checkpoint_step": step,
-        "parameter_digest": digest(variables),
-    }
+def _open_images(
+    config: ConfigDict, split: str, data_dir: str, cache_dir: str
+) -> tuple[data.OpenSplit, dict[str, Any]]:
+    """Open the images of a dataset; return them, and the part of a binding that data and configuration give."""
+    name, dtype = config.dataset.name, config.dtype
+    data_dir, cache_dir = data_dir or config.dataset.data_dir, cache_dir or config.dataset.cache_dir
+    images = data.open_split(name, split, data_dir=data_dir, cache_dir=cache_dir)
+    binding = {"dataset": name, "split": split, "data_digest": images.digest(), "model": config.model, "dtype": dtype}
+    return images, binding
 
 
 def _torch_variables(path: Path, config: ConfigDict, input_layer: str) -> dict[str, Any]:

@@ -25,14 +25,10 @@ class SmoothedClassifier:
 
     A linear classifier:
 
-    >>> import jax.numpy as jnp, numpy as np
+    >>> import numpy as np
     >>> from rs_consistency import SmoothedClassifier
-    >>> def brighter_than_half(images):
-    ...     brightness = images.mean(axis=(1, 2, 3))
-    ...     return jnp.stack([0.5 - brightness, brightness - 0.5], axis=1)
-    >>> smoothed = SmoothedClassifier(brighter_than_half, sigma=0.5, num_classes=2)
-    >>> smoothed
-    SmoothedClassifier(brighter_than_half, sigma=0.5, num_classes=2)
+    >>> is_bright = lambda images: (images.mean(axis=(1, 2)) - 0.5) * np.float32([[-1, 1]])
+    >>> smoothed = SmoothedClassifier(is_bright, sigma=0.5, num_classes=2)
     >>> images = np.full((1, 4, 4, 1), 0.9)
     >>> smoothed.predict(images, n=100).prediction, smoothed.certify(images, n0=10, n=100).radius.round(3)
     (array([1]), array([0.75]))

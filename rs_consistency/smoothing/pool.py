@@ -82,16 +82,8 @@ def decide_images(
     The test looks after `LOOK_EVERY`, 2 `LOOK_EVERY`, ... of them, and at the cap. NaN is an error in a vote that is
     used, but not in a vote that is thrown away.
 
-    Args:
-      apply_fn: (variables, `[N, H, W, C]`) -> logits `[N, K]`.
-      variables: first argument of `apply_fn`; replicated on the devices.
-      images: `[B, H, W, C]`, float32 in [0, 1], or uint8.
-      indices: `[B]`, the images' numbers in their dataset, 0..MAX_INDEX, which address the noise.
-      settings: from `vote_settings`; n is the cap. A device takes the whole blocks that fit into its share of
-        `batch_size`, at least one.
-      radius: l2, at least 0, in units of the images.
-      alpha: error probability of one image's statement, in (0, 1), at least 1e-100.
-      devices: local devices that share a batch.
+    `radius` and `alpha` are as for `decide`, the other arguments as for `votes.count_votes`. `settings.n` is the cap. A
+    device takes the whole blocks that fit into its share of `settings.batch_size`, at least one.
 
     Yields:
       Groups of one image or more.

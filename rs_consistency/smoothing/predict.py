@@ -54,13 +54,11 @@ def predict(
 
     A linear classifier abstains on its plane:
 
-    >>> import jax.numpy as jnp, numpy as np
+    >>> import numpy as np
     >>> from rs_consistency import predict
-    >>> def brighter_than_half(images):
-    ...     brightness = images.mean(axis=(1, 2, 3))
-    ...     return jnp.stack([0.5 - brightness, brightness - 0.5], axis=1)
+    >>> is_bright = lambda images: (images.mean(axis=(1, 2)) - 0.5) * np.float32([[-1, 1]])
     >>> images = np.stack([np.full((4, 4, 1), brightness) for brightness in (0.1, 0.5, 0.9)])
-    >>> predict(brighter_than_half, images, sigma=0.5, num_classes=2, n=100).prediction
+    >>> predict(is_bright, images, sigma=0.5, num_classes=2, n=100).prediction
     array([ 0, -1,  1])
 
     Args:
