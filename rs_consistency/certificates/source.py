@@ -63,7 +63,7 @@ class Classifier:
           UserError: for a workdir, configuration or setting that cannot be.
         """
         self.workdir = args.workdir and args.workdir.expanduser()
-        self.config = runs.read_valid_config(self.workdir) if self.workdir else _named_config(args.config)
+        self.config = runs.read_config(self.workdir) if self.workdir else _named_config(args.config)
         if args.dtype is not None:
             one_of("dtype", args.dtype, DTYPES)
             self.config.dtype = args.dtype
