@@ -157,25 +157,22 @@ def start_from(state: TrainState, workdir: Path, devices: Sequence[jax.Device]) 
     return state.replace(params=variables.pop("params"), model_state=variables)
 
 
-def check_fits(config: ConfigDict, workdir: Path) -> None:
-    """Check that a run can start from another; only that run's config is read.
+def check_fits(config: ConfigDict, workdir: Path, *, name: str) -> None:
+    """Check that a run can start from another, given by the setting `name`; of that run only the config is read.
 
     Raises:
       UserError: when there is no such run, it has no checkpoint, or its variables do not fit; the first is named.
     """
-    source = _with_checkpoint(workdir, name="init_from")
+    source = _with_checkpoint(workdir, name=name)
+    targets = (restore_target(each, jax.local_devices()[:1]).variables for each in (config, source))
     mine, theirs = (
-        {
-            jax.tree_util.keystr(path): leaf
-            for path, leaf in jax.tree.leaves_with_path(restore_target(which, jax.local_devices()[:1]).variables)
-        }
-        for which in (config, source)
+        {jax.tree_util.keystr(path): leaf for path, leaf in jax.tree.leaves_with_path(target)} for target in targets
     )
-    for name in sorted(mine.keys() | theirs.keys()):
-        shapes = [str(tree[name].shape) if name in tree else "missing" for tree in (mine, theirs)]
+    for leaf in sorted(mine.keys() | theirs.keys()):
+        shapes = [str(tree[leaf].shape) if leaf in tree else "missing" for tree in (mine, theirs)]
         if shapes[0] != shapes[1]:
             raise UserError(
-                f"init_from={workdir} does not fit: {name} is {shapes[0]} here and {shapes[1]} there"
+                f"{name}={workdir} does not fit: {leaf} is {shapes[0]} here and {shapes[1]} there"
                 f" (model={source.model}, dataset {source.dataset.name}); start from a run of the same"
                 " model and number of classes"
             )

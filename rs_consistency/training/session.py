@@ -47,9 +47,7 @@ class Session:
         """
         devices = parallel.choose_devices(config.num_devices)
         validate(config, num_devices=len(devices))
-        _resolve_sources(config)
-        if not (workdir / runs.CONFIG_FILE).exists():
-            _check_sources(config)
+        _settle_sources(config, is_new=not (workdir / runs.CONFIG_FILE).exists())
         folders = {"data_dir": config.dataset.data_dir, "cache_dir": config.dataset.cache_dir}
         train, test = (data.open_split(config.dataset.name, split, **folders) for split in ("train", "test"))
         return cls(config, devices, train, test)
@@ -113,18 +111,17 @@ class Session:
         )
 
 
-def _resolve_sources(config: ConfigDict) -> None:
-    """Make the paths of other runs absolute: the run is the same, from whichever folder it is continued."""
-    teacher = METHODS[config.method].teacher
-    for key in ("init_from", *([teacher.workdir_key] if teacher else [])):
-        if flatten(config)[key]:
-            config.update_from_flattened_dict({key: str(Path(flatten(config)[key]).expanduser().resolve())})
+def _settle_sources(config: ConfigDict, *, is_new: bool) -> None:
+    """Make the paths of other runs absolute, so that the run is the same from whichever folder it is continued.
 
-
-def _check_sources(config: ConfigDict) -> None:
-    """Raise a `UserError` where a new run builds on another that is not there or does not fit."""
-    if config.init_from:
-        runs.check_fits(config, Path(config.init_from))
-    teacher = METHODS[config.method].teacher
+    A new run needs them: raise a `UserError` where one is not there or does not fit.
+    """
+    checks, teacher = {"init_from": runs.check_fits}, METHODS[config.method].teacher
     if teacher:
-        runs.check_same_dataset(config, Path(flatten(config)[teacher.workdir_key]), name=teacher.workdir_key)
+        checks[teacher.workdir_key] = runs.check_same_dataset
+    for key, check in checks.items():
+        if flatten(config)[key]:
+            path = Path(flatten(config)[key]).expanduser().resolve()
+            config.update_from_flattened_dict({key: str(path)})
+            if is_new:
+                check(config, path, name=key)

@@ -52,11 +52,21 @@ def smoothed_predictions(
     Raises:
       UserError: when the teacher is needed and is not there.
     """
-    path = workdir / FILE
+    path, info = workdir / FILE, data.dataset_info(config.dataset.name)
     kept = _read(path)
     if kept is None or len(kept.counts) < len(split.labels):
         run = runs.restore(teacher, devices, name="the teacher's workdir")
-        kept = _vote(config, split, run, _continued(path, kept, digest(run.variables)), num_votes, devices, path)
+        teacher_digest = digest(run.variables)
+        if kept is not None and kept.teacher == teacher_digest:
+            note(f"{path} holds {len(kept.counts)} images already")
+        else:
+            if kept is not None:
+                note(f"{path} is of another state of the teacher; it is made again")
+            kept = _Kept(np.zeros((0, info.num_classes), np.int64), teacher_digest)
+        settings = VoteSettings.for_dataset(
+            info, sigma=run.config.sigma, n=num_votes, seed=config.seed, platform=devices[0].platform
+        )
+        kept = _vote(run, split, kept, settings, devices, path)
     return (kept.counts / np.float32(num_votes)).astype(np.float32)
 
 
@@ -67,50 +77,26 @@ class _Kept(NamedTuple):
     teacher: str
 
 
-def _continued(path: Path, kept: _Kept | None, teacher_digest: str) -> _Kept:
-    """Return the kept votes, where they are of this teacher, or else none."""
-    if kept is not None and kept.teacher == teacher_digest:
-        note(f"{path} holds {len(kept.counts)} images already")
-        return kept
-    if kept is not None:
-        note(f"{path} is of another state of the teacher; it is made again")
-    return _Kept(np.zeros((0, 0), np.int64), teacher_digest)
-
-
 def _vote(
-    config: ConfigDict,
-    split: data.Split,
-    run: runs.Run,
-    kept: _Kept,
-    num_votes: int,
-    devices: Sequence[jax.Device],
-    path: Path,
+    run: runs.Run, split: data.Split, kept: _Kept, settings: VoteSettings, devices: Sequence[jax.Device], path: Path
 ) -> _Kept:
-    """Return the votes on all images, and save them now and then."""
-    info = data.dataset_info(config.dataset.name)
-    settings = VoteSettings.for_dataset(
-        info, sigma=run.config.sigma, n=num_votes, seed=config.seed, platform=devices[0].platform
-    )
-    apply_fn, variables = run.classifier()
-    done, total = len(kept.counts), len(split.labels)
+    """Return the votes on all images; save them now and then, and at the end."""
+    done, total, saved = len(kept.counts), len(split.labels), time.monotonic()
     groups = count_votes(
-        apply_fn,
-        variables,
+        *run.classifier(),
         split.images[done:],
         np.arange(done, total),
         settings=settings,
         devices=devices,
         stream=Stream.TEACHER,
     )
-    counts, saved = [kept.counts.reshape(-1, info.num_classes)], time.monotonic()
     with progress_bar("teacher's votes", total, initial=done) as bar:
         for votes in groups:
-            counts.append(votes.counts)
+            kept = kept._replace(counts=np.concatenate([kept.counts, votes.counts]))
             bar.update(len(votes.counts))
             if time.monotonic() - saved > _SECONDS_BETWEEN_SAVES:
-                _write(path, kept._replace(counts=np.concatenate(counts)))
+                _write(path, kept)
                 saved = time.monotonic()
-    kept = kept._replace(counts=np.concatenate(counts))
     _write(path, kept)
     return kept
 

@@ -107,7 +107,7 @@ def test_a_killed_run_with_workers_goes_on_to_the_same_parameters(program, finis
         sys.path.insert(0, {str(ROOT)!r})
         if __name__ == "__main__":
             from rs_consistency.cli import train
-            from tests import test_imagenet_runs as small
+            from tests.training import test_imagenet as small
             small.DATASETS["imagenet"] = small.SMALL
             small.models.MODELS["resnet50"] = small.SMALL_RESNET
             train.main(sys.argv[1:])
