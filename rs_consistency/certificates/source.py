@@ -86,7 +86,7 @@ class Source:
         Raises:
           UserError: for a folder without a run or a readable checkpoint, or images that cannot be read.
         """
-        config = runs.read_valid_config(workdir)
+        config = runs.read_config(workdir)
         if dtype is not None:
             config.dtype = dtype
         images, binding = _open_images(config, split, data_dir, cache_dir)

@@ -47,7 +47,7 @@ from rs_consistency.models import DTYPES
 from rs_consistency.models.torch_checkpoints import INPUT_LAYERS
 from rs_consistency.statistics.bounds import ALPHA, BOUNDS, N0, N
 from rs_consistency.training.config import validate
-from rs_consistency.training.runs import finished_step, read_valid_config
+from rs_consistency.training.runs import finished_step, read_config
 
 # Not argparse's defaults: --verify must know which settings the user named.
 _DEFAULTS = {"n": N, "alpha": ALPHA, "skip": 1, "split": "test", "seed": 0}
@@ -166,7 +166,7 @@ def _names_sigma(config: Sequence[str]) -> bool:
 def _read_config(args: Any, dtype: str | None) -> ConfigDict:
     """Return the configuration of the run, or the one named beside a PyTorch checkpoint, with a dtype if not None."""
     if args.workdir is not None:
-        config = read_valid_config(args.workdir)
+        config = read_config(args.workdir)
     else:
         config = parse(args.config).config
         config.method = "gaussian"  # the training does not matter here, nor does a key that another method would need
