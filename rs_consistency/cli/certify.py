@@ -260,19 +260,20 @@ def _summary(file: CertificateFile, question: Question) -> str:
 def _verify(args: Any) -> None:
     """Draws some lines of a file again, with the settings of its record."""
     table = read_table(_output(args, args.mode))
+    recorded = table.record.identity
     for name in _KEPT_IN_THE_RECORD:
         named = getattr(args, name)
-        if named is not None and named != table.record.get(name):
+        if named is not None and named != recorded.get(name):
             raise UserError(
                 f"{name}={named}: verify takes the settings that the file names ({name}:"
-                f" {table.record.get(name)}); leave it out"
+                f" {recorded.get(name)}); leave it out"
             )
     chosen = audit.choose_lines(table, args.verify, args.verify_seed)
-    classifier = Classifier(args, split=table.record.get("split", "test"))
-    if table.record.get("dtype") in DTYPES:
-        classifier.config.dtype = table.record["dtype"]
+    classifier = Classifier(args, split=recorded.get("split", "test"))
+    if recorded.get("dtype") in DTYPES:
+        classifier.config.dtype = recorded["dtype"]
     question = question_of_record(
-        table.record, info=classifier.info, platform=classifier.platform, batch_size=args.batch_size
+        recorded, info=classifier.info, platform=classifier.platform, batch_size=args.batch_size
     )
     classifier.read()
     audit.check_binding(table, classifier.binding)
