@@ -33,7 +33,7 @@ class Report(NamedTuple):
       total: number of lines of the file.
       problems: image number -> the faults of its line; also of lines that were not drawn.
       file_problems: faults of the file as a whole.
-      notes: remarks for the reader.
+      notes: possible reasons of a difference, and images that are missing.
       largest_difference: of any count of a drawn line, in votes.
     """
 
@@ -64,18 +64,10 @@ class Report(NamedTuple):
 
 
 def choose_lines(table: Table, k: int, seed: int | None = None) -> np.ndarray:
-    """Draw k lines of a file at random; all, when it has no more.
+    """Return the image numbers of k lines of a file, drawn at random: `[min(k, N)]`, int64, ascending.
 
     Guarantee: if a share q of the lines does not reproduce, then all k chosen lines do with probability at most
-    (1 - q) ** k, provided that the file was made without knowing the seed.
-
-    Args:
-      table: the file.
-      k: number of lines, at least 1.
-      seed: of the choice; None for a seed that nobody knew before.
-
-    Returns:
-      `[min(k, N)]` image numbers, int64, ascending.
+    (1 - q) ** k, provided that the file was made without knowing the seed. For None, nobody knew it before.
 
     Raises:
       UserError: for a k or seed outside its range, or a file without lines.
@@ -91,12 +83,8 @@ def choose_lines(table: Table, k: int, seed: int | None = None) -> np.ndarray:
 def check_binding(table: Table, given: Mapping[str, Any]) -> None:
     """Raise a `UserError` when model or data are not those of the record: then nothing can be drawn again.
 
-    Args:
-      table: the file.
-      given: keys of the record, such as `parameter_digest` and `data_digest`, with their values here.
-
-    Raises:
-      UserError: naming the keys that the record lacks, or that differ.
+    `given` are keys of the record, such as `parameter_digest`, with their values here. The message names those that the
+    record lacks, or that differ.
     """
     record = table.record
     missing = [key for key in given if key not in record.identity]
@@ -118,37 +106,28 @@ def compare(table: Table, redrawn: Sequence[Row], here: Mapping[str, Any]) -> Re
       redrawn: fresh rows of some of its images, from `question.answer`; their time is ignored.
       here: the `PROVENANCE` of the fresh rows.
     """
-    record = table.record
-    found = {
-        index: [text]
-        for index, text in contradictions(record.schema, record.settings, list(table.rows.values())).items()
-    }
-    largest = 0
+    record, largest = table.record, 0
+    problems = contradictions(table)
     for fresh in redrawn:
-        old = table.rows[fresh["idx"]]
+        index, old = fresh["idx"], table.rows[fresh["idx"]]
         names = [name for name in old if name != "time" and old[name] != fresh[name]]
         if names:
             text = ", ".join(f"{name} {old[name]}, drawn again {fresh[name]}" for name in names)
-            found.setdefault(fresh["idx"], []).append(text)
+            problems[index] = f"{problems[index]}; {text}" if index in problems else text
         largest = max([largest, *(abs(old[name] - fresh[name]) for name in names if name in _COUNTS)])
-    file_problems = []
-    if table.changed:
-        file_problems.append(
-            f"{table.path} was changed after it was finished: its SHA-256 is not the one in {record.path.name}"
-        )
+    changed = f"{table.path} was changed after it was finished: its SHA-256 is not the one in {record.path.name}"
     return Report(
         drawn=len(redrawn),
-        reproduced=sum(fresh["idx"] not in found for fresh in redrawn),
+        reproduced=sum(fresh["idx"] not in problems for fresh in redrawn),
         total=len(table.rows),
-        problems={index: "; ".join(texts) for index, texts in found.items()},
-        file_problems=file_problems,
+        problems=problems,
+        file_problems=[changed] if table.changed else [],
         notes=_notes(table, here),
         largest_difference=largest,
     )
 
 
 def _notes(table: Table, here: Mapping[str, Any]) -> list[str]:
-    """Return the possible reason for a difference, and the number of images that are missing."""
     notes = []
     others = [entry for entry in table.record.provenances() if differing_provenance(here, entry)]
     if others:

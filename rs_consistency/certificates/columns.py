@@ -26,7 +26,7 @@ The counts stand behind them:
 """
 
 import re
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from datetime import timedelta
 from decimal import ROUND_FLOOR, Decimal
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -42,22 +42,20 @@ if TYPE_CHECKING:
     from rs_consistency.smoothing.certify import Certification  # imports JAX, slowly
 
 FIELD_COLUMNS = ("idx", "label", "predict", "radius", "correct", "time")
-CERTIFIED, NOT_CERTIFIED, UNDECIDED = DECISIONS = ("certified", "not_certified", "undecided")
-WORDS = {
+CERTIFIED = "certified"
+WORDS = {  # a decision -> its word in a file
     sequential.CERTIFIED: CERTIFIED,
-    sequential.NOT_CERTIFIED: NOT_CERTIFIED,
-    sequential.UNDECIDED: UNDECIDED,
-}  # a decision -> its word in a file
+    sequential.NOT_CERTIFIED: "not_certified",
+    sequential.UNDECIDED: "undecided",
+}
 _RADIUS_UNIT = Decimal("0.000001")
 _WHOLE = "0|[1-9][0-9]{0,17}"  # fits into int64
-_READERS: dict[
-    str, tuple[re.Pattern[str], Callable[[str], Any]]
-] = {  # column -> texts of its cells, type of its values
+_READERS: dict[str, tuple[re.Pattern[str], type]] = {  # column -> texts of its cells, type of its values
     "predict": (re.compile(f"-1|{_WHOLE}"), int),
     "radius": (re.compile(rf"({_WHOLE})\.[0-9]{{6}}"), Decimal),
     "correct": (re.compile("[01]"), int),
     "time": (re.compile(r"[0-9]{1,9}:[0-5][0-9]:[0-5][0-9]\.[0-9]{6}"), str),
-    "decision": (re.compile("|".join(DECISIONS)), str),
+    "decision": (re.compile("|".join(WORDS.values())), str),
     "p_value": (re.compile(r"[01]\.[0-9]+|[1-9](\.[0-9]+)?e-[0-9]+"), float),
 }
 _WHOLE_NUMBER = re.compile(_WHOLE), int  # of all other columns
@@ -72,12 +70,7 @@ def seconds_of(time: str) -> float:
 
 
 class Schema(NamedTuple):
-    """A kind of certificate file.
-
-    Attributes:
-      name: the mode of certify.py.
-      columns: the names behind `FIELD_COLUMNS`.
-    """
+    """A kind of certificate file: the mode of certify.py, and the names of the columns behind `FIELD_COLUMNS`."""
 
     name: str
     columns: tuple[str, ...]
@@ -88,11 +81,7 @@ class Schema(NamedTuple):
         return "\t".join((*FIELD_COLUMNS, *self.columns)) + "\n"
 
     def line(self, row: Mapping[str, Any] | Sequence[Any]) -> str:
-        """Return a row as a line, newline included.
-
-        Args:
-          row: a mapping that holds every column, or the values in the order of the columns.
-        """
+        """Return a row, a mapping of every column or the values in their order, as a line with its newline."""
         names = (*FIELD_COLUMNS, *self.columns)
         values = [row[name] for name in names] if isinstance(row, Mapping) else row
         return "\t".join(_to_text(name, value) for name, value in zip(names, values, strict=True)) + "\n"
@@ -102,10 +91,9 @@ class Schema(NamedTuple):
         return self.header + "".join(map(self.line, sorted(rows, key=lambda row: row["idx"])))
 
     def parse(self, line: str) -> Row:
-        """Read a line without its newline. `radius` is a Decimal and `time` text, so that `line` gives the line back.
+        """Read a line without its newline; a ValueError for anything that `line` does not write.
 
-        Raises:
-          ValueError: "damaged", for anything that `line` does not write.
+        `radius` becomes a Decimal and `time` stays text, so that `line` gives the line back.
         """
         names, cells = (*FIELD_COLUMNS, *self.columns), line.split("\t")
         row = {name: _from_text(name, text) for name, text in zip(names, cells, strict=False)}
@@ -207,11 +195,11 @@ def format_time(seconds: float) -> str:
 def _to_text(name: str, value: Any) -> str:
     if name == "radius":
         return format_radius(value)
-    if name == "time":
-        return value if isinstance(value, str) else format_time(float(value))
     if name == "p_value":
         return repr(float(value))
-    return str(value) if name == "decision" else str(int(value))
+    if isinstance(value, str):  # a decision, or a time that was read
+        return value
+    return format_time(float(value)) if name == "time" else str(int(value))
 
 
 def _from_text(name: str, text: str) -> Any:

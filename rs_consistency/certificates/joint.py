@@ -63,19 +63,12 @@ def wrong_at_most(num_images: int, *, alpha: float, delta: float = DEFAULT_DELTA
 def certified_accuracy_lower(
     table: Certificates, radius: float, *, alpha: float, delta: float = DEFAULT_DELTA
 ) -> float:
-    """Return a lower confidence bound of the true certified accuracy of these images.
+    """Return a lower confidence bound of the true certified accuracy of these images, whose votes are independent.
 
     Guarantee: with probability at least 1 - delta over the votes, the share of these images around which the smoothed
     classifier gives the label within `radius` is not below the bound, for all radii at once. See the module's text.
 
-    Args:
-      table: certificates of N images, with independent votes.
-      radius: l2.
-      alpha: as for `wrong_at_most`; so are the errors.
-      delta: error probability of the statement.
-
-    Returns:
-      0 to 1, at most the counted certified accuracy.
+    It is 0 to 1, at most the counted certified accuracy. Arguments and errors as for `wrong_at_most`.
     """
     sure = _observed(table, radius) - wrong_at_most(len(table.idx), alpha=alpha, delta=delta)
     return max(sure, 0) / len(table.idx)
@@ -84,19 +77,12 @@ def certified_accuracy_lower(
 def population_accuracy_lower(
     table: Certificates, radius: float, *, alpha: float, delta: float = DEFAULT_DELTA
 ) -> float:
-    """Return a lower confidence bound of the certified accuracy in the population that the images are sampled from.
+    """Return a lower confidence bound of the certified accuracy in the population that the images were drawn from.
 
     Guarantee: with probability at least 1 - delta over images and votes, the probability that the smoothed classifier
     gives the label of a new image within `radius` of it is not below the bound, for one radius. See the module's text.
 
-    Args:
-      table: certificates of N images, independently drawn from the population.
-      radius: l2.
-      alpha: as for `wrong_at_most`; so are the errors.
-      delta: error probability of the statement.
-
-    Returns:
-      0 to 1.
+    It is 0 to 1. Arguments and errors as for `wrong_at_most`.
     """
     alpha, delta = probability("alpha", alpha), probability("delta", delta)
     observed = lower_confidence_bound(_observed(table, radius), len(table.idx), delta)
@@ -108,15 +94,9 @@ def joint_statement(
 ) -> dict[str, Any]:
     """Return the joint statement about a file, as `analyze.py --joint --format=json` prints it.
 
-    Args:
-      table: certificates of N images.
-      radii: l2 radii of the bounds.
-      alpha: as for `wrong_at_most`; so are the errors.
-      delta: error probability of each of the two statements by itself.
-
-    Returns:
-      `delta`; `wrong_at_most`, the number of wrong certificates; `certified_accuracy_lower` and
-      `population_accuracy_lower`, maps from radius (as text) to the bounds of the two functions above.
+    It holds `delta`, the error probability of each of the two statements by itself; `wrong_at_most`, the number of
+    wrong certificates; `certified_accuracy_lower` and `population_accuracy_lower`, maps from radius (as text) to the
+    bounds of the two functions above.
     """
     bounds = {
         "certified_accuracy_lower": certified_accuracy_lower,

@@ -11,18 +11,11 @@ from rs_consistency.common.files import read_json, replace_atomically, write_jso
 
 
 def merge(paths: Sequence[Path], output: Path) -> Progress:
-    """Merge the files of all shards into the file that a single call would have made.
+    """Merge the files of all shards, in any order, into the file and record that a single call would have made.
 
     Guarantee: the output has every image of the whole once, each line as the shard wrote it, and all were made with
     the same settings, parameters and data. The shards' files are only read. A kill leaves at most a record without a
     table, which the next call replaces.
-
-    Args:
-      paths: the `.tsv` files of the shards, in any order.
-      output: the `.tsv` to write; a `.json` comes with it.
-
-    Returns:
-      The sums over the lines of the output.
 
     Raises:
       UserError: for files that are no shards of one certification (the differing settings are named), a shard given
@@ -54,15 +47,13 @@ def merge(paths: Sequence[Path], output: Path) -> Progress:
 
 def _sorted_shards(tables: Sequence[Table]) -> list[Table]:
     """Return the tables in the order of their shards; a `UserError` when they are not each shard of one call, once."""
+    first, by_index = tables[0], dict[int, Table]()
     for table in tables:
-        if table.record.selection.shard is None:
+        record, shard = table.record, table.record.selection.shard
+        if shard is None:
             raise UserError(f"{table.path} is not the file of a shard; give those that certify.py --shard=I/K made")
-    first = tables[0]
-    count = first.record.selection.shard.count
-    by_index: dict[int, Table] = {}
-    for table in tables:
-        shard = table.record.selection.shard
-        wanted = {**dict.fromkeys(first.record.identity), **table.record.identity, "max": table.record.selection.most}
+        wanted = {**dict.fromkeys(first.record.identity), **record.identity, "max": record.selection.most}
+        count = first.record.selection.shard.count
         if shard.count == count:
             del wanted["shard"]
         differing = first.record.differences(wanted)
@@ -71,8 +62,6 @@ def _sorted_shards(tables: Sequence[Table]) -> list[Table]:
                 f"{first.path} and {table.path} are no shards of one certification ({'; '.join(differing)}); give files"
                 " that were made with the same settings"
             )
-    for table in tables:
-        shard = table.record.selection.shard
         if shard.index in by_index:
             other = by_index[shard.index].path
             raise UserError(f"{other} and {table.path} are both shard {shard}; give each shard once")
@@ -107,11 +96,9 @@ def _check_whole(table: Table) -> None:
 
 def _merged_record(tables: Sequence[Table], path: Path) -> Record:
     """Return the record of the whole: the common identity, and whatever else the record of each shard holds."""
-    first = tables[0].record
-    common = {name: first.content[name] for name in (*first.identity, "identity", "max")} | {"shard": None}
-    if "config" in first.content:
-        common["config"] = first.content["config"]
-    shards = []
+    first, shards = tables[0].record, []
+    names = [*first.identity, "identity", "max", *(["config"] if "config" in first.content else [])]
+    common = {name: first.content[name] for name in names} | {"shard": None}
     for table in tables:
         content = table.record.content
         own = {key: value for key, value in content.items() if key not in common or value != common[key]}

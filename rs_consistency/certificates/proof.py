@@ -11,17 +11,8 @@ from typing import NamedTuple
 
 import numpy as np
 
-from rs_consistency.certificates.columns import (
-    CERTIFY,
-    DECIDE,
-    PREDICT,
-    WORDS,
-    Row,
-    Schema,
-    decide_rows,
-    make_rows,
-)
-from rs_consistency.certificates.read import Certificates, certificate_path, read_rows, to_columns
+from rs_consistency.certificates.columns import CERTIFY, DECIDE, WORDS, Row, Schema, decide_rows, make_rows
+from rs_consistency.certificates.read import Certificates, Table, certificate_path, read_rows, to_columns
 from rs_consistency.certificates.record import Record, Settings, record_path
 from rs_consistency.common import checks
 from rs_consistency.common.errors import UserError
@@ -57,10 +48,9 @@ def load(
 ) -> tuple[Certificates, Evidence | None]:
     """Read a certificate file, and recompute it from its counts if asked to.
 
-    Without alpha, bound and bonferroni, the lines are those of the file. If it holds counts and has its record, they
-    are audited: a line that claims more than its counts prove is an error; one that claims less stays. With any of the
-    three, predictions and radii are recomputed, whatever the file says about them. With the file's own alpha and bound
-    the recomputed lines are the written ones.
+    Without alpha, bound and bonferroni, the lines are those of the file. If it has counts and its record, a line that
+    claims more than its counts prove is an error; a line that claims less stays. With any of the three, predictions and
+    radii are recomputed, whatever the file says. With the file's own alpha and bound they are the written ones.
 
     Guarantee: that of `bounds.certify_votes` at the new alpha, for an alpha and a bound that were not chosen by looking
     at the counts. Whoever takes the best of several errs with a probability of up to the sum of their alphas.
@@ -108,16 +98,11 @@ def load(
     return table, Evidence(settings, np.array([row["count"] for row in rows]), lower)
 
 
-def contradictions(schema: Schema, settings: Settings, rows: Sequence[Row]) -> dict[int, str]:
-    """Return image number -> how its line differs from the line that its counts give, for each line that does.
-
-    Args:
-      schema: of the file.
-      settings: from its record.
-      rows: its lines.
-    """
-    possible = [row for row in rows if _is_possible(schema, settings, row)]
-    found = {row["idx"]: _impossible(settings) for row in rows}
+def contradictions(table: Table) -> dict[int, str]:
+    """Return image number -> how its line differs from the line that its counts give, for each line that does."""
+    schema, settings = table.record.schema, table.record.settings
+    possible = [row for row in table.rows.values() if _is_possible(schema, settings, row)]
+    found = dict.fromkeys(table.rows, _impossible(settings))
     for old, new in zip(possible, rebuild(schema, settings, possible), strict=True):
         differing = [f"{name} {old[name]}, its counts give {new[name]}" for name in old if old[name] != new[name]]
         found[old["idx"]] = ", ".join(differing)
@@ -133,25 +118,19 @@ def rebuild(schema: Schema, settings: Settings, rows: Sequence[Row]) -> list[Row
         return []
     if schema is CERTIFY:
         return _certificates(settings, rows)[0]
-    return _decisions(settings, rows) if schema is DECIDE else _predictions(settings, rows)
+    return (_decisions if schema is DECIDE else _predictions)(settings, rows)
 
 
 def _certificates(settings: Settings, rows: Sequence[Row]) -> tuple[list[Row], np.ndarray]:
     """Return the rebuilt rows, and the lower confidence bounds of p_A."""
     columns, uniform = _columns(rows), None
+    count, runner_up = columns["count"], columns["count_runner_up"]
     if settings.bound == "randomized":
         from rs_consistency.noise import bound_uniform  # imports JAX, slowly, which no other bound needs
 
         uniform = bound_uniform(settings.seed, columns["idx"])
-    proven = certify_votes(
-        columns["count"],
-        columns["count_runner_up"],
-        settings.n,
-        alpha=settings.alpha,
-        sigma=settings.sigma,
-        bound=settings.bound,
-        uniform=uniform,
-    )
+    n, alpha, sigma, bound = settings.n, settings.alpha, settings.sigma, settings.bound
+    proven = certify_votes(count, runner_up, n, alpha=alpha, sigma=sigma, bound=bound, uniform=uniform)
     prediction = np.where(proven.certified, columns["selected"], ABSTAIN)
     return make_rows(**columns | {"predict": prediction, "radius": proven.radius}), proven.lower
 
@@ -162,16 +141,9 @@ def _decisions(settings: Settings, rows: Sequence[Row]) -> list[Row]:
     decided = sequential.decide(count, votes, radius=settings.radius, sigma=sigma, alpha=settings.alpha)
     early = (decided == sequential.UNDECIDED) & (votes < settings.n)
     words = [_MORE_VOTES if one else WORDS[each] for one, each in zip(early, decided.tolist(), strict=True)]
+    counts = {name: columns[name] for name in ("count0", "count", "votes", "selected")}
     return decide_rows(
-        columns["idx"],
-        columns["label"],
-        count0=columns["count0"],
-        count=count,
-        votes=votes,
-        selected=columns["selected"],
-        decision=words,
-        radius=settings.radius,
-        seconds=columns["time"],
+        columns["idx"], columns["label"], decision=words, radius=settings.radius, seconds=columns["time"], **counts
     )
 
 
@@ -191,12 +163,12 @@ def _columns(rows: Sequence[Row]) -> dict[str, np.ndarray]:
 def _is_possible(schema: Schema, settings: Settings, row: Row) -> bool:
     """Return whether votes with these settings can give the counts of a row."""
     n, count = settings.n, row["count"]
-    if schema is PREDICT:
-        return row["count_runner_up"] <= count and 1 <= count + row["count_runner_up"] <= n
     if schema is CERTIFY:
         return row["count0"] <= settings.n0 and count + row["count_runner_up"] <= n
-    looked = row["votes"] == n or (0 < row["votes"] < n and row["votes"] % settings.look_every == 0)
-    return row["count0"] <= settings.n0 and count <= row["votes"] and looked
+    if schema is DECIDE:
+        looked = row["votes"] == n or (0 < row["votes"] < n and row["votes"] % settings.look_every == 0)
+        return row["count0"] <= settings.n0 and count <= row["votes"] and looked
+    return row["count_runner_up"] <= count and 1 <= count + row["count_runner_up"] <= n
 
 
 def _impossible(settings: Settings) -> str:

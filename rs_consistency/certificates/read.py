@@ -40,15 +40,7 @@ class Table(NamedTuple):
 
 
 class Certificates(NamedTuple):
-    """The columns of a file of any program; `[N]` each, N > 0.
-
-    Attributes:
-      idx: image numbers.
-      label: true classes.
-      predict: certified classes, -1 for abstention.
-      radius: certified radii, finite and at least 0.
-      correct: whether the prediction is the label.
-    """
+    """The columns of any program's file, `[N]` each, N > 0; see `certificates.columns`. Radii are finite, float64."""
 
     idx: np.ndarray
     label: np.ndarray
@@ -61,7 +53,7 @@ def read_table(path: Path) -> Table:
     """Read a file of this program, and its record, without a lock. A torn last line is left out.
 
     Raises:
-      UserError: when a file is missing or damaged, or a line is not one that this program writes with that record.
+      UserError: when a file is missing or damaged, or this program does not write a line with that record.
     """
     beside = record_path(path)
     if not path.is_file():
@@ -74,13 +66,13 @@ def read_table(path: Path) -> Table:
 
 
 def read_certificates(path: Path) -> Certificates:
-    """Read the columns of any program's file, or of a workdir's; see `read_rows` and `to_columns` for errors."""
+    """Read the columns of any program's file, or of a workdir's; errors as for `read_rows` and `to_columns`."""
     path = certificate_path(path)
     return to_columns(path, read_rows(path)[1])
 
 
 def read_rows(path: Path) -> tuple[Schema | None, dict[int, Row]]:
-    """Read the rows of any program's file, or of a workdir's; also of a file that gzip packed.
+    """Read the rows of any program's file; also of a file that gzip packed.
 
     A file with the counts of a schema is one of this program's, and is read strictly. Other files need the columns of
     the field, but for `time`; their rows hold these alone.
@@ -92,7 +84,6 @@ def read_rows(path: Path) -> tuple[Schema | None, dict[int, Row]]:
       UserError: naming the file and the line: a column is missing, a value is no number, a line is cut off or not one
         that this program writes, an image appears twice, or there is no line at all.
     """
-    path = certificate_path(path)
     content = _read_bytes(path)
     text = content.decode("utf-8-sig", errors="replace")
     if not text.strip():
@@ -115,14 +106,9 @@ def read_rows(path: Path) -> tuple[Schema | None, dict[int, Row]]:
 def parse_own(
     path: Path, content: bytes, schema: Schema, selection: Selection | None = None, *, ordered: bool = False
 ) -> dict[int, Row]:
-    """Return the rows of whole lines of this program, by image number.
+    """Return the rows of whole lines of this program, by image number; the path is for messages.
 
-    Args:
-      path: for messages.
-      content: header and lines.
-      schema: the kind of the lines.
-      selection: the images that may be there, whatever its limit; None for any.
-      ordered: whether the lines must be the first ones of the selection, in its order.
+    Only images of the selection, whatever its limit, may be there, and if `ordered`, only the first ones, in its order.
 
     Raises:
       UserError: naming the first line that this program did not write.
@@ -152,11 +138,7 @@ def parse_own(
 
 
 def to_columns(path: Path, rows: dict[int, Row]) -> Certificates:
-    """Return the columns of the field; the path is for messages.
-
-    Raises:
-      UserError: for a radius that is NaN, infinite or negative, or a `correct` that contradicts the prediction.
-    """
+    """Return the columns of the field; a `UserError` with the path for the first value that cannot be."""
     columns = {name: np.asarray([row[name] for row in rows.values()]) for name in _NEEDED}
     table = Certificates(**columns | {"radius": columns["radius"].astype(np.float64)})
 
@@ -186,7 +168,6 @@ def certificate_path(path: Path) -> Path:
 
 def _parse_field(path: Path, names: Sequence[str], lines: Sequence[str]) -> dict[int, Row]:
     """Return the rows of another program's file, by image number; empty lines are left out."""
-    places = {name: names.index(name) for name in _NEEDED}
     rows: dict[int, Row] = {}
     for number, line in enumerate(lines, start=2):
         if not line.strip():
@@ -195,7 +176,7 @@ def _parse_field(path: Path, names: Sequence[str], lines: Sequence[str]) -> dict
         if len(cells) != len(names):
             raise UserError(f"{path}, line {number}: {len(cells)} columns instead of {len(names)}; is it cut off?")
         for name, kind in _NEEDED.items():
-            text = cells[places[name]]
+            text = cells[names.index(name)]
             try:
                 row[name] = kind(text)
             except ValueError:

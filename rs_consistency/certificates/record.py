@@ -38,15 +38,9 @@ _CHANGES_VOTES = ("device", "code_digest")  # beside the versions
 class Settings(NamedTuple):
     """How votes were cast, and how rows follow from them. None where the mode has no such setting.
 
-    Attributes:
-      sigma: standard deviation of the noise.
-      n: votes that measure; in mode decide at most so many.
-      alpha: error probability of a line.
-      seed: of the noise, and of the randomized bound's draws.
-      n0: votes that select the class.
-      bound: one of `bounds.BOUNDS`.
-      radius: l2 radius of the decisions.
-      look_every: votes between two looks of a decision.
+    `sigma` is the standard deviation of the noise and `alpha` the error probability of a line. `n0` votes select the
+    class and `n` measure, in mode decide at most so many. The `seed` is that of the noise, and of the draws of the
+    randomized `bound`. A decision at the l2 `radius` looks at the votes after every `look_every`.
     """
 
     sigma: float
@@ -59,18 +53,13 @@ class Settings(NamedTuple):
     look_every: int | None = None
 
 
-def _bound(name: str, value: Any) -> str:
-    checks.one_of(name, value, BOUNDS)
-    return value
-
-
 _CHECKS: dict[str, Callable[[str, Any], Any]] = {
     "sigma": partial(checks.number_above, limit=0.0),
     "n": checks.count,
     "alpha": checks.probability,
     "seed": partial(checks.whole_number, at_least=0, at_most=checks.MAX_SEED),
     "n0": checks.count,
-    "bound": _bound,
+    "bound": lambda name, value: checks.one_of(name, value, BOUNDS) or value,
     "radius": partial(checks.number_from, at_least=0),
     "look_every": checks.count,
 }
@@ -159,16 +148,14 @@ class Record:
     def provenances(self) -> list[dict[str, Any]]:
         """Return the `PROVENANCE` of every call that made lines; of a merged file, those of all shards first."""
         parts = [*self.content.get("shards", []), self.content]
-        entries = [entry for part in parts for entry in [part] * ("device" in part) + part.get("continued_with", [])]
+        entries = []
+        for part in parts:
+            entries += [*([part] if "device" in part else []), *part.get("continued_with", [])]
         return [{key: entry.get(key) for key in PROVENANCE} for entry in entries]
 
 
 def record_path(path: Path) -> Path:
-    """Return the path of the `.json` beside a `.tsv`.
-
-    Raises:
-      UserError: for a path of another suffix, whose record another file might share.
-    """
+    """Return the path of the `.json` beside a `.tsv`; a `UserError` for another suffix, whose record may be shared."""
     if path.suffix != ".tsv":
         raise UserError(f"output={path}: the name must end in .tsv; the record beside it ends in .json")
     return path.with_suffix(".json")

@@ -11,12 +11,7 @@ _SHARD = re.compile(r"([1-9][0-9]{0,8})/([1-9][0-9]{0,8})")
 
 
 class Shard(NamedTuple):
-    """One of `count` shares of a certification.
-
-    Attributes:
-      index: 1..count.
-      count: number of shares.
-    """
+    """One of `count` shares of a certification; its `index` is 1..count."""
 
     index: int
     count: int
@@ -31,7 +26,7 @@ class Shard(NamedTuple):
         return f"-{self.index}-of-{self.count}"
 
     def part(self, indices: np.ndarray) -> np.ndarray:
-        """Return its share of the images `[B]`: every count-th, so that each share is a fair sample of the work.
+        """Return its share of the images `[B]`: every count-th, so that each shard is a fair sample and takes as long.
 
         The shares of all shards are disjoint and make up the whole. More images at the end only add to a share.
         """
@@ -90,8 +85,4 @@ class Selection(NamedTuple):
 
     def identity(self) -> dict[str, Any]:
         """Return its part of a record's identity: all but `most`."""
-        return {
-            "skip": self.skip,
-            "split_size": self.split_size,
-            "shard": None if self.shard is None else str(self.shard),
-        }
+        return {"skip": self.skip, "split_size": self.split_size, "shard": str(self.shard) if self.shard else None}

@@ -1,5 +1,6 @@
 """The writer of certificate files: line by line, through kills, alone in a file; see `certificates.record`."""
 
+import contextlib
 import os
 import stat
 from collections.abc import Iterable, Mapping, Sequence
@@ -18,14 +19,7 @@ from rs_consistency.statistics.bounds import ABSTAIN
 
 
 class Progress(NamedTuple):
-    """Sums over the lines that a certificate file holds.
-
-    Attributes:
-      images: number of lines.
-      radius_sum: sum of the written radius times correct.
-      correct: lines with correct = 1.
-      abstained: lines with predict = -1.
-    """
+    """Sums over the lines of a certificate file; `radius_sum` is the sum of the written radius times correct."""
 
     images: int = 0
     radius_sum: float = 0.0
@@ -56,22 +50,13 @@ class CertificateFile:
     """
 
     def __init__(
-        self,
-        path: Path,
-        *,
-        schema: Schema,
-        identity: dict[str, Any],
-        about: dict[str, Any],
-        selection: Selection,
+        self, path: Path, *, schema: Schema, identity: dict[str, Any], about: dict[str, Any], selection: Selection
     ) -> None:
         """Open or create the files, and lock the `.tsv` until it is closed or the process ends.
 
-        Args:
-          path: of the `.tsv`.
-          schema: the kind of its lines.
-          identity: whatever the lines depend on beside mode and selection, in values that JSON keeps.
-          about: further entries of the record: `PROVENANCE`, and more. Each call that adds lines replaces `command`.
-          selection: the images that it is to hold. It may hold more, from a call with a greater `most`.
+        The identity is whatever the lines depend on beside mode and selection, in values that JSON keeps. `about` holds
+        the further entries of the record: `PROVENANCE`, and more. Each call that adds lines replaces its `command`. The
+        file may hold more than the selection, from a call with a greater `most`.
 
         Raises:
           UserError: for a file with another identity (the differing keys are named), of another origin, or in use; for
@@ -111,7 +96,7 @@ class CertificateFile:
         """Add a line for each row, in one write; see `Schema.line`.
 
         Raises:
-          ValueError: for an image that it holds already or is not to hold, or a value that its column cannot hold.
+          ValueError: for an image that it holds already or is not to hold, or a value that a column cannot hold.
         """
         lines = [self.schema.line(row) for row in rows]
         parsed = [self.schema.parse(line[:-1]) for line in lines]
@@ -142,8 +127,7 @@ class CertificateFile:
 
     def _go_on(self, recorded: Record) -> None:
         """Bring the record up to date before lines are added."""
-        mine, content = self._record, recorded.to_json()
-        selection = recorded.selection
+        mine, content, selection = self._record, recorded.to_json(), recorded.selection
         if self.done <= self._wanted:  # else the file is to hold more than this call asks for
             selection = mine.selection
             content["max"] = selection.most
@@ -216,18 +200,13 @@ def check_replaceable(path: Path) -> None:
 
 
 def _new_record(path: Path, schema: Schema, identity: dict[str, Any], selection: Selection, **about: Any) -> Record:
-    beside = record_path(path)
+    beside, bound = record_path(path), {"mode": schema.name, **identity, **selection.identity()}
     check_place(path)
-    bound = {"mode": schema.name, **identity, **selection.identity()}
     return Record.from_json(beside, {**bound, "identity": list(bound), "max": selection.size, **about})
 
 
 def _held(path: Path, content: bytes, wanted: Record) -> tuple[Record, dict[int, Row]] | None:
-    """Return the record and the rows of a file that the wanted lines may go into; None for a file without images.
-
-    Raises:
-      UserError: as `CertificateFile`.
-    """
+    """Return the record and the rows of a file that the wanted lines may go into; None for a file without images."""
     whole, beside = content[: content.rfind(b"\n") + 1], wanted.path
     headers = [schema.header.encode() for schema in SCHEMAS.values()]
     if whole in headers or any(header.startswith(content) for header in headers):
@@ -259,8 +238,9 @@ def _open_locked(path: Path) -> BinaryIO:
         file = _open(path)
         try:
             lock(file.fileno(), f"output={path}")
-            if _has_name(file, path):
-                return file
+            with contextlib.suppress(FileNotFoundError):
+                if os.path.samestat(os.fstat(file.fileno()), path.stat()):
+                    return file
         except BaseException:
             file.close()
             raise
@@ -269,14 +249,6 @@ def _open_locked(path: Path) -> BinaryIO:
 
 def _open(path: Path, flags: int = 0) -> BinaryIO:
     return open(os.open(path, os.O_RDWR | os.O_CREAT | flags, 0o666), "r+b", buffering=0)
-
-
-def _has_name(file: BinaryIO, path: Path) -> bool:
-    """Return whether the path names the open file."""
-    try:
-        return os.path.samestat(os.fstat(file.fileno()), path.stat())
-    except FileNotFoundError:
-        return False
 
 
 def _write_all(file: BinaryIO, content: bytes) -> None:
