@@ -77,11 +77,12 @@ def load(
     recompute = alpha is not None or bound is not None or bonferroni
     file = certificate_path(path)
     schema, by_index = read_rows(file)
+    table = to_columns(file, by_index)
     record, missing = _read_record(file, schema)
     if record is None:
         if recompute or need_counts:
             raise UserError(f"{path} {missing}; leave out --alpha, --bound, --bonferroni and --joint, or this file")
-        return to_columns(file, by_index), None
+        return table, None
     settings, rows = record.settings, list(by_index.values())
     for row in rows:
         if not _is_possible(CERTIFY, settings, row):
@@ -91,10 +92,10 @@ def load(
         each = checks.probability("alpha", each / len(rows))
     settings = settings._replace(alpha=each, bound=bound or settings.bound)
     proven, lower = _certificates(settings, rows)
-    if not recompute:
+    if recompute:
+        table = to_columns(file, {row["idx"]: row for row in proven})
+    else:
         _check_claims(path, rows, proven)
-        proven = rows
-    table = to_columns(file, {row["idx"]: row for row in proven})
     return table, Evidence(settings, np.array([row["count"] for row in rows]), lower)
 
 

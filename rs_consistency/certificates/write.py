@@ -224,7 +224,7 @@ def _held(path: Path, content: bytes, wanted: Record) -> tuple[Record, dict[int,
         )
     rows = parse_own(path, whole, record.schema, record.selection, ordered=record.finished is not None)
     # A finished table may have lost its last lines, which are made again.
-    if record.is_changed(whole) and len(rows) >= len(record.selection.indices()):
+    if record.is_changed(whole) and len(rows) >= record.content["finished"]["images"]:
         raise UserError(
             f"{path} was changed after it was finished (its SHA-256 is not the one in {beside.name});"
             " restore it from a copy, or delete it"

@@ -89,8 +89,8 @@ def subject(label: str, path: Path, certificates: Certificates, evidence: Eviden
     try:
         record = Record.from_json(beside, record).to_json() if "parameter_digest" in record else {}
     except UserError as error:
-        notes.append(str(error))
         record = {}
+        notes.append(str(error))
     config = _read(folder / "config.json", notes)
     workdir = folder if config else None
     if not config and isinstance(record.get("config"), dict):
