@@ -23,7 +23,7 @@ _SETTINGS = ("sigma", "n0", "n", "alpha", "seed", "split", "dtype")  # as in the
 def _compare(fixed: Table, decided: Table, radius: float) -> dict[str, Any]:
     """Return the numbers of votes, and the images with another answer."""
     rows = decided.rows
-    n = fixed.record["n"]
+    n = fixed.record.settings.n
     differing = []
     for index, row in rows.items():
         published = fixed.rows.get(index)
@@ -66,7 +66,7 @@ def main() -> None:
     for radius in args.radii:
         output = args.workdir / f"decisions-{radius:g}.tsv"
         command = [f"--workdir={args.workdir}", "--mode=decide", f"--radius={radius}", f"--skip={args.skip}"]
-        command += [f"--{name}={fixed.record[name]}" for name in _SETTINGS]
+        command += [f"--{name}={fixed.record.identity[name]}" for name in _SETTINGS]
         command += [f"--output={output}"] + ([f"--max={args.max}"] if args.max else [])
         certify.main(command)
         results.append(_compare(fixed, read_table(output), radius))

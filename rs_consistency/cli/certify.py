@@ -277,19 +277,20 @@ def _summary(file: CertificateFile, question: Question) -> str:
 def _verify(args: Any) -> None:
     """Draw lines of a file again, with the settings of its record, and print the report."""
     table = read_table(_output(args, args.mode))
+    recorded = table.record.identity
     for name in _KEPT_IN_THE_RECORD:
         named = getattr(args, name)
-        if named is not None and named != table.record.get(name):
+        if named is not None and named != recorded.get(name):
             raise UserError(
                 f"{name}={named}: verify takes the settings that the file names ({name}:"
-                f" {table.record.get(name)}); leave it out"
+                f" {recorded.get(name)}); leave it out"
             )
     chosen = audit.choose_lines(table, args.verify, args.verify_seed)
-    dtype = table.record.get("dtype")
+    dtype = recorded.get("dtype")
     config, devices = _read_config(args, dtype if dtype in DTYPES else None), parallel.choose_devices(args.num_devices)
     info = data.dataset_info(config.dataset.name)
-    question = question_of_record(table.record, info=info, platform=devices[0].platform, batch_size=args.batch_size)
-    source = _read_source(args, config, table.record.get("split", "test"), devices)
+    question = question_of_record(recorded, info=info, platform=devices[0].platform, batch_size=args.batch_size)
+    source = _read_source(args, config, recorded.get("split", "test"), devices)
     audit.check_binding(table, source.binding)
     here = {key: value for key, value in source.about(question.votes.sigma).items() if key in PROVENANCE}
     redrawn: list[Row] = []

@@ -9,6 +9,7 @@ import numpy as np
 
 from rs_consistency.certificates.proof import Evidence
 from rs_consistency.certificates.read import Certificates, certificate_path
+from rs_consistency.certificates.record import Record
 from rs_consistency.common.errors import UserError
 from rs_consistency.common.files import read_json
 from rs_consistency.statistics.intervals import Interval, PairedDifference, bootstrap_interval, paired_difference
@@ -83,9 +84,13 @@ def subject(label: str, path: Path, certificates: Certificates, evidence: Eviden
     """
     file = certificate_path(path)
     folder, notes = file.parent, []
-    record = _read(file.with_name(file.name.removesuffix(".gz")).with_suffix(".json"), notes)
-    if "parameter_digest" not in record:
+    beside = file.with_name(file.name.removesuffix(".gz")).with_suffix(".json")
+    record = _read(beside, notes)
+    try:
+        record = Record.from_json(beside, record).to_json() if "parameter_digest" in record else {}
+    except UserError as error:
         record = {}
+        notes.append(str(error))
     config = _read(folder / "config.json", notes)
     workdir = folder if config else None
     if not config and isinstance(record.get("config"), dict):

@@ -114,7 +114,7 @@ def save_p_a(evidences: Mapping[str, Evidence | None], path: Path) -> None:
         float(radius_ceiling(settings.n, alpha=settings.alpha, sigma=1.0, bound=settings.bound))
         for settings in (evidence.settings for evidence in evidences.values())
     }
-    estimates = {label: evidence.counts.count / evidence.settings.n for label, evidence in evidences.items()}
+    estimates = {label: evidence.count / evidence.settings.n for label, evidence in evidences.items()}
     smallest = min(min(estimates[label].min(), evidence.lower.min()) for label, evidence in evidences.items())
     left = special.ndtri(np.clip(smallest, _LEFTMOST, 0.45)) - 0.15
     right = max(ceilings) + 0.35

@@ -226,6 +226,4 @@ def _radii(table: Certificates, images: Sequence[int] | None = None) -> np.ndarr
 def together(results: Sequence[Result]) -> Certificates:
     """Return the lines of a group of `groups_of` as one table, whose curve is the mean over the seeds."""
     tables = [one.certificates for one in results]
-    return Certificates(
-        *(np.concatenate([getattr(table, name) for table in tables]) for name in Certificates._fields[:-1])
-    )
+    return Certificates(*(np.concatenate([getattr(table, name) for table in tables]) for name in Certificates._fields))

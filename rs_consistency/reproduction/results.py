@@ -11,8 +11,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from rs_consistency.certificates.columns import seconds_of
-from rs_consistency.certificates.read import Certificates, in_order, read_certificates
-from rs_consistency.certificates.record import provenances, record_of
+from rs_consistency.certificates.read import Certificates, read_certificates, read_table
 from rs_consistency.common.errors import UserError
 from rs_consistency.common.files import read_json, replace_atomically
 from rs_consistency.reproduction.plan import Cell, deviations, is_about_images
@@ -95,25 +94,26 @@ def keep(cell: Cell, workdir: Path, results: Path) -> Path:
 
 def _files(cell: Cell, workdir: Path) -> dict[str, bytes]:
     """Return the content of the kept files by name, `run.json` last."""
-    table = in_order((workdir / CERTIFICATES).read_bytes())
-    record, config = read_json(record_of(workdir / CERTIFICATES)), read_json(workdir / CONFIG_FILE)
+    table, config = read_table(workdir / CERTIFICATES), read_json(workdir / CONFIG_FILE)
     metrics = read_lines(workdir / METRICS_FILE)
     train, certify = _commands(cell)
-    places = provenances(record)
+    rows, record, made = table.rows.values(), table.record.to_json(), table.record.provenances()
     record |= {"command": certify, "config": _without_places(record["config"])}
     run = {
         **_identity(cell),
-        "images": table.count(b"\n") - 1,
+        "images": len(rows),
         "train_command": train,
         "certify_command": certify,
         "train_seconds": _train_seconds(metrics, config),
-        "certify_seconds": _certify_seconds(table),
+        "certify_seconds": round(sum(seconds_of(row["time"]) for row in rows), 1),
         "calls": [_public(call) for call in calls_of(workdir)],
-        "certified_with": next(iter(places), {}),
-        "continued_with": places[1:],
+        "certified_with": next(iter(made), {}),
+        "continued_with": made[1:],
     }
     return {
-        PACKED: gzip.compress(table, mtime=0),  # without a time: the same bytes at every call
+        PACKED: gzip.compress(
+            table.record.schema.text(rows).encode(), mtime=0
+        ),  # without a time: the same bytes at every call
         RECORD: _json(record),
         CONFIG_FILE: _json(_without_places(config)),
         METRICS_FILE: "".join(json.dumps(line) + "\n" for line in metrics).encode(),
@@ -237,8 +237,3 @@ def _train_seconds(metrics: list[dict[str, Any]], config: dict[str, Any]) -> flo
         total += (line["step"] - before) * config["batch_size"] / line["noisy_images_per_second"]
         before = line["step"]
     return round(total, 1)
-
-
-def _certify_seconds(content: bytes) -> float:
-    """Return the sum of the column `time`."""
-    return round(sum(seconds_of(line.split("\t")[5]) for line in content.decode().splitlines()[1:]), 1)

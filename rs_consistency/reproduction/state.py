@@ -89,16 +89,16 @@ def inspect(cell: Cell, workdir: Path) -> State:
         "split": "test",
         "split_size": cell.selection.split_size,
     }
-    for name, value in wanted.items():
-        if table.record.get(name) != value:
-            raise UserError(
-                f"{workdir / CERTIFICATES} was made with {name}={table.record.get(name)}, not {value}; move it away, or"
-                " choose another --workdir"
-            )
+    differing = table.record.differences(wanted)
+    if differing:
+        raise UserError(
+            f"{workdir / CERTIFICATES} was made with other settings ({'; '.join(differing)}); move it away, or choose"
+            " another --workdir"
+        )
     missing = [index for index in cell.selection.indices().tolist() if index not in table.rows]
     if table.changed and not missing:  # certify.py makes missing last lines again
         raise UserError(f"{workdir / CERTIFICATES} was changed after it was finished; move it away, or restore it")
-    finished = not missing and bool(table.record.get("finished"))
+    finished = not missing and table.record.finished is not None
     return state._replace(images=cell.selection.size - len(missing), certified=finished)
 
 

@@ -358,7 +358,7 @@ def test_bands_are_clopper_pearson_over_images_whatever_the_seeds(monkeypatch):
         interval = stats.binomtest(k, 5).proportion_ci(0.95, method="exact")
         assert (low[place], high[place]) == pytest.approx((interval.low, interval.high))
     # Two seeds on these images: no more images than before, so no narrower.
-    twice = Certificates(*(np.concatenate([column, column]) for column in one[:-1]))
+    twice = Certificates(*(np.concatenate([column, column]) for column in one))
     _, low2, high2 = drawn_band(monkeypatch, twice)
     np.testing.assert_allclose(low2[::2], low)
     np.testing.assert_allclose(high2[::2], high)
