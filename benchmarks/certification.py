@@ -1,11 +1,11 @@
-"""Votes per second, against an eager PyTorch loop as the published code has it.
+"""Votes per second, against the published code's eager PyTorch loop.
 
     python benchmarks/certification.py --json benchmarks.json --cases lenet,resnet20
 
-Both count the same number of votes of the same network (same weights, checked to give the same logits), in turns,
-within one process: the machine's other work hits both. Numbers are medians over the rounds; a ratio is the median of
-the rounds' ratios. The rival repeats an image, adds `randn_like`, classifies under `no_grad`, takes the argmax and
-counts, at the batch size that was best for it in a first trial. Needs PyTorch: pip install -e '.[benchmarks]'.
+Both count the same number of votes of the same network, with the same weights and, as a check shows, the same logits.
+They take turns in one process, so that the machine's other work affects both. Numbers are medians over the rounds; a
+ratio is the median of the rounds' ratios. The rival repeats an image, adds `randn_like`, classifies under `no_grad`,
+takes the argmax and counts, at its best batch size in a first trial. Needs PyTorch: pip install -e '.[benchmarks]'.
 """
 
 import argparse
@@ -30,7 +30,7 @@ from rs_consistency.smoothing.votes import Votes, count_votes, vote_settings
 SIGMA = 0.5
 RIVAL_BATCHES = {"cpu": (32, 64, 128, 256, 400, 1000), "cuda": (1000, 2000, 4000, 8000)}
 _VOTES_IN_ROUND = 2000
-MANY = 10**6  # images that no benchmark reaches the end of
+MANY = 10**6  # images: more than any benchmark uses
 
 
 def _check_twins(
@@ -56,7 +56,7 @@ class Rival:
 
     @torch.no_grad()
     def count(self, n: int, batch_size: int) -> np.ndarray:
-        """Counts n votes on the image."""
+        """Count n votes on the image."""
         counts = np.zeros(self.num_classes, np.int64)
         left = n
         while left > 0:
@@ -69,18 +69,18 @@ class Rival:
         return counts
 
     def best_batch(self, seconds: float) -> int:
-        """The batch size with the most votes a second, each tried three times in turns."""
+        """Return the batch size with the most votes a second; each is tried three times, in turns."""
         sizes = RIVAL_BATCHES[self.device]
         speeds = {size: [] for size in sizes}
         for size in sizes:
-            self.count(size, size)  # warm
+            self.count(size, size)  # warms up
         for _, size in itertools.product(range(3), sizes):
             speeds[size].append(_speed(lambda n, size=size: self.count(n, size), size, seconds))
         return max(sizes, key=lambda size: statistics.median(speeds[size]))
 
 
 class Ours:
-    """`count_votes`, as certify.py calls it, on images that do not end."""
+    """`count_votes`, as certify.py calls it, on an endless supply of images."""
 
     def __init__(self, apply_fn: Any, variables: Any, image: np.ndarray, *, n: int, batch_size: int | None) -> None:
         devices = parallel.choose_devices()
@@ -101,13 +101,13 @@ class Ours:
         next(self._groups)  # compiles
 
     def count(self) -> int:
-        """The votes of one more group of images."""
+        """Count the votes of the next group of images, and return their number."""
         votes = next(self._groups)
         return int(votes.counts0.sum() + votes.counts.sum())
 
 
 def _speed(count: Callable[[int], Any], step: int, seconds: float) -> float:
-    """Votes per second of a function that counts n votes, over at least so many seconds."""
+    """Return the votes per second of a function that counts n votes, over at least `seconds`."""
     done, start = 0, time.perf_counter()
     while time.perf_counter() - start < seconds:
         count(step)
@@ -116,7 +116,7 @@ def _speed(count: Callable[[int], Any], step: int, seconds: float) -> float:
 
 
 def speed_of_ours(ours: Ours, seconds: float) -> float:
-    """Votes per second over at least so many seconds."""
+    """Return the votes per second, over at least `seconds`."""
     done, start = 0, time.perf_counter()
     while time.perf_counter() - start < seconds:
         done += ours.count()
@@ -130,20 +130,20 @@ def _against_rival(name: str, dtype: str, args: argparse.Namespace) -> dict[str,
     image = np.random.default_rng(2).uniform(size=shape).astype(np.float32)
     rival = Rival(twin, image, 10, torch_device())
     batch = rival.best_batch(args.seconds / 3)
-    # Few votes on each image keep the rounds short; that many cost no more is what `_overhead` measures.
+    # Few votes on each image keep the rounds short. `_overhead` measures whether many votes cost more.
     ours = Ours(apply_fn, variables, image, n=_VOTES_IN_ROUND, batch_size=None)
     print(f"{name} {dtype}: ours, rival at batch {batch}, ratio", file=sys.stderr)
-    found = in_turns(
+    speeds = in_turns(
         lambda: speed_of_ours(ours, args.seconds),
         lambda: _speed(lambda n: rival.count(n, batch), batch, args.seconds),
         args.rounds,
     )
     case = name if dtype == "float32" else f"{name} {dtype}"
-    return {"case": case, "device": device_name(), **found, "rival_batch": batch}
+    return {"case": case, "device": device_name(), **speeds, "rival_batch": batch}
 
 
 def _overhead(name: str, args: argparse.Namespace) -> dict[str, Any]:
-    """One image with n votes against n / 1000 images with 1,000: ours both."""
+    """Measure our n votes on one image against our 1,000 votes on each of n / 1000 images."""
     model, variables, _, shape = make_network(name, "float32")
     apply_fn, variables = for_inference(model, variables, image_shape=shape)
     image = np.random.default_rng(2).uniform(size=shape).astype(np.float32)
@@ -151,13 +151,13 @@ def _overhead(name: str, args: argparse.Namespace) -> dict[str, Any]:
     one = Ours(apply_fn, variables, image, n=n, batch_size=None)
     many = Ours(apply_fn, variables, image, n=1000, batch_size=None)
     print(f"{name}: n = {n} on one image, n = 1,000 on many, ratio", file=sys.stderr)
-    found = in_turns(lambda: speed_of_ours(one, args.seconds), lambda: speed_of_ours(many, args.seconds), args.rounds)
+    speeds = in_turns(lambda: speed_of_ours(one, args.seconds), lambda: speed_of_ours(many, args.seconds), args.rounds)
     case = f"{name}: n={n} (ours) beside n=1000 (rival)"
-    return {"case": case, "device": device_name(), **found}
+    return {"case": case, "device": device_name(), **speeds}
 
 
 def main() -> None:
-    """The command."""
+    """Run the command."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--cases", default="lenet,resnet20", help=f"of {', '.join(DATASETS)} (default: %(default)s)")
     parser.add_argument("--json", type=Path, help="file for the results, a JSON list")
@@ -171,7 +171,7 @@ def main() -> None:
     if unknown:
         parser.error(f"cases={args.cases}: {unknown[0]!r} is unknown; use some of {', '.join(DATASETS)}")
     use_cores()
-    keep_memory()  # as certify.py does; the rival in the same process has it, too
+    keep_memory()  # as certify.py does; it helps the rival in the same process, too
     results = []
     for name in names:
         results.append(_against_rival(name, "float32", args))

@@ -1,4 +1,4 @@
-"""What the benchmarks share: twin networks, speeds in turns, the table and the JSON file."""
+"""Shared by the benchmarks: twin networks, measurements in turns, the table and the JSON file."""
 
 import os
 import statistics
@@ -20,7 +20,7 @@ DATASETS = {"lenet": "mnist", "resnet20": "cifar10", "resnet110": "cifar10"}
 
 
 def make_twin(name: str, variables: Any) -> torch.nn.Module:
-    """The network in PyTorch, with the weights and batch statistics of the flax model, if there are any."""
+    """Return the network in PyTorch, with the variables of the flax model unless they are None."""
     info = data.dataset_info(DATASETS[name])
     twin = torch_models.LeNet() if name == "lenet" else torch_models.CifarResNet(int(name[6:]), info.mean, info.std)
     if variables is not None:
@@ -29,7 +29,7 @@ def make_twin(name: str, variables: Any) -> torch.nn.Module:
 
 
 def make_network(name: str, dtype: str) -> tuple[Any, Any, torch.nn.Module, tuple[int, ...]]:
-    """A flax model with variables, its twin in PyTorch, and the image shape. Weights are random, statistics too."""
+    """Return a flax model, random variables (batch statistics, too), its twin in PyTorch, and the image shape."""
     info = data.dataset_info(DATASETS[name])
     model = models.create_model(
         name, num_classes=info.num_classes, mean=info.mean, std=info.std, dtype=jnp.dtype(dtype)
@@ -48,17 +48,17 @@ def make_network(name: str, dtype: str) -> tuple[Any, Any, torch.nn.Module, tupl
 
 
 def to_torch(images: np.ndarray) -> torch.Tensor:
-    """`[..., H, W, C]` to a tensor `[..., C, H, W]`."""
+    """Return images `[..., H, W, C]` as a tensor `[..., C, H, W]`."""
     return torch.from_numpy(np.moveaxis(images, -1, -3).copy())
 
 
 def torch_device() -> str:
-    """Where the rival runs: on the GPU, if ours does."""
+    """Return the rival's device: the GPU if ours runs there."""
     return "cuda" if torch.cuda.is_available() and jax.default_backend() == "gpu" else "cpu"
 
 
 def device_name() -> str:
-    """What the numbers were measured on."""
+    """Return the name of the device for the table."""
     device = jax.devices()[0]
     if device.platform != "cpu":
         return device.device_kind
@@ -68,7 +68,7 @@ def device_name() -> str:
 
 
 def in_turns(a: Callable[[], float], b: Callable[[], float], rounds: int) -> dict[str, Any]:
-    """Medians of both, and of the rounds' ratios; every other round begins with the other."""
+    """Return the medians of both speeds and of the rounds' ratios. Every second round begins with b."""
     pairs = []
     for turn in range(rounds):
         if turn % 2:
@@ -86,10 +86,10 @@ def in_turns(a: Callable[[], float], b: Callable[[], float], rounds: int) -> dic
     }
 
 
-def show(results: Sequence[dict[str, Any]], what: str, path: Path | None) -> None:
-    """Prints the table and writes the JSON list."""
+def show(results: Sequence[dict[str, Any]], caption: str, path: Path | None) -> None:
+    """Print the table and write the JSON list."""
     width = max(len(result["case"]) for result in results)
-    print(f"{'case'.ljust(width)}  {'ours':>9}  {'rival':>9}  ratio   ({what}; {device_name()})")
+    print(f"{'case'.ljust(width)}  {'ours':>9}  {'rival':>9}  ratio   ({caption}; {device_name()})")
     for result in results:
         print(f"{result['case'].ljust(width)}  {result['ours']:>9}  {result['rival']:>9}  {result['ratio']:.2f}")
     if path:

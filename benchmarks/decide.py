@@ -1,10 +1,10 @@
-"""Votes per decision of `certify.py --mode=decide`, beside the fixed number of the published protocol.
+"""Votes per decision of `certify.py --mode=decide`, against the fixed number of votes of the published protocol.
 
     python certify.py --workdir=runs/mnist --skip=50
     python benchmarks/decide.py --workdir=runs/mnist --skip=50
 
-Decides the same images at several radii and compares with the radii of the workdir's certificates.tsv: every image on
-which the two differ is named. Files go to WORKDIR/decisions-RADIUS.tsv; run again, it continues.
+It decides the same images at several radii and compares with the radii of the workdir's certificates.tsv. Every image
+with another answer is listed. Files go to WORKDIR/decisions-RADIUS.tsv; a second run continues them.
 """
 
 import argparse
@@ -17,13 +17,13 @@ from rs_consistency.certificates.read import Table, read_table
 from rs_consistency.cli import certify
 from rs_consistency.common.files import write_json
 
-_SETTINGS = ("sigma", "n0", "n", "alpha", "seed", "split", "dtype")  # those of the fixed number of votes
+_SETTINGS = ("sigma", "n0", "n", "alpha", "seed", "split", "dtype")  # as in the certificates
 
 
 def _compare(fixed: Table, decided: Table, radius: float) -> dict[str, Any]:
-    """How many votes it took, and where the answers differ."""
+    """Return the numbers of votes, and the images with another answer."""
     rows = decided.rows
-    n = fixed.record["n"]
+    n = fixed.record.settings.n
     differing = []
     for index, row in rows.items():
         published = fixed.rows.get(index)
@@ -53,7 +53,7 @@ def _compare(fixed: Table, decided: Table, radius: float) -> dict[str, Any]:
 
 
 def main() -> None:
-    """The command."""
+    """Run the command."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--workdir", type=Path, required=True, help="with the certificates.tsv of the same images")
     parser.add_argument("--skip", type=int, default=1, help="as for certify.py (default: %(default)s)")
@@ -66,7 +66,7 @@ def main() -> None:
     for radius in args.radii:
         output = args.workdir / f"decisions-{radius:g}.tsv"
         command = [f"--workdir={args.workdir}", "--mode=decide", f"--radius={radius}", f"--skip={args.skip}"]
-        command += [f"--{name}={fixed.record[name]}" for name in _SETTINGS]
+        command += [f"--{name}={fixed.record.identity[name]}" for name in _SETTINGS]
         command += [f"--output={output}"] + ([f"--max={args.max}"] if args.max else [])
         certify.main(command)
         results.append(_compare(fixed, read_table(output), radius))

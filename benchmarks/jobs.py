@@ -1,11 +1,11 @@
-"""The runs of a plan on a CPU: one on each core at a time, beside one after the other, each on all cores.
+"""The runs of a plan on a CPU: one on each core at a time, against one after the other, each on all cores.
 
     python benchmarks/jobs.py --cases "lenet consistency" --json benchmarks.json
 
-The first is what reproduce.py does by default, the second its `--jobs=1`. Noisy images trained on and votes counted in
-a second, by all runs together; the processes stay between the rounds and are asked in turns. Then the seconds from a
-process's start to its first finished step and group of votes, with the plan's compile cache filled and empty. Needs
-PyTorch, as the other benchmarks do: pip install -e '.[benchmarks]'.
+reproduce.py does the first by default, the second with `--jobs=1`. The table has the noisy images and the votes of all
+runs together in a second. The processes stay between the rounds and take turns. It also has the time from a process's
+start to its first finished step and group of votes, with the plan's compile cache filled and empty. Needs PyTorch, as
+the other benchmarks do: pip install -e '.[benchmarks]'.
 """
 
 import argparse
@@ -29,11 +29,11 @@ from common import device_name, in_turns, make_network, show
 from rs_consistency.devices.host import keep_memory, use_cores
 from rs_consistency.models.inference import for_inference
 
-_WHAT = {"training": "noisy images", "certification": "votes"}
+_UNITS = {"training": "noisy images", "certification": "votes"}
 
 
 class _Run:
-    """A process that trains and certifies for some seconds whenever it is asked to."""
+    """A process that trains or certifies for some seconds on request."""
 
     def __init__(self, case: str, cores: Sequence[int], cache: str) -> None:
         start = time.perf_counter()
@@ -47,13 +47,13 @@ class _Run:
         self._answer()
         self.start_seconds = time.perf_counter() - start
 
-    def ask(self, what: str, seconds: float) -> None:
-        """To train or to certify for so many seconds."""
-        self._process.stdin.write(json.dumps([what, seconds]) + "\n")
+    def ask(self, task: str, seconds: float) -> None:
+        """Request `seconds` of training or certification."""
+        self._process.stdin.write(json.dumps([task, seconds]) + "\n")
         self._process.stdin.flush()
 
     def answer(self) -> float:
-        """How much of it a second."""
+        """Return the speed: noisy images or votes per second."""
         return float(self._answer())
 
     def _answer(self) -> str:
@@ -70,9 +70,9 @@ class _Run:
         self._process.wait(60)
 
 
-def _together(runs: Sequence[_Run], what: str, seconds: float) -> float:
+def _together(runs: Sequence[_Run], task: str, seconds: float) -> float:
     for run in runs:
-        run.ask(what, seconds)
+        run.ask(task, seconds)
     return sum(run.answer() for run in runs)
 
 
@@ -83,15 +83,15 @@ def _start(case: str, cores: Sequence[int], cache: str) -> float:
 
 def _compare(case: str, args: argparse.Namespace) -> list[dict[str, Any]]:
     cores = sorted(os.sched_getaffinity(0))
-    found = []
+    results = []
     with tempfile.TemporaryDirectory() as cache, ExitStack() as stack:
         all_cores = [stack.enter_context(_Run(case, cores, cache))]
         each_core = [stack.enter_context(_Run(case, [core], cache)) for core in cores]
-        for what, unit in _WHAT.items():
-            print(f"{case}, {what}: a run on each core, one on all, ratio", file=sys.stderr)
-            speeds = [functools.partial(_together, runs, what, args.seconds) for runs in (each_core, all_cores)]
-            speeds_found = in_turns(*speeds, args.rounds)
-            found.append({"case": f"{case}, {unit} a second", "device": device_name(), **speeds_found})
+        for task, unit in _UNITS.items():
+            print(f"{case}, {task}: a run on each core, one on all, ratio", file=sys.stderr)
+            speeds = [functools.partial(_together, runs, task, args.seconds) for runs in (each_core, all_cores)]
+            medians = in_turns(*speeds, args.rounds)
+            results.append({"case": f"{case}, {unit} a second", "device": device_name(), **medians})
     with tempfile.TemporaryDirectory() as filled:
         _start(case, cores, filled)
         print(f"{case}, start: milliseconds with a filled compile cache, with an empty one, ratio", file=sys.stderr)
@@ -101,12 +101,12 @@ def _compare(case: str, args: argparse.Namespace) -> list[dict[str, Any]]:
                 return 1000 * _start(case, cores, cache)
 
         speeds = [lambda: 1000 * _start(case, cores, filled), empty]
-        found.append({"case": f"{case}, start in ms", "device": device_name(), **in_turns(*speeds, args.starts)})
-    return found
+        results.append({"case": f"{case}, start in ms", "device": device_name(), **in_turns(*speeds, args.starts)})
+    return results
 
 
 def _serve(case: str, cores: Sequence[int]) -> None:
-    """What a run's process does: answers on stdout, until stdin ends."""
+    """Serve requests in a run's process: from stdin, until it ends, with answers on stdout."""
     os.sched_setaffinity(0, cores)  # before JAX starts threads
     use_cores()
     keep_memory()
@@ -120,14 +120,14 @@ def _serve(case: str, cores: Sequence[int]) -> None:
     votes = certification.Ours(apply_fn, variables, image, n=2000, batch_size=None)
     print("ready", flush=True)
     for line in sys.stdin:
-        what, seconds = json.loads(line)
-        trains = what == "training"
+        task, seconds = json.loads(line)
+        trains = task == "training"
         speed = training.speed_of(steps, config, seconds) if trains else certification.speed_of_ours(votes, seconds)
         print(speed, flush=True)
 
 
 def main() -> None:
-    """The command."""
+    """Run the command."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument(
         "--cases", default="lenet consistency", help="some of those of training.py (default: %(default)s)"

@@ -1,4 +1,4 @@
-"""The training steps of the published code in eager PyTorch, written anew: the rival of the training benchmark.
+"""The training steps of the published code, rewritten in eager PyTorch: the rival of the training benchmark.
 
 Images are `[B, C, H, W]`, noise `[M, B, C, H, W]`; every loss is a mean over the examples.
 """
@@ -16,7 +16,7 @@ Loss = Callable[[nn.Module, torch.Tensor, torch.Tensor, torch.Tensor], torch.Ten
 
 
 def _copies(model: nn.Module, images: torch.Tensor, noise: torch.Tensor) -> torch.Tensor:
-    """Logits `[M, B, K]`, in one forward pass."""
+    """Return logits `[M, B, K]`, in one forward pass."""
     logits = model((images + noise).flatten(0, 1))
     return logits.unflatten(0, noise.shape[:2])
 
@@ -26,7 +26,7 @@ def _cross_entropy(logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
 
 
 def gaussian(config: Any) -> Loss:
-    """Gaussian augmentation, with the consistency term where its weight is positive."""
+    """Return the loss of Gaussian augmentation, with the consistency term if its weight is positive."""
     lbd, eta = config.consistency.lbd, config.consistency.eta
 
     def loss(model: nn.Module, images: torch.Tensor, labels: torch.Tensor, noise: torch.Tensor) -> torch.Tensor:
@@ -44,7 +44,7 @@ def gaussian(config: Any) -> Loss:
 
 
 def smoothadv(config: Any) -> Loss:
-    """Gaussian augmentation around images that PGD has attacked with the same noise; parameters frozen meanwhile."""
+    """Return the loss of SmoothAdv: PGD attacks the images with the same noise, with frozen parameters."""
     epsilon, num_steps = config.smoothadv.epsilon, config.smoothadv.num_steps
 
     def attack(model: nn.Module, images: torch.Tensor, labels: torch.Tensor, noise: torch.Tensor) -> torch.Tensor:
@@ -70,7 +70,7 @@ def smoothadv(config: Any) -> Loss:
 
 
 def macer(config: Any) -> Loss:
-    """The error of the smoothed classifier and the hinge on its certified radius."""
+    """Return the loss of MACER: the error of the smoothed classifier and the hinge on its certified radius."""
     settings, sigma = config.macer, config.sigma
     normal = torch.distributions.Normal(0.0, 1.0)
 
@@ -94,12 +94,12 @@ LOSSES = {"gaussian": gaussian, "smoothadv": smoothadv, "macer": macer}
 
 
 class Trainer:
-    """Steps of SGD on examples that lie on the device."""
+    """Steps of SGD on examples that stay on the device."""
 
     steps_per_call = 1
 
     def __init__(self, config: Any, model: nn.Module, images: torch.Tensor, labels: torch.Tensor, device: str) -> None:
-        """Takes images `[N, C, H, W]` in [0, 1] and labels `[N]`."""
+        """Take images `[N, C, H, W]` in [0, 1] and labels `[N]`."""
         self._model, self._loss, self._device = model.to(device).train(), LOSSES[config.method](config), device
         self._images, self._labels = images.to(device), labels.to(device)
         self._config, self._size = config, config.batch_size // config.num_noise
@@ -113,7 +113,7 @@ class Trainer:
         self._next = 0
 
     def step(self) -> float:
-        """One step; the loss comes to the host, as in the published loop, which keeps its average."""
+        """Take a step and return its loss on the host: the published loop averages it there."""
         chosen = self._order[self._next : self._next + self._size]
         self._next = (self._next + self._size) % (len(self._order) - self._size + 1)
         images, labels = self._images[chosen], self._labels[chosen]
@@ -123,14 +123,14 @@ class Trainer:
         return loss
 
     def wait(self) -> None:
-        """Nothing is under way: `step` has fetched the loss."""
+        """Do nothing: `step` has waited for the loss."""
 
     def gradient_norm(self) -> float:
-        """Of what `gradients` left."""
+        """Return the norm of the gradient that `gradients` left."""
         return math.sqrt(sum(float(p.grad.double().square().sum()) for p in self._model.parameters()))
 
     def gradients(self, images: torch.Tensor, labels: torch.Tensor, noise: torch.Tensor) -> float:
-        """The loss; its gradient is left in the parameters."""
+        """Return the loss, and leave its gradient in the parameters."""
         self._optimizer.zero_grad()
         loss = self._loss(self._model, images, labels, noise)
         loss.backward()

@@ -1,4 +1,4 @@
-"""LeNet and the CIFAR ResNets in PyTorch, with the weights of this library's: what the rival of the benchmarks runs."""
+"""LeNet and the CIFAR ResNets in PyTorch, with the weights of this library's models, for the benchmarks' rival."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -24,7 +24,7 @@ class LeNet(nn.Module):
 
     @torch.no_grad()
     def load(self, variables: Mapping[str, Any]) -> None:
-        """Takes the weights of the flax model."""
+        """Take the weights of the flax model."""
         params = variables["params"]
         for i in range(2):
             _load_conv(self.convs[i], params[f"Conv_{i}"])
@@ -81,7 +81,7 @@ class CifarResNet(nn.Module):
 
     @torch.no_grad()
     def load(self, variables: Mapping[str, Any]) -> None:
-        """Takes the weights and batch statistics of the flax model."""
+        """Take the weights and batch statistics of the flax model."""
         params, stats = variables["params"], variables["batch_stats"]
         _load_conv(self.conv1, params["conv1"])
         _load_norm(self.bn1, params["bn1"], stats["bn1"])

@@ -27,11 +27,9 @@ from torch_methods import Trainer
 
 from rs_consistency import data, methods
 from rs_consistency.devices import parallel
-from rs_consistency.devices.compiler import steps_per_call
 from rs_consistency.devices.host import keep_memory, use_cores
 from rs_consistency.training.array_inputs import ArrayInputs
-from rs_consistency.training.inputs import step_sizes
-from rs_consistency.training.step import create_state, make_model, make_optimizer, make_train_steps
+from rs_consistency.training.step import compile_steps, create_state, make_model
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 from configs import cifar10, mnist
@@ -86,20 +84,10 @@ class Ours:
 
     def __init__(self, config: ConfigDict, examples: data.Split) -> None:
         devices = parallel.choose_devices()
-        sizes = step_sizes(config, len(examples.labels))
-        optimizer = make_optimizer(config, sizes.steps)
-        inputs = ArrayInputs(config, examples, examples, extra={}, sizes=sizes, devices=devices)
-        self.steps_per_call = steps_per_call(devices[0].platform)
-        self._steps = make_train_steps(
-            config,
-            apply_fn=make_model(config).apply,
-            optimizer=optimizer,
-            sizes=sizes,
-            inputs=inputs,
-            devices=devices,
-            steps_per_call=self.steps_per_call,
-        )
-        self._state = parallel.replicate(create_state(config, optimizer), devices)
+        inputs = ArrayInputs(config, examples, examples, devices=devices, extra={})
+        self._steps = compile_steps(config, inputs)
+        self.steps_per_call = self._steps.per_call
+        self._state = parallel.replicate(create_state(config), devices)
         self.variables = jax.device_get(self._state.variables)
         (self._feed,) = inputs.feeds(0, 1)
         self._pending: list[Any] = []
@@ -107,7 +95,7 @@ class Ours:
     def step(self) -> None:
         """Sends a call of `steps_per_call` steps, and waits for the one before the last few."""
         number = np.int32(self.steps_per_call)
-        self._state, metrics = self._steps(self._state, number, *self._feed.args, **self._feed.parts)
+        self._state, metrics = self._steps.train(self._state, number, *self._feed.args, **self._feed.parts)
         self._pending = [*self._pending[-_IN_FLIGHT:], metrics]
         jax.block_until_ready(self._pending[0])
 

@@ -1,4 +1,4 @@
-"""CIFAR-10, ResNet-110: the published settings of Jeong and Shin (NeurIPS 2020), and of the methods beside theirs.
+"""CIFAR-10, ResNet-110: the published settings of Jeong and Shin (NeurIPS 2020), and of the other methods.
 
 Paper: Consistency Regularization for Certified Robustness of Smoothed Classifiers.
 
@@ -7,9 +7,9 @@ Paper: Consistency Regularization for Certified Robustness of Smoothed Classifie
     python train.py --config=configs/cifar10.py --config.model=resnet20 --workdir=...     # a smaller model
     python certify.py --workdir=runs/cifar10
 
-The text after the colon picks a published cell. Any key can still be overridden. Where memory is short,
-`--config.accumulate_steps=4` computes a step in four parts (batch norm then sees each part by itself, unlike the
-published runs), and `--config.dtype=bfloat16` in half precision.
+The text after the colon picks a published cell. Any key can still be overridden. If memory is short, use
+`--config.dtype=bfloat16`, or `--config.accumulate_steps=4`, which computes a step in four parts. Batch norm then sees
+each part by itself, unlike in the published runs.
 `--config.dataset.name=cifar100` trains on CIFAR-100; for SVHN add `--config.dataset.augment=crop`, since digits have no
 mirror images.
 
@@ -17,7 +17,7 @@ Needs the prepared dataset: `python -m rs_consistency.data.prepare cifar10`.
 
 Papers: the consistency paper above; Cohen et al. (ICML 2019, gaussian), Li et al. (NeurIPS 2019, stability), Salman
 et al. (NeurIPS 2019, smoothadv), Zhai et al. (ICLR 2020, macer), Jeong et al. (NeurIPS 2021, smoothmix), Jeong et al.
-(AAAI 2023, catrs). ACR over the 10,000 test images, n = 100,000, ResNet-110, as they reported it:
+(AAAI 2023, catrs). ACR over the 10,000 test images, n = 100,000, ResNet-110, as the papers report it:
 
 | method | sigma 0.25 | 0.50 | 1.00 |
 |---|---|---|---|
@@ -31,9 +31,9 @@ et al. (NeurIPS 2019, smoothadv), Zhai et al. (ICLR 2020, macer), Jeong et al. (
 | catrs | .562 | .757 | .815 |
 
 At sigma 0.5 with ResNet-20: gaussian .5242, stability .4992, smoothadv .6924, macer .6607, consistency .6864; with
-DenseNet-40 .4937, .4967, .6709, .6413, .6609. A run has not been timed here: it wants a GPU.
-`catrs` needs `--config.catrs.teacher=WORKDIR`, a Gaussian model at sigma 0.25; its settings are known for sigma 0.25
-alone. MACER's lbd at sigma 0.5 is the published 4 (later work uses 6).
+DenseNet-40 .4937, .4967, .6709, .6413, .6609. A run needs a GPU and has not been timed here.
+`catrs` needs `--config.catrs.teacher=WORKDIR`, a Gaussian model at sigma 0.25; its settings are known only for sigma
+0.25. MACER's lbd at sigma 0.5 is the published 4 (later work uses 6).
 """
 
 from typing import Any
@@ -91,7 +91,7 @@ PUBLISHED = {
 
 
 def get_config(cell: str = "") -> ConfigDict:
-    """The configuration of one published cell, such as `method=gaussian,sigma=0.25`."""
+    """Return the configuration of one published cell, such as `method=gaussian,sigma=0.25`."""
     config = default.get_config()
     config.dataset.name = "cifar10"
     config.dataset.augment = "crop_and_flip"

@@ -7,23 +7,23 @@ Paper: Consistency Regularization for Certified Robustness of Smoothed Classifie
     python certify.py --workdir=runs/imagenet --skip=100
 
 The text after the colon picks a published cell. The images are streamed: `--config.dataset.num_workers` processes
-decode them. An epoch takes long, so there is a checkpoint every 1,000 steps. Where memory is short,
-`--config.accumulate_steps=4` computes a step in four parts (batch norm then sees each part by itself, unlike the
-published runs), and `--config.dtype=bfloat16` in half precision.
+decode them. An epoch takes long, so there is a checkpoint every 1,000 steps. If memory is short, use
+`--config.dtype=bfloat16`, or `--config.accumulate_steps=4`, which computes a step in four parts. Batch norm then sees
+each part by itself, unlike in the published runs.
 
-Needs the prepared dataset, `imagenet2012` of tensorflow-datasets, as array_record; ImageNet is not free to download, so
-`python -m rs_consistency.data.prepare imagenet --manual_dir=DIR` wants the folder with ILSVRC2012_img_train.tar and
+Needs the prepared dataset, `imagenet2012` of tensorflow-datasets, as array_record. ImageNet is not free to download:
+`python -m rs_consistency.data.prepare imagenet --manual_dir=DIR` needs a folder with ILSVRC2012_img_train.tar and
 ILSVRC2012_img_val.tar.
 
-ACR over 500 validation images, n = 100,000, as the paper's authors reported it:
+ACR over 500 validation images, n = 100,000, as the paper reports it:
 
 | method | sigma 0.25 | 0.50 | 1.00 |
 |---|---|---|---|
 | gaussian | .477 | .733 | .875 |
 | consistency | - | .8215 | .9823 |
 
-SmoothAdv reports .532 / .825 / 1.040; its settings for ImageNet are not known here. A run has not been timed here: it
-wants several GPUs.
+SmoothAdv reports .532 / .825 / 1.040; its settings for ImageNet are not known here. A run needs several GPUs and has
+not been timed here.
 """
 
 from ml_collections import ConfigDict
@@ -41,7 +41,7 @@ PUBLISHED = {
 
 
 def get_config(cell: str = "") -> ConfigDict:
-    """The configuration of one published cell, such as `method=gaussian,sigma=0.25`."""
+    """Return the configuration of one published cell, such as `method=gaussian,sigma=0.25`."""
     config = default.get_config()
     config.dataset.name = "imagenet"
     config.dataset.num_workers = 16

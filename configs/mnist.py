@@ -14,8 +14,8 @@ Needs the prepared dataset: `python -m rs_consistency.data.prepare mnist`.
 
 Papers: the consistency paper above; Cohen et al. (ICML 2019, gaussian), Li et al. (NeurIPS 2019, stability), Salman
 et al. (NeurIPS 2019, smoothadv), Zhai et al. (ICLR 2020, macer), Jeong et al. (NeurIPS 2021, smoothmix). ACR over the
-10,000 test images, n = 100,000, as the consistency paper's authors reported it (means of 5 seeds); smoothmix from its
-released files:
+10,000 test images, n = 100,000, as the authors of the consistency paper report it (means of 5 seeds); smoothmix from
+its released files:
 
 | method | sigma 0.25 | 0.50 | 1.00 |
 |---|---|---|---|
@@ -79,7 +79,7 @@ PUBLISHED = {
 
 
 def get_config(cell: str = "") -> ConfigDict:
-    """The configuration of one published cell, such as `method=gaussian,sigma=0.25`."""
+    """Return the configuration of one published cell, such as `method=gaussian,sigma=0.25`."""
     config = default.get_config()
     config.dataset.name = "mnist"
     return apply_preset(config, cell, published=PUBLISHED, method="consistency", sigma=0.5)

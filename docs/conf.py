@@ -1,4 +1,4 @@
-"""How Sphinx builds the documentation: `make docs`, into docs/_build/html."""
+"""Settings of Sphinx for the documentation: `make docs`, into docs/_build/html."""
 
 import itertools
 import sys
@@ -35,7 +35,7 @@ write_reference(Path(__file__).parents[1] / "configs" / "default.py", Path(__fil
 
 
 def tables_of_markdown(app: Any, what: str, name: str, obj: Any, options: Any, lines: list[str]) -> None:
-    """Turns the Markdown tables of a docstring into what Sphinx understands."""
+    """Turn the Markdown tables of a docstring into tables of reStructuredText."""
     del app, what, name, obj, options
     done: list[str] = []
     for is_table, group in itertools.groupby(lines, key=lambda line: line.startswith("|")):
@@ -52,5 +52,5 @@ def tables_of_markdown(app: Any, what: str, name: str, obj: Any, options: Any, l
 
 
 def setup(app: Any) -> None:
-    """Called by Sphinx."""
+    """Connect the functions above to Sphinx, which calls this."""
     app.connect("autodoc-process-docstring", tables_of_markdown, priority=900)

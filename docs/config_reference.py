@@ -1,4 +1,4 @@
-"""Writes the reference of all configuration keys from configs/default.py, whose comments explain them."""
+"""The reference of all configuration keys, written from the comments of configs/default.py."""
 
 import re
 from pathlib import Path
@@ -6,14 +6,14 @@ from pathlib import Path
 _LINE = re.compile(r"    config\.([\w.]+) = (.+?)(?:  # (.*))?")
 _INTRODUCTION = """# Every key of a configuration
 
-Made from `configs/default.py`. A file in `configs/` starts from these values and changes what differs; a published cell
-(`--config=configs/mnist.py:method=macer,sigma=0.5`) changes more; `--config.KEY=VALUE` has the last word. A run keeps
-what it was trained with in its workdir's `config.json`.
+This page is made from `configs/default.py`. A file in `configs/` starts from these values and changes some of them. A
+published cell (`--config=configs/mnist.py:method=macer,sigma=0.5`) changes more, and `--config.KEY=VALUE` any key.
+A run keeps its settings in `config.json` of its workdir.
 """
 
 
 def write_reference(source: Path, target: Path) -> None:
-    """Writes the page where it is not up to date.
+    """Write the page where it is not up to date.
 
     Raises:
       ValueError: for a key that no comment explains.
@@ -24,7 +24,7 @@ def write_reference(source: Path, target: Path) -> None:
 
 
 def reference(source: str) -> str:
-    """The page about a source text of the form of configs/default.py, as Markdown: a table for each block."""
+    """Return the page about a source text of the form of configs/default.py: Markdown, with a table for each block."""
     titles, tables, above = {"": "Of the run"}, {"": []}, []
     for line in source.splitlines():
         if comment := re.fullmatch(r"    # (.*)", line):

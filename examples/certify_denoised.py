@@ -1,8 +1,8 @@
 """Certifies a classifier that has never seen noise, behind a denoiser: `python examples/certify_denoised.py`.
 
-Denoised smoothing (Salman et al., NeurIPS 2020): what is smoothed is classify(denoise(x)), so the denoiser is
-part of the certified function, and its quality changes radii, never their truth. Here it is the best linear denoiser
-of digits (a Wiener filter, from the training images' covariance), the classifier a logistic regression on clean ones.
+Denoised smoothing (Salman et al., NeurIPS 2020) smooths classify(denoise(x)). The denoiser is part of the certified
+function, so its quality changes the radii, never their truth. Here the denoiser is the best linear denoiser of digits
+(a Wiener filter, from the covariance of the training images). The classifier is a logistic regression on clean digits.
 """
 
 import argparse
@@ -19,7 +19,7 @@ SIGMA = 0.5
 
 
 def fit(pixels: np.ndarray, labels: np.ndarray) -> jax.Array:
-    """Weights `[D, 10]` of a logistic regression on clean pixels `[N, D]`."""
+    """Return the weights `[D, 10]` of a logistic regression on clean pixels `[N, D]`."""
     optimizer = optax.adam(1e-2)
 
     def loss(weights: jax.Array) -> jax.Array:
@@ -35,9 +35,9 @@ def fit(pixels: np.ndarray, labels: np.ndarray) -> jax.Array:
 
 
 def main() -> None:
-    """The example."""
+    """Run the example."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--n", type=int, default=10_000, help="votes of an image")
+    parser.add_argument("--n", type=int, default=10_000, help="votes per image")
     args = parser.parse_args()
     images, labels = load(5000, "train")
     pixels = images.reshape(len(images), -1)

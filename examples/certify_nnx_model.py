@@ -1,6 +1,6 @@
 """Trains a small flax nnx network on noisy digits and certifies it: `python examples/certify_nnx_model.py`.
 
-Any network will do: what is certified is a function from images to logits.
+Any network will do: certification needs a function from images to logits.
 """
 
 import argparse
@@ -23,13 +23,13 @@ class Network(nnx.Module):
         self.out = nnx.Linear(128, 10, rngs=rngs)
 
     def __call__(self, images: jax.Array) -> jax.Array:
-        """Images `[N, 28, 28, 1]` to logits `[N, 10]`."""
+        """Return the logits `[N, 10]` of images `[N, 28, 28, 1]`."""
         return self.out(nnx.relu(self.hidden(images.reshape(len(images), -1))))
 
 
 @nnx.jit
 def train_step(model: Network, optimizer: nnx.Optimizer, images: jax.Array, labels: jax.Array, key: jax.Array) -> None:
-    """One step of Adam on one noisy copy of every image."""
+    """Take one step of Adam on one noisy copy of every image."""
 
     def loss(model: Network) -> jax.Array:
         noisy = images + SIGMA * jax.random.normal(key, images.shape)
@@ -39,10 +39,10 @@ def train_step(model: Network, optimizer: nnx.Optimizer, images: jax.Array, labe
 
 
 def main() -> None:
-    """The example."""
+    """Run the example."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--steps", type=int, default=300)
-    parser.add_argument("--n", type=int, default=10_000, help="votes of an image")
+    parser.add_argument("--n", type=int, default=10_000, help="votes per image")
     args = parser.parse_args()
     images, labels = load(2000, "train")
     model = Network(nnx.Rngs(0))
@@ -51,7 +51,7 @@ def main() -> None:
         train_step(model, optimizer, images, labels, jax.random.key(step))
 
     model.eval()
-    graph, state = nnx.split(model)  # a pure function, which certification traces once
+    graph, state = nnx.split(model)  # for a pure function, which certification traces once
     smoothed = SmoothedClassifier(lambda batch: nnx.merge(graph, state)(batch), SIGMA, 10)
     images, labels = load(10, "test")
     show("nnx network", smoothed.certify(images, n=args.n, progress=True), labels)

@@ -1,7 +1,7 @@
 """Certifies a function that is no network at all, and checks the radii: `python examples/certify_plain_function.py`.
 
-A linear classifier's smoothed version is known exactly: the true radius is the distance to the decision boundary. So
-here one can see what certification gives away: no radius may exceed the distance, and more votes come closer to it.
+The smoothed version of a linear classifier is known exactly: its true radius is the distance to the decision boundary.
+So the example shows the price of certification. No radius may exceed the distance, and more votes come closer to it.
 """
 
 import argparse
@@ -17,9 +17,9 @@ SIGMA = 1.5
 
 
 def main() -> None:
-    """The example."""
+    """Run the example."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--n", type=int, default=10_000, help="votes of an image")
+    parser.add_argument("--n", type=int, default=10_000, help="votes per image")
     args = parser.parse_args()
     images, labels = load(2000, "train")
     zero, one = (images[labels == digit].mean(axis=0) for digit in (0, 1))
@@ -27,7 +27,7 @@ def main() -> None:
     middle = ((one + zero) / 2 * direction).sum()
 
     def score(batch: jnp.ndarray) -> jnp.ndarray:
-        """Positive on the side of the ones, `[N]`."""
+        """Return the scores `[N]`, positive on the side of the ones."""
         return (batch * direction).sum(axis=(1, 2, 3)) - middle
 
     smoothed = SmoothedClassifier(lambda batch: jnp.stack([-score(batch), score(batch)], axis=1), SIGMA, 2)
@@ -35,7 +35,7 @@ def main() -> None:
     images, labels = images[labels < 2], labels[labels < 2]
     distance = np.abs(np.asarray(score(images))) / np.linalg.norm(direction)
     result = smoothed.certify(images, n=args.n)
-    ceiling = float(radius_ceiling(args.n, alpha=0.001, sigma=SIGMA))  # of any radius, however far the boundary is
+    ceiling = float(radius_ceiling(args.n, alpha=0.001, sigma=SIGMA))  # the largest radius, however far the boundary is
     for label, prediction, radius, bound in zip(labels, result.prediction, result.radius, distance, strict=True):
         print(f"label {label}  prediction {prediction:2d}  radius {radius:.3f}  distance to the boundary {bound:.3f}")
     certified = result.prediction >= 0

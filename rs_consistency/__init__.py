@@ -1,9 +1,12 @@
-"""Certified robustness in JAX: consistency regularization and randomized smoothing.
+"""Certified l2 robustness in JAX: randomized smoothing, and training methods for it.
 
-import rs_consistency
+    import rs_consistency
 
-result = rs_consistency.certify(apply_fn, images, sigma=0.5, num_classes=10)
-result.prediction, result.radius
+    result = rs_consistency.certify(apply_fn, images, sigma=0.5, num_classes=10)
+    result.prediction, result.radius  # per image: the class, or ABSTAIN, and the l2 radius within which it holds
+
+`decide` answers for a single radius with fewer votes, `predict` returns the class alone, and a `SmoothedClassifier` has
+all three as methods.
 """
 
 import importlib
@@ -40,11 +43,11 @@ __all__ = [
     "predict",
 ]
 
-# Whatever needs JAX is imported at its first use: analyze.py reads files without it.
+# Everything that needs JAX is imported at its first use: analyze.py reads files without it.
 _MODULES = ("attacks", "data", "losses", "methods", "models", "noise")
 _HOMES = {
     "Certification": "smoothing.certify",
-    "Decisions": "smoothing.decide",
+    "Decisions": "smoothing.pool",
     "Prediction": "smoothing.predict",
     "SmoothedClassifier": "smoothing.classifier",
     "certify": "smoothing.certify",

@@ -1,7 +1,7 @@
 """Attacks in l2 that training methods use: on the smoothed classifier, and on its noise.
 
-All of them treat the classifier as fixed and hand back arrays without a gradient. `apply_fn` maps images
-`[N, H, W, C]` to logits `[N, K]` in inference mode; `noise` is already scaled, `d_i ~ N(0, sigma^2 I)`.
+The attacks treat the classifier as fixed and return arrays without a gradient. `apply_fn` maps images `[N, H, W, C]` to
+logits `[N, K]` in inference mode. `noise` is already scaled: `d_i ~ N(0, sigma^2 I)`.
 """
 
 import math
@@ -28,11 +28,12 @@ def smooth_adv(
     epsilon: float | jax.Array,
     num_steps: int,
 ) -> jax.Array:
-    """Attacks the smoothed classifier: l2 PGD against the mean softmax over the noisy copies.
+    """Return images that attack the smoothed classifier: l2 PGD against the mean softmax over the noisy copies.
 
-    Source: Salman et al. (NeurIPS 2019), SmoothAdv-PGD. It ascends `-log(mean_i F_y(x + a + d_i))`, the mean clipped
-    at 1e-20: from a = 0, num_steps steps of length `2 * epsilon / num_steps` along the normalized gradient, each
-    followed by the projection onto the l2 ball of radius epsilon around x and then onto the box [0, 1].
+    Source: Salman et al. (NeurIPS 2019), SmoothAdv-PGD. The attack ascends `-log(mean_i F_y(x + a + d_i))`, the mean
+    clipped at 1e-20. It starts at a = 0 and takes num_steps steps of length `2 * epsilon / num_steps` along the
+    normalized gradient. Each step ends with projections onto the l2 ball of radius epsilon around x and then onto the
+    box [0, 1].
 
     Args:
       apply_fn: `[B, H, W, C]` -> logits `[B, K]`, in inference mode.
@@ -47,6 +48,17 @@ def smooth_adv(
 
     Raises:
       ValueError: for a number of steps below 1.
+
+    Example:
+      A bright image is darkened, by a distance of epsilon.
+
+      >>> import jax.numpy as jnp
+      >>> from rs_consistency import attacks
+      >>> apply_fn = lambda x: jnp.stack([x.sum(axis=(1, 2, 3)), 2 - x.sum(axis=(1, 2, 3))], axis=-1)  # bright, dark
+      >>> images, noise = jnp.full((1, 2, 2, 1), 0.75), jnp.zeros((2, 1, 2, 2, 1))
+      >>> attacked = attacks.smooth_adv(apply_fn, images, jnp.array([0]), noise, epsilon=0.5, num_steps=4)
+      >>> round(attacked.max().item(), 3), round(attacks.l2_norm(attacked - images).item(), 3)
+      (0.5, 0.5)
     """
     _check_steps(num_steps)
     images, labels, noise = jax.lax.stop_gradient((images, labels, noise))
@@ -69,24 +81,35 @@ def unbounded(
     num_steps: int,
     keep_step: int,
 ) -> tuple[jax.Array, jax.Array]:
-    """SmoothMix's attack: as `smooth_adv`, but in steps of a fixed length and without a ball.
+    """Return two iterates of SmoothMix's attack: `smooth_adv` with steps of a fixed length and without a ball.
 
     Source: Jeong et al. (NeurIPS 2021).
 
     Args:
-      apply_fn: as in `smooth_adv`; so are images, labels and noise.
+      apply_fn: `[B, H, W, C]` -> logits `[B, K]`, in inference mode.
       images: `[B, H, W, C]` in [0, 1].
-      labels: `[B]`.
-      noise: `[M, B, H, W, C]`.
+      labels: `[B]` integers in 0..K-1.
+      noise: `[M, B, H, W, C]`, scaled by sigma; the same in every step.
       step_size: l2 length of a step.
       num_steps: T, at least 1.
-      keep_step: an iterate to hand back as well, 0 (the images) to T.
+      keep_step: number of an iterate to return as well, 0 (the images) to T.
 
     Returns:
       (iterate number keep_step, last iterate), both `[B, H, W, C]` in [0, 1]. No gradient flows through.
 
     Raises:
-      ValueError: for a number of steps below 1, or an iterate that is not made.
+      ValueError: for a number of steps below 1, or a keep_step outside 0..T.
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> from rs_consistency import attacks
+      >>> apply_fn = lambda x: jnp.stack([x.sum(axis=(1, 2, 3)), 2 - x.sum(axis=(1, 2, 3))], axis=-1)  # bright, dark
+      >>> images, noise = jnp.full((1, 2, 2, 1), 0.75), jnp.zeros((2, 1, 2, 2, 1))
+      >>> iterates = attacks.unbounded(
+      ...     apply_fn, images, jnp.array([0]), noise, step_size=0.5, num_steps=3, keep_step=1
+      ... )
+      >>> [round(attacks.l2_norm(iterate - images).item(), 3) for iterate in iterates]
+      [0.5, 1.5]
     """
     _check_steps(num_steps)
     if not 0 <= keep_step <= num_steps:
@@ -109,15 +132,15 @@ def worst_noise(
     epsilon: float,
     num_steps: int,
 ) -> jax.Array:
-    """CAT-RS's attack on the noise: makes every copy's prediction differ from a target.
+    """Return noise under which the prediction on every copy differs from a target: CAT-RS's attack.
 
-    Source: Jeong, Kim, Shin (AAAI 2023). For each copy by itself it ascends `KL(target || F(x + d))` in num_steps
-    steps of length `2 * epsilon / num_steps` along the normalized gradient, each followed by the projection onto the
-    l2 ball of radius epsilon around d_i. What comes out is shifted and scaled to the mean and the root mean square of
-    d_i, so that it remains plausible as noise.
+    Source: Jeong, Kim, Shin (AAAI 2023). The attack ascends `KL(target || F(x + d))` for each copy by itself, in
+    num_steps steps of length `2 * epsilon / num_steps` along the normalized gradient. Each step ends with the
+    projection onto the l2 ball of radius epsilon around d_i. The result is shifted and scaled to the mean and the root
+    mean square of d_i, so that it remains plausible as noise.
 
     Args:
-      apply_fn: as in `smooth_adv`.
+      apply_fn: `[B, H, W, C]` -> logits `[B, K]`, in inference mode.
       images: `[B, H, W, C]`.
       log_target: `[B, K]`, logarithm of the target distribution.
       noise: `[M, B, H, W, C]`, scaled by sigma.
@@ -129,6 +152,18 @@ def worst_noise(
 
     Raises:
       ValueError: for a number of steps below 1.
+
+    Example:
+      The noise moves from the left pixel, which speaks for the target, to the right one, and keeps its norm.
+
+      >>> import jax.numpy as jnp
+      >>> from rs_consistency import attacks
+      >>> apply_fn = lambda x: x[:, 0, :, 0]  # the two pixels are the logits
+      >>> images, noise = jnp.zeros((1, 1, 2, 1)), jnp.array([0.5, -0.5]).reshape(1, 1, 1, 2, 1)
+      >>> target = jnp.log(jnp.array([[0.9, 0.1]]))
+      >>> attacked = attacks.worst_noise(apply_fn, images, target, noise, epsilon=1.0, num_steps=4)
+      >>> [round(pixel, 3) for pixel in attacked.ravel().tolist()]
+      [-0.5, 0.5]
     """
     _check_steps(num_steps)
     images, log_target, noise = jax.lax.stop_gradient((images, log_target, noise))
@@ -149,33 +184,33 @@ def worst_noise(
 
 
 def copies(apply_fn: ApplyFn, images: jax.Array, noise: jax.Array) -> jax.Array:
-    """Logits `[M, B, K]` of images `[B, H, W, C]` under noise `[M, B, H, W, C]`."""
+    """Return the logits `[M, B, K]` of images `[B, H, W, C]` under noise `[M, B, H, W, C]`."""
     return jax.vmap(lambda draw: apply_fn(images + draw))(noise)
 
 
 def l2_norm(x: jax.Array) -> jax.Array:
-    """l2 norms over the axes H, W, C, which stay as axes of length 1. The squares of finite numbers do not overflow."""
+    """Return l2 norms over H, W, C, kept as axes of length 1. The squares of finite numbers do not overflow."""
     largest = jnp.abs(x).max(axis=(-3, -2, -1), keepdims=True)
     safe = jnp.where(largest > 0, largest, 1)
     return largest * jnp.sqrt(jnp.square(x / safe).sum(axis=(-3, -2, -1), keepdims=True))
 
 
 def unit(gradient: jax.Array) -> jax.Array:
-    """`g / (||g|| + 1e-8)` over H, W, C: a zero gradient stays zero."""
+    """Return `g / (||g|| + 1e-8)` over H, W, C: a zero gradient stays zero."""
     return gradient / (l2_norm(gradient) + _SMALLEST_NORM)
 
 
 def project(offset: jax.Array, radius: float | jax.Array) -> jax.Array:
-    """The nearest point of the l2 ball over H, W, C."""
+    """Return the nearest point of the l2 ball over H, W, C."""
     norm = l2_norm(offset)
     outside = norm > radius
     return offset * jnp.where(outside, radius / jnp.where(outside, norm, 1), 1)
 
 
 def _direction(apply_fn: ApplyFn, images: jax.Array, labels: jax.Array, noise: jax.Array) -> jax.Array:
-    """Unit direction `[B, H, W, C]` in which the mean softmax of the label falls fastest."""
+    """Return the unit direction `[B, H, W, C]` in which the mean softmax of the label falls fastest."""
 
-    def loss(images: jax.Array) -> jax.Array:  # examples do not interact, so the gradient of the sum is each one's
+    def loss(images: jax.Array) -> jax.Array:  # examples do not interact: the gradient of the sum holds theirs
         log_mean = losses.log_mean_softmax(copies(apply_fn, images, noise))  # [B, K]
         of_label = jnp.take_along_axis(log_mean, labels[:, None], axis=-1)
         return -jnp.maximum(of_label, _LOG_OF_SMALLEST_MEAN).sum()
@@ -184,7 +219,7 @@ def _direction(apply_fn: ApplyFn, images: jax.Array, labels: jax.Array, noise: j
 
 
 def _centre(x: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """Means over H, W, C, and the deviations from them."""
+    """Return the means over H, W, C, and the deviations from them."""
     mean = x.mean(axis=(-3, -2, -1), keepdims=True)
     return mean, x - mean
 

@@ -1,7 +1,7 @@
 """Training objectives: pure, per example, on logits of M noisy copies.
 
-Axes: `M` noisy copies, `B` examples, `K` classes. Every function returns one value per example; the caller
-reduces. `F_i = softmax(logits[i])` and `Fbar` is the mean of F over the M copies.
+Axes: `M` noisy copies, `B` examples, `K` classes. The functions return a value for each example; the caller reduces.
+`F_i = softmax(logits[i])`, and `Fbar` is the mean of F over the M copies.
 """
 
 import math
@@ -14,58 +14,89 @@ from rs_consistency.common.checks import LARGEST
 
 FORMS = ("default", "xent", "kl", "mse")
 
-# What MACER adds to the probability of the label before its logarithm.
-_MACER_FLOOR = 1e-10
+_MACER_FLOOR = 1e-10  # added to the probability of the label before its logarithm
 
-# Log-probabilities stop here. The differences of finite float32 logits can overflow to -inf, and 0 * inf and
-# inf - inf are NaN; 1e30 leaves room for sums over copies and classes and is far below any trainable value.
+# The smallest log-probability. Differences of finite float32 logits can overflow to -inf, and 0 * inf and inf - inf are
+# NaN. -1e30 leaves room for sums over copies and classes, and is far below any trainable value.
 _FLOOR = -1e30
 
 
 def log_softmax(logits: jax.Array) -> jax.Array:
-    """Log softmax over the last axis, in float32 at least; at least -1e30, so finite for every finite input."""
+    """Return the log softmax over the last axis, in float32 at least. It stops at -1e30: finite for every finite input.
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> from rs_consistency import losses
+      >>> print(losses.log_softmax(jnp.array([0.0, 0.0, 3e38])))
+      [-1.e+30 -1.e+30  0.e+00]
+    """
     logits = logits.astype(jnp.promote_types(logits.dtype, jnp.float32))
     return jnp.maximum(jax.nn.log_softmax(logits, axis=-1), _FLOOR)
 
 
 def log_mean_softmax(logits: jax.Array) -> jax.Array:
-    """`log Fbar`: logits `[M, B, K]` to the logarithm `[B, K]` of the mean softmax over the M copies."""
+    """Return `log Fbar` `[B, K]`, the logarithm of the mean softmax over the M copies of logits `[M, B, K]`.
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> from rs_consistency import losses
+      >>> logits = jnp.log(jnp.array([[[0.9, 0.1]], [[0.6, 0.4]]]))  # M = 2, B = 1, K = 2
+      >>> [round(float(p), 3) for p in jnp.exp(losses.log_mean_softmax(logits))[0]]
+      [0.75, 0.25]
+    """
     _check_logits(logits)
     return jax.nn.logsumexp(log_softmax(logits), axis=0) - math.log(logits.shape[0])
 
 
 def cross_entropy(logits: jax.Array, labels: jax.Array) -> jax.Array:
-    """Cross entropy, averaged over the noisy copies: the Gaussian objective.
+    """Return the cross entropy averaged over the noisy copies: the Gaussian objective.
 
     Source: Cohen, Rosenfeld, Kolter (ICML 2019), training under Gaussian noise.
 
     Args:
-      logits: `[M, B, K]` floating point; the logits of M noisy copies of every example.
+      logits: `[M, B, K]` floating point, of M noisy copies of every example.
       labels: `[B]` integers in 0..K-1.
 
     Returns:
       `[B]`: `(1/M) sum_i -log F_i[label]`, in nats, in float32 at least. Finite, with finite gradients, for all finite
-      logits; it stops at 1e30, far beyond any trainable value. Where a label is outside 0..K-1: NaN under `jit`,
-      which cannot raise.
+      logits; it stops at 1e30, far beyond any trainable value. Under `jit`, which cannot raise, the result is NaN where
+      a label is outside 0..K-1.
 
     Raises:
       ValueError: when the shapes do not fit together, or (outside `jit`) a label is outside 0..K-1.
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> from rs_consistency import losses
+      >>> logits = jnp.log(jnp.array([[[0.9, 0.1]], [[0.6, 0.4]]]))  # M = 2, B = 1, K = 2
+      >>> round(losses.cross_entropy(logits, jnp.array([0])).item(), 3)  # -(log 0.9 + log 0.6) / 2
+      0.308
     """
     return cross_entropies(logits, labels).mean(axis=0)
 
 
 def cross_entropies(logits: jax.Array, labels: jax.Array) -> jax.Array:
-    """Cross entropy `[M, B]` of every noisy copy; arguments, guarantees and errors as those of `cross_entropy`."""
+    """Return the cross entropy `[M, B]` of every noisy copy.
+
+    Arguments, guarantees and errors are as for `cross_entropy`.
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> from rs_consistency import losses
+      >>> logits = jnp.log(jnp.array([[[0.9, 0.1]], [[0.6, 0.4]]]))  # M = 2, B = 1, K = 2
+      >>> [round(float(copy), 3) for copy in losses.cross_entropies(logits, jnp.array([0]))[:, 0]]
+      [0.105, 0.511]
+    """
     known = _check_labels(logits, labels)
     picked = jnp.take_along_axis(log_softmax(logits), labels[None, :, None], axis=-1)  # [M, B, 1]
     return jnp.where(known[None], -picked[..., 0], jnp.nan)
 
 
 def consistency(logits: jax.Array, *, lbd: float, eta: float = 0.5, form: str = "default") -> jax.Array:
-    """Consistency regularization: how much predictions differ between noisy copies of one example.
+    """Return the consistency regularizer: how much predictions differ between noisy copies of an example.
 
-    Source: Jeong and Shin (NeurIPS 2020): the regularizer, and the alternatives that they compare it with. With
-    `KL = (1/M) sum_i KL(Fbar || F_i)` and `H` the entropy of Fbar:
+    Source: Jeong and Shin (NeurIPS 2020), with the alternatives of their comparison. Let `H` be the entropy of Fbar,
+    and `KL = (1/M) sum_i KL(Fbar || F_i)`:
 
     | form | value |
     |---|---|
@@ -78,15 +109,24 @@ def consistency(logits: jax.Array, *, lbd: float, eta: float = 0.5, form: str = 
       logits: `[M, B, K]` floating point.
       lbd: weight of the consistency term, 0 to 1e6.
       eta: weight of the entropy, 0 to 1e6; only the form `default` uses it.
-      form: one of the above.
+      form: a form of the table.
 
     Returns:
       `[B]`, in nats (`mse`: squared l2 distance), in float32 at least. The gradient flows through Fbar as well.
       Finite, with finite gradients, for all finite logits.
 
     Raises:
-      ValueError: for an unknown form, a weight outside its range, or `M = 1` with `lbd > 0`: one copy is always
+      ValueError: for an unknown form, a weight outside its range, or `M = 1` with `lbd > 0`. A single copy is always
         consistent with itself, so the term would silently do nothing.
+
+    Example:
+      The copies of the first image differ. Those of the second are equal, so only the entropy is left.
+
+      >>> import jax.numpy as jnp
+      >>> from rs_consistency import losses
+      >>> logits = jnp.log(jnp.array([[[0.9, 0.1], [0.9, 0.1]], [[0.6, 0.4], [0.9, 0.1]]]))  # M = 2, B = 2, K = 2
+      >>> [round(float(loss), 3) for loss in losses.consistency(logits, lbd=10.0)]
+      [0.992, 0.163]
     """
     _check_logits(logits)
     if form not in FORMS:
@@ -116,7 +156,7 @@ def consistency(logits: jax.Array, *, lbd: float, eta: float = 0.5, form: str = 
 
 
 def stability(clean_logits: jax.Array, noisy_logits: jax.Array) -> jax.Array:
-    """Stability training's term: the cross entropy between the predictions on the clean and the noisy image.
+    """Return the term of stability training: the cross entropy between predictions on the clean and the noisy image.
 
     Source: Li, Chen, Wang, Carin (NeurIPS 2019).
 
@@ -130,6 +170,13 @@ def stability(clean_logits: jax.Array, noisy_logits: jax.Array) -> jax.Array:
 
     Raises:
       ValueError: when the shapes are not two equal `[B, K]`.
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> from rs_consistency import losses
+      >>> logits = jnp.log(jnp.array([[[0.9, 0.1]], [[0.6, 0.4]]]))  # clean and noisy: B = 1, K = 2
+      >>> round(losses.stability(logits[0], logits[1]).item(), 3)  # -(0.9 log 0.6 + 0.1 log 0.4)
+      0.551
     """
     if clean_logits.ndim != 2 or clean_logits.shape != noisy_logits.shape:
         raise ValueError(
@@ -142,16 +189,16 @@ def stability(clean_logits: jax.Array, noisy_logits: jax.Array) -> jax.Array:
 def macer(
     logits: jax.Array, labels: jax.Array, *, sigma: float, beta: float, gamma: float
 ) -> tuple[jax.Array, jax.Array]:
-    """MACER's two terms: the error of the smoothed classifier, and a hinge on its certified radius.
+    """Return the two terms of MACER: the error of the smoothed classifier, and a hinge on its certified radius.
 
-    Source: Zhai et al. (ICLR 2020). With `Fbar` the mean softmax, and `p1 >= p2` the two largest entries of the mean
-    over the copies of `softmax(beta * logits[i])`:
+    Source: Zhai et al. (ICLR 2020). Let `p1 >= p2` be the two largest entries of the mean over the copies of
+    `softmax(beta * logits[i])`:
 
         classification = -log(Fbar_y + 1e-10)
         robustness     = (sigma / 2) * (gamma - (Phi^-1(p1) - Phi^-1(p2)))
 
-    The second counts only for examples whose class of p1 is the label and whose `Phi^-1(p1) - Phi^-1(p2)` is finite
-    and at most gamma; for all others value and gradient are 0.
+    The robustness counts only for examples whose class of p1 is the label and whose `Phi^-1(p1) - Phi^-1(p2)` is finite
+    and at most gamma. For all others value and gradient are 0.
 
     Args:
       logits: `[M, B, K]` floating point, K at least 2.
@@ -162,10 +209,18 @@ def macer(
 
     Returns:
       (classification `[B]` in nats, robustness `[B]` in units of sigma, without its weight lbd). Finite, with
-      finite gradients, for all finite logits. Where a label is outside 0..K-1: the classification is NaN under `jit`.
+      finite gradients, for all finite logits. Under `jit` the classification is NaN where a label is outside 0..K-1.
 
     Raises:
       ValueError: when the shapes do not fit, a number is outside its range, or (outside `jit`) a label is.
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> from rs_consistency import losses
+      >>> logits = jnp.log(jnp.array([[[0.9, 0.1]], [[0.6, 0.4]]]))  # M = 2, B = 1, K = 2
+      >>> terms = losses.macer(logits, jnp.array([0]), sigma=0.5, beta=1.0, gamma=8.0)
+      >>> [round(term.item(), 3) for term in terms]  # -log 0.75, and (8 - 2 * 0.674) / 4
+      [0.288, 1.663]
     """
     known = _check_labels(logits, labels)
     if logits.shape[2] < 2:
@@ -178,7 +233,7 @@ def macer(
     of_label = jnp.take_along_axis(log_mean_softmax(logits), labels[:, None], axis=-1)[:, 0]
     classification = jnp.where(known, -jnp.log(jnp.exp(of_label) + _MACER_FLOOR), jnp.nan)
 
-    # Finite before the product with beta: the differences of finite logits can overflow, and so can the product.
+    # The floor comes before the product with beta: differences of finite logits can overflow, and so can the product.
     logits = logits.astype(jnp.promote_types(logits.dtype, jnp.float32))
     relative = jnp.maximum(logits - jax.lax.stop_gradient(logits.max(axis=-1, keepdims=True)), _FLOOR)
     probs = jax.nn.softmax(beta * relative, axis=-1).mean(axis=0)  # [B, K]
@@ -188,14 +243,14 @@ def macer(
     rest, second = others.sum(axis=-1), others.max(axis=-1)
     gap = jax.lax.stop_gradient(-ndtri(rest) - ndtri(second))
     counted = (first == labels) & jnp.isfinite(gap) & (gap <= gamma)
-    # What is not counted takes a harmless value before Phi^-1, so that no infinite derivative meets a zero.
+    # Other examples get a harmless value before Phi^-1, so that no infinite derivative meets a zero.
     rest, second = jnp.where(counted, rest, 0.5), jnp.where(counted, second, 0.5)
     robustness = jnp.where(counted, sigma / 2 * (gamma + ndtri(rest) + ndtri(second)), 0.0)
     return classification, robustness
 
 
 def kl_divergence(log_target: jax.Array, logits: jax.Array) -> jax.Array:
-    """KL divergence from one target distribution to the prediction on every noisy copy.
+    """Return the KL divergence from a target distribution to the prediction on every noisy copy.
 
     Args:
       log_target: `[B, K]`, logarithm of the target; -inf stands for a probability of 0.
@@ -207,6 +262,14 @@ def kl_divergence(log_target: jax.Array, logits: jax.Array) -> jax.Array:
 
     Raises:
       ValueError: when the shapes do not fit together.
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> from rs_consistency import losses
+      >>> logits = jnp.log(jnp.array([[[0.9, 0.1]], [[0.6, 0.4]]]))  # M = 2, B = 1, K = 2
+      >>> divergence = losses.kl_divergence(losses.log_mean_softmax(logits), logits)
+      >>> round(divergence.mean().item(), 3)  # the consistency form `kl` at lbd = 1
+      0.071
     """
     _check_logits(logits)
     if log_target.shape != logits.shape[1:]:
@@ -216,7 +279,7 @@ def kl_divergence(log_target: jax.Array, logits: jax.Array) -> jax.Array:
 
 
 def _check_labels(logits: jax.Array, labels: jax.Array) -> jax.Array:
-    """Which labels `[B]` are classes; a ValueError for wrong shapes, and outside `jit` for labels that are not."""
+    """Return whether labels `[B]` are classes. Raise a ValueError for wrong shapes and, outside `jit`, other labels."""
     _check_logits(logits)
     num_classes = logits.shape[2]
     if labels.shape != logits.shape[1:2]:

@@ -1,9 +1,8 @@
 """Random keys and Gaussian noise, addressed by global indices.
 
-Every draw has an address: what it is for (a *stream*), and the step, example, copy or vote that it belongs to.
-The key of an address is derived by folding those indices into the root key one after the other, so a draw never
-depends on the number of devices, the batch size, the order of computation or an interruption, and no key is
-used for two draws.
+Every draw has an address: its purpose (a *stream*), and the step, example, copy or vote that it belongs to. The key of
+an address is the root key with these indices folded in, one after the other. So a draw never depends on the number of
+devices, the batch size, the order of computation or an interruption, and no key is used for two draws.
 """
 
 from enum import IntEnum
@@ -14,7 +13,7 @@ import numpy as np
 
 
 class Stream(IntEnum):
-    """What a key is for; the first index that is folded into the root key."""
+    """The purpose of a key: the first index that is folded into the root key."""
 
     INIT = 0
     ORDER = 1
@@ -30,12 +29,12 @@ class Stream(IntEnum):
 
 
 def stream_key(seed: int, stream: Stream) -> jax.Array:
-    """The root key of one stream. Threefry always, whatever JAX's default: results must not depend on it."""
+    """Return the root key of a stream. It is always Threefry: results must not depend on JAX's default."""
     return jax.random.fold_in(jax.random.key(seed, impl="threefry2x32"), int(stream))
 
 
 def fold(key: jax.Array, *indices: jax.Array | int) -> jax.Array:
-    """Folds several global indices into a key, in order."""
+    """Return the key with several global indices folded in, in order."""
     for index in indices:
         key = jax.random.fold_in(key, index)
     return key
@@ -44,12 +43,12 @@ def fold(key: jax.Array, *indices: jax.Array | int) -> jax.Array:
 def training_noise(
     key: jax.Array, *, step: jax.Array, positions: jax.Array, num_noise: int, shape: tuple[int, ...]
 ) -> jax.Array:
-    """Standard normal noise of one training step.
+    """Return the standard normal noise of a training step.
 
     Args:
       key: the `Stream.TRAIN` key.
       step: global step, int32.
-      positions: `[B]` places of the examples in the step's *global* batch, int32.
+      positions: `[B]` positions of the examples in the step's *global* batch, int32.
       num_noise: M.
       shape: `(H, W, C)`.
 
@@ -65,12 +64,12 @@ def training_noise(
 
 
 def keys_of(key: jax.Array, step: jax.Array, positions: jax.Array) -> jax.Array:
-    """Keys `[B]` of the examples at `positions` `[B]` of a step's global batch."""
+    """Return the keys `[B]` of the examples at `positions` `[B]` of a step's global batch."""
     return jax.vmap(lambda position: fold(key, step, position))(positions)
 
 
 def addressed_noise(key: jax.Array, *addresses: jax.Array, shape: tuple[int, ...]) -> jax.Array:
-    """Standard normal noise, one draw for each row of the addresses.
+    """Return standard normal noise, a draw for each row of the addresses.
 
     Args:
       key: the stream's key.
@@ -84,13 +83,13 @@ def addressed_noise(key: jax.Array, *addresses: jax.Array, shape: tuple[int, ...
 
 
 def bound_uniform(seed: int, indices: np.ndarray) -> np.ndarray:
-    """The uniform draws of the randomized bound, one for each image; from (0, 1].
+    """Return the uniform draws of the randomized bound, from (0, 1], a draw for each image.
 
-    Committed to by the seed of a certification: they are functions of (seed, index) alone, and no votes use their keys.
+    The seed of a certification commits to them: each is a function of (seed, index) alone, and no votes use its key.
 
     Args:
-      seed: of the certification.
-      indices: `[B]` the images' numbers in their dataset.
+      seed: seed of the certification.
+      indices: `[B]` numbers of the images in their dataset.
 
     Returns:
       `[B]` float64, multiples of 2**-53.

@@ -1,6 +1,6 @@
-"""The lines of certificate files: the columns of each kind of file, how a line is written, and read back strictly.
+"""The columns of certificate files, and their lines: written from rows, and read back strictly.
 
-Every file begins with the six columns that every tool of the field reads:
+Every file begins with the six columns of the field:
 
 | column | meaning |
 |---|---|
@@ -9,9 +9,9 @@ Every file begins with the six columns that every tool of the field reads:
 | predict | certified or predicted class; -1: abstained |
 | radius | certified l2 radius, rounded down; 0 when it abstained |
 | correct | 1 when predict is label |
-| time | h:mm:ss.ffffff spent on the image: the mean of those done together, compilation included |
+| time | h:mm:ss.ffffff spent on the image: the mean over images done together, compilation included |
 
-Behind them stand the counts, by what was done:
+The counts stand behind them:
 
 | mode | column | meaning |
 |---|---|---|
@@ -26,7 +26,7 @@ Behind them stand the counts, by what was done:
 """
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from datetime import timedelta
 from decimal import ROUND_FLOOR, Decimal
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -34,40 +34,43 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import numpy as np
 from numpy.typing import ArrayLike
 
+from rs_consistency.common.checks import MAX_INDEX
 from rs_consistency.statistics import sequential
 from rs_consistency.statistics.bounds import ABSTAIN, most_of_others
 
 if TYPE_CHECKING:
-    from rs_consistency.smoothing.certify import (
-        Certification,  # JAX, slow to import, which reading files has no use for
-    )
+    from rs_consistency.smoothing.certify import Certification  # imports JAX, slowly
 
 FIELD_COLUMNS = ("idx", "label", "predict", "radius", "correct", "time")
-CERTIFIED, NOT_CERTIFIED, UNDECIDED = DECISIONS = ("certified", "not_certified", "undecided")
-WORDS = {
+CERTIFIED = "certified"
+WORDS = {  # a decision -> its word in a file
     sequential.CERTIFIED: CERTIFIED,
-    sequential.NOT_CERTIFIED: NOT_CERTIFIED,
-    sequential.UNDECIDED: UNDECIDED,
-}  # of a decision, as it is written
+    sequential.NOT_CERTIFIED: "not_certified",
+    sequential.UNDECIDED: "undecided",
+}
 _RADIUS_UNIT = Decimal("0.000001")
-_TIME = re.compile(r"[0-9]{1,9}:[0-5][0-9]:[0-5][0-9]\.[0-9]{6}")
+_WHOLE = "0|[1-9][0-9]{0,17}"  # fits into int64
+_READERS: dict[str, tuple[re.Pattern[str], type]] = {  # column -> texts of its cells, type of its values
+    "predict": (re.compile(f"-1|{_WHOLE}"), int),
+    "radius": (re.compile(rf"({_WHOLE})\.[0-9]{{6}}"), Decimal),
+    "correct": (re.compile("[01]"), int),
+    "time": (re.compile(r"[0-9]{1,9}:[0-5][0-9]:[0-5][0-9]\.[0-9]{6}"), str),
+    "decision": (re.compile("|".join(WORDS.values())), str),
+    "p_value": (re.compile(r"[01]\.[0-9]+|[1-9](\.[0-9]+)?e-[0-9]+"), float),
+}
+_WHOLE_NUMBER = re.compile(_WHOLE), int  # of all other columns
 
-Row = dict[str, Any]  # column -> value; radius in units of the images, time in seconds
+Row = dict[str, Any]  # column -> value: time in seconds or as text; see `Schema.parse`
 
 
 def seconds_of(time: str) -> float:
-    """Of a `time` column's value, h:mm:ss.ffffff."""
+    """Return the seconds of a `time` cell, h:mm:ss.ffffff."""
     hours, minutes, seconds = time.split(":")
     return int(hours) * 3600 + int(minutes) * 60 + float(seconds)
 
 
 class Schema(NamedTuple):
-    """A kind of certificate file.
-
-    Attributes:
-      name: its mode.
-      columns: the names behind `FIELD_COLUMNS`.
-    """
+    """A kind of certificate file: the mode of certify.py, and the names of the columns behind `FIELD_COLUMNS`."""
 
     name: str
     columns: tuple[str, ...]
@@ -78,25 +81,24 @@ class Schema(NamedTuple):
         return "\t".join((*FIELD_COLUMNS, *self.columns)) + "\n"
 
     def line(self, row: Mapping[str, Any] | Sequence[Any]) -> str:
-        """A row as a line, newline included.
-
-        Args:
-          row: a mapping that holds every column, or the values in the order of the columns.
-        """
+        """Return a row, a mapping of every column or the values in their order, as a line with its newline."""
         names = (*FIELD_COLUMNS, *self.columns)
         values = [row[name] for name in names] if isinstance(row, Mapping) else row
         return "\t".join(_to_text(name, value) for name, value in zip(names, values, strict=True)) + "\n"
 
-    def parse(self, line: str) -> Row:
-        """Reads a line without its newline: `radius` as a Decimal, `time` as text, so that `line` gives it back.
+    def text(self, rows: Iterable[Row]) -> str:
+        """Return a whole file: the header and a line for each row, in the order of idx."""
+        return self.header + "".join(map(self.line, sorted(rows, key=lambda row: row["idx"])))
 
-        Raises:
-          ValueError: for anything that `line` does not write.
+    def parse(self, line: str) -> Row:
+        """Read a line without its newline; a ValueError for anything that `line` does not write.
+
+        `radius` becomes a Decimal and `time` stays text, so that `line` gives the line back.
         """
-        names = (*FIELD_COLUMNS, *self.columns)
-        row = {name: _from_text(name, text) for name, text in zip(names, line.split("\t"), strict=True)}
-        if self.line(row) != line + "\n":
-            raise ValueError("not how this program writes it")
+        names, cells = (*FIELD_COLUMNS, *self.columns), line.split("\t")
+        row = {name: _from_text(name, text) for name, text in zip(names, cells, strict=False)}
+        if len(cells) != len(names) or None in row.values():
+            raise ValueError("damaged")
         return row
 
 
@@ -107,16 +109,9 @@ SCHEMAS = {schema.name: schema for schema in (CERTIFY, DECIDE, PREDICT)}
 
 
 def certify_rows(indices: np.ndarray, labels: np.ndarray, result: "Certification", seconds: ArrayLike) -> list[Row]:
-    """The rows of G images of mode `certify`.
-
-    Args:
-      indices: `[G]` image numbers.
-      labels: `[G]` true classes.
-      result: of those images.
-      seconds: spent on each image, or on each on average.
-    """
+    """Return the rows of G images of mode `certify`: numbers and classes `[G]`, seconds `[G]` or one number."""
     selected = result.counts0.argmax(axis=1)
-    return _rows(
+    return make_rows(
         idx=indices,
         label=labels,
         predict=result.prediction,
@@ -141,25 +136,17 @@ def decide_rows(
     radius: float,
     seconds: ArrayLike,
 ) -> list[Row]:
-    """The rows of G images of mode `decide`: where certified, the selected class at the radius; else abstention.
+    """Return the rows of G images of mode `decide`: where certified, the selected class at the radius; else abstention.
 
-    Args:
-      indices: `[G]` image numbers.
-      labels: `[G]` true classes.
-      count0: `[G]` votes for the selected class in the selection.
-      count: `[G]` votes for it in the estimation.
-      votes: `[G]` votes of the estimation.
-      selected: `[G]` classes.
-      decision: `[G]`, each of `DECISIONS`.
-      radius: at which the decision was asked for.
-      seconds: spent on each image, `[G]` or one number.
+    All but the radius are columns, `[G]` or one value.
     """
     certified = np.asarray(decision) == CERTIFIED
-    return _rows(
+    exact = Decimal(repr(float(radius)))  # as the user wrote it: 0.3, not the float64 beside it, which is a little less
+    return make_rows(
         idx=indices,
         label=labels,
         predict=np.where(certified, selected, ABSTAIN),
-        radius=np.where(certified, decided_radius(radius), Decimal(0)),
+        radius=np.where(certified, exact, Decimal(0)),
         time=seconds,
         count0=count0,
         count=count,
@@ -179,50 +166,28 @@ def predict_rows(
     p_value: ArrayLike,
     seconds: ArrayLike,
 ) -> list[Row]:
-    """The rows of G images of mode `predict`; they certify no radius.
-
-    Args:
-      indices: `[G]` image numbers.
-      labels: `[G]` true classes.
-      prediction: `[G]` classes, -1 for abstention.
-      count: `[G]` largest counts.
-      count_runner_up: `[G]` second largest counts.
-      p_value: `[G]` of the test between them.
-      seconds: spent on each image, `[G]` or one number.
-    """
-    return _rows(
-        idx=indices,
-        label=labels,
-        predict=prediction,
-        radius=0.0,
-        time=seconds,
-        count=count,
-        count_runner_up=count_runner_up,
-        p_value=p_value,
-    )
+    """Return the rows of G images of mode `predict`, which certify no radius; all are columns, `[G]` or one value."""
+    counts = {"count": count, "count_runner_up": count_runner_up, "p_value": p_value}
+    return make_rows(idx=indices, label=labels, predict=prediction, radius=0.0, time=seconds, **counts)
 
 
-def _rows(**columns: ArrayLike) -> list[Row]:
-    """Columns, each `[G]` or one value, as rows, with `correct`."""
+def make_rows(**columns: ArrayLike) -> list[Row]:
+    """Return columns, `[G]` or one value each, as rows: with `correct`, and each radius rounded as it is written."""
     size = len(np.asarray(columns["idx"]))
     spread = {name: np.broadcast_to(np.asarray(values), (size,)).tolist() for name, values in columns.items()}
+    spread["radius"] = [Decimal(format_radius(radius)) for radius in spread["radius"]]
     rows = [dict(zip(spread, values, strict=True)) for values in zip(*spread.values(), strict=True)]
     return [{**row, "correct": int(row["predict"] == row["label"])} for row in rows]
 
 
-def decided_radius(radius: float) -> Decimal:
-    """The radius of a decision as the user wrote it: 0.3, not the float64 beside it, which is a little less."""
-    return Decimal(repr(float(radius)))
-
-
 def format_radius(radius: float | Decimal) -> str:
-    """Six decimals, rounded down: a printed radius never exceeds the certified one."""
+    """Return six decimals, rounded down: a printed radius never exceeds the certified one."""
     exact = radius if isinstance(radius, Decimal) else Decimal(float(radius))
     return str(exact.quantize(_RADIUS_UNIT, rounding=ROUND_FLOOR))
 
 
 def format_time(seconds: float) -> str:
-    """h:mm:ss.ffffff."""
+    """Return h:mm:ss.ffffff."""
     whole, micro = divmod(timedelta(seconds=seconds) // timedelta(microseconds=1), 1_000_000)
     return f"{whole // 3600}:{whole // 60 % 60:02d}:{whole % 60:02d}.{micro:06d}"
 
@@ -230,31 +195,18 @@ def format_time(seconds: float) -> str:
 def _to_text(name: str, value: Any) -> str:
     if name == "radius":
         return format_radius(value)
-    if name == "time":
-        return value if isinstance(value, str) else format_time(float(value))
     if name == "p_value":
         return repr(float(value))
-    return str(value) if name == "decision" else str(int(value))
+    if isinstance(value, str):  # a decision, or a time that was read
+        return value
+    return format_time(float(value)) if name == "time" else str(int(value))
 
 
 def _from_text(name: str, text: str) -> Any:
-    """The value of a cell; a ValueError for one that cannot be."""
-    if name == "radius":
-        try:
-            value = Decimal(text)
-            good = value.is_finite() and not value.is_signed() and format_radius(value) == text
-        except ArithmeticError:
-            good = False
-    elif name == "time":
-        value, good = text, _TIME.fullmatch(text)
-    elif name == "p_value":
-        value = float(text)
-        good = 0 <= value <= 1
-    elif name == "decision":
-        value, good = text, text in DECISIONS
-    else:
-        value = int(text)
-        good = value in (0, 1) if name == "correct" else value >= (ABSTAIN if name == "predict" else 0)
-    if not good:
-        raise ValueError(f"{name}={text}")
-    return value
+    """Return the value of a cell; None for a text that `_to_text` does not write."""
+    pattern, kind = _READERS.get(name, _WHOLE_NUMBER)
+    if not pattern.fullmatch(text):
+        return None
+    value = kind(text)
+    good = value <= MAX_INDEX if name == "idx" else repr(value) == text and value <= 1 if kind is float else True
+    return value if good else None

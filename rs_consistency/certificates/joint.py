@@ -1,8 +1,7 @@
-"""What the certificates of many images say together.
+"""Statements about the certificates of many images together.
 
-A certificate is wrong with probability at most alpha, so among N of them some may be, and the certified accuracy that
-is counted from the file is not itself a guarantee. Two that are, at confidence 1 - delta. Write, for image i and radius
-r,
+A certificate is wrong with probability at most alpha, so some of N may be wrong. The certified accuracy that is counted
+from the file is therefore no guarantee. Two lower bounds are, at confidence 1 - delta. Write, for image i and radius r,
 
 - Y_i(r) = 1 if the smoothed classifier gives the label everywhere within r of the image: the truth;
 - Z_i(r) = 1 if the line of the file says so (correct, radius at least r): the observation;
@@ -38,7 +37,7 @@ DEFAULT_DELTA = 0.001
 
 
 def wrong_at_most(num_images: int, *, alpha: float, delta: float = DEFAULT_DELTA) -> int:
-    """The smallest b with P(Binomial(num_images, alpha) > b) <= delta.
+    """Return the smallest b with P(Binomial(num_images, alpha) > b) <= delta.
 
     Guarantee: of certificates that are wrong with probability at most alpha each, independently, more than b are wrong
     with probability at most delta.
@@ -64,22 +63,12 @@ def wrong_at_most(num_images: int, *, alpha: float, delta: float = DEFAULT_DELTA
 def certified_accuracy_lower(
     table: Certificates, radius: float, *, alpha: float, delta: float = DEFAULT_DELTA
 ) -> float:
-    """A lower confidence bound of the true certified accuracy of these images.
+    """Return a lower confidence bound of the true certified accuracy of these images, whose votes are independent.
 
     Guarantee: with probability at least 1 - delta over the votes, the share of these images around which the smoothed
     classifier gives the label within `radius` is not below the bound, for all radii at once. See the module's text.
 
-    Args:
-      table: certificates of N images, with independent votes.
-      radius: l2.
-      alpha: error probability of one certificate.
-      delta: error probability of the statement.
-
-    Returns:
-      0 to 1, at most the counted certified accuracy.
-
-    Raises:
-      UserError: for an alpha or a delta outside (0, 1).
+    It is 0 to 1, at most the counted certified accuracy. Arguments and errors as for `wrong_at_most`.
     """
     sure = _observed(table, radius) - wrong_at_most(len(table.idx), alpha=alpha, delta=delta)
     return max(sure, 0) / len(table.idx)
@@ -88,22 +77,12 @@ def certified_accuracy_lower(
 def population_accuracy_lower(
     table: Certificates, radius: float, *, alpha: float, delta: float = DEFAULT_DELTA
 ) -> float:
-    """A lower confidence bound of the certified accuracy in the population that the images are sampled from.
+    """Return a lower confidence bound of the certified accuracy in the population that the images were drawn from.
 
     Guarantee: with probability at least 1 - delta over images and votes, the probability that the smoothed classifier
     gives the label of a new image within `radius` of it is not below the bound, for one radius. See the module's text.
 
-    Args:
-      table: certificates of N images, independently drawn from the population.
-      radius: l2.
-      alpha: error probability of one certificate.
-      delta: error probability of the statement.
-
-    Returns:
-      0 to 1.
-
-    Raises:
-      UserError: for an alpha or a delta outside (0, 1).
+    It is 0 to 1. Arguments and errors as for `wrong_at_most`.
     """
     alpha, delta = probability("alpha", alpha), probability("delta", delta)
     observed = lower_confidence_bound(_observed(table, radius), len(table.idx), delta)
@@ -113,35 +92,22 @@ def population_accuracy_lower(
 def joint_statement(
     table: Certificates, radii: Sequence[float], *, alpha: float, delta: float = DEFAULT_DELTA
 ) -> dict[str, Any]:
-    """The joint statement about a file, as `analyze.py --joint --format=json` prints it.
+    """Return the joint statement about a file, as `analyze.py --joint --format=json` prints it.
 
-    Args:
-      table: certificates of N images.
-      radii: at which to bound the certified accuracy.
-      alpha: error probability of one certificate.
-      delta: error probability of each of the two statements by itself.
-
-    Returns:
-      `delta`; `wrong_at_most`, the number of wrong certificates; `certified_accuracy_lower` and
-      `population_accuracy_lower`, maps from radius (as text) to the bounds of the two functions above.
-
-    Raises:
-      UserError: for an alpha or a delta outside (0, 1).
+    It holds `delta`, the error probability of each of the two statements by itself; `wrong_at_most`, the number of
+    wrong certificates; `certified_accuracy_lower` and `population_accuracy_lower`, maps from radius (as text) to the
+    bounds of the two functions above.
     """
     bounds = {
         "certified_accuracy_lower": certified_accuracy_lower,
         "population_accuracy_lower": population_accuracy_lower,
     }
-    return {
-        "delta": delta,
-        "wrong_at_most": wrong_at_most(len(table.idx), alpha=alpha, delta=delta),
-        **{
-            name: {f"{radius:.10g}": bound(table, radius, alpha=alpha, delta=delta) for radius in radii}
-            for name, bound in bounds.items()
-        },
-    }
+    found: dict[str, Any] = {"delta": delta, "wrong_at_most": wrong_at_most(len(table.idx), alpha=alpha, delta=delta)}
+    for name, bound in bounds.items():
+        found[name] = {f"{radius:.10g}": bound(table, radius, alpha=alpha, delta=delta) for radius in radii}
+    return found
 
 
 def _observed(table: Certificates, radius: float) -> int:
-    """How many lines are correct with a radius of at least `radius`."""
+    """Return the number of lines that are correct with a radius of at least `radius`."""
     return int(np.sum((table.radius >= radius) & (table.correct == 1)))

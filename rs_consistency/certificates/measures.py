@@ -1,4 +1,4 @@
-"""What a certificate file says: ACR, accuracies, abstention, votes.
+"""The measures of a certificate file: ACR, accuracies, abstention, votes.
 
 Source of the measures: Cohen, Rosenfeld, Kolter (ICML 2019); Zhai et al. (ICLR 2020) for ACR.
 """
@@ -14,29 +14,24 @@ from rs_consistency.certificates.read import Certificates
 from rs_consistency.statistics.bounds import ABSTAIN, radius_ceiling
 
 DEFAULT_RADII = (0.0, 0.25, 0.5, 0.75, 1.0, 1.25, 1.5, 1.75, 2.0, 2.25, 2.5)
+P_A_QUANTILES = (0.05, 0.25, 0.5, 0.75, 0.95)
 
 
 def acr(table: Certificates) -> float:
-    """Average certified radius: the mean of radius times correct; abstentions and errors count 0."""
+    """Return the average certified radius: the mean of radius times correct; abstentions and errors count 0."""
     return float(np.mean(table.radius * table.correct))
 
 
 def certified_accuracy(table: Certificates, radius: float) -> float:
-    """The share of images predicted correctly with a certified radius of at least `radius`."""
+    """Return the share of images predicted correctly with a certified radius of at least `radius`."""
     return float(np.mean((table.radius >= radius) & (table.correct == 1)))
 
 
 def summarize(path: Path, table: Certificates, radii: Sequence[float] = DEFAULT_RADII) -> dict[str, Any]:
-    """The measures of one file, as `analyze.py --format=json` prints them.
+    """Return the measures of one file, as `analyze.py --format=json` prints them.
 
-    Args:
-      path: where the table comes from, as the user named it.
-      table: from `read_certificates`.
-      radii: at which to give the certified accuracy.
-
-    Returns:
-      `path`, `n_images`, `acr`, `accuracy` (correct, at any radius), `abstention` (share), and `certified_accuracy`, a
-      map from radius (as text, such as "0.25") to share.
+    They are `path`, as the user named it; `n_images`; `acr`; `accuracy` (correct, at any radius); `abstention` (share);
+    `certified_accuracy`, a map from radius (as text, such as "0.25") to share.
     """
     return {
         "path": str(path),
@@ -48,35 +43,27 @@ def summarize(path: Path, table: Certificates, radii: Sequence[float] = DEFAULT_
     }
 
 
-P_A_QUANTILES = (0.05, 0.25, 0.5, 0.75, 0.95)
-
-
 def summarize_votes(evidence: Evidence | None) -> dict[str, Any]:
-    """What `analyze.py --format=json` says about the votes of a file, beside `measures.summarize`.
+    """Return the measures of a file's votes, as `analyze.py --format=json` prints them beside those of `summarize`.
 
-    Args:
-      evidence: from `load`.
-
-    Returns:
-      `sigma`, `n`, `alpha` and `bound`, as in `Settings`; `radius_ceiling`, the largest radius that n votes can
-      certify; `at_ceiling`, the share of images with all n votes for the selected class; `p_a`, a map from quantile (as
-      text, such as "0.05") to the estimate count / n that this share of the images does not exceed. All None without
-      evidence.
+    They are `sigma`, `n`, `alpha` and `bound`, as in `record.Settings`; `radius_ceiling`, the largest radius that n
+    votes can certify; `at_ceiling`, the share of images with all n votes for the selected class; `p_a`, a map from
+    quantile (as text, such as "0.05") to the estimate count / n that this share of the images does not exceed. All are
+    None without evidence.
     """
-    names = ("sigma", "n", "alpha", "bound", "radius_ceiling", "at_ceiling", "p_a")
     if evidence is None:
+        names = ("sigma", "n", "alpha", "bound", "radius_ceiling", "at_ceiling")
         return dict.fromkeys(names, None) | {"p_a": {f"{share:g}": None for share in P_A_QUANTILES}}
-    settings, count = evidence.settings, evidence.counts.count
+    settings, count = evidence.settings, evidence.count
     # A value that occurs: between two of them, interpolation would invent one.
     quantiles = np.quantile(count / settings.n, P_A_QUANTILES, method="inverted_cdf")
-    ceiling = radius_ceiling(settings.n, alpha=settings.alpha, sigma=settings.sigma, bound=settings.bound)
-    values = (
-        settings.sigma,
-        settings.n,
-        settings.alpha,
-        settings.bound,
-        float(ceiling),
-        float(np.mean(count == settings.n)),
-        {f"{share:g}": float(value) for share, value in zip(P_A_QUANTILES, quantiles, strict=True)},
-    )
-    return dict(zip(names, values, strict=True))
+    n, alpha, sigma, bound = settings.n, settings.alpha, settings.sigma, settings.bound
+    return {
+        "sigma": sigma,
+        "n": n,
+        "alpha": alpha,
+        "bound": bound,
+        "radius_ceiling": float(radius_ceiling(n, alpha=alpha, sigma=sigma, bound=bound)),
+        "at_ceiling": float(np.mean(count == n)),
+        "p_a": {f"{share:g}": float(value) for share, value in zip(P_A_QUANTILES, quantiles, strict=True)},
+    }

@@ -1,55 +1,40 @@
-"""Certificates from the counts in their file: audited, or recomputed at another alpha or with another bound.
+"""The proof of a line: its row rebuilt from its counts, to audit it, or to conclude at another alpha or bound.
 
-The votes are the expensive part and stay as they are; what they prove is arithmetic. n, n0, sigma, alpha, seed and
-bound come from the record beside the file, `NAME.json`.
+The votes are expensive and stay as they are. The rest of a row follows from them by arithmetic, with the settings of
+the record beside the file, `NAME.json`.
 """
 
+from collections.abc import Sequence
+from decimal import Decimal
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 
-from rs_consistency.certificates.columns import CERTIFY, format_radius
-from rs_consistency.certificates.read import Certificates, Counts, certificate_path, read_certificates
+from rs_consistency.certificates.columns import CERTIFY, DECIDE, WORDS, Row, Schema, decide_rows, make_rows
+from rs_consistency.certificates.read import Certificates, Table, certificate_path, read_rows, to_columns
+from rs_consistency.certificates.record import Record, Settings, record_path
 from rs_consistency.common import checks
 from rs_consistency.common.errors import UserError
-from rs_consistency.common.files import read_json
-from rs_consistency.statistics.bounds import ABSTAIN, BOUNDS, Certified, certify_votes
+from rs_consistency.statistics import sequential
+from rs_consistency.statistics.bounds import ABSTAIN, BOUNDS, certify_votes, drawn_sigma, p_value_of
 
-_MODE = CERTIFY.name  # of the records that can be analysed here; those without a mode are older, and of this one
-
-
-class Settings(NamedTuple):
-    """How the votes of a file were cast, and what is concluded from them.
-
-    Attributes:
-      n0: votes that selected the class.
-      n: votes that measured it.
-      sigma: standard deviation of the noise.
-      alpha: error probability of one certificate.
-      seed: of the noise, and of the randomized bound's draws.
-      bound: one of `bounds.BOUNDS`.
-    """
-
-    n0: int
-    n: int
-    sigma: float
-    alpha: float
-    seed: int
-    bound: str
+_MORE_VOTES = "none before more votes"  # a decision that was not reached when the votes ended
+# One unit of the last written digit: another version of SciPy may have computed the quantile a little differently.
+_RADIUS_TOLERANCE = Decimal("0.000001")
 
 
 class Evidence(NamedTuple):
-    """What certificates rest on.
+    """The votes that certificates rest on.
 
     Attributes:
       settings: with the alpha and the bound that the certificates were concluded with.
-      counts: the votes, `[N]` each.
+      count: `[N]`, votes for the selected class among the n that measured it.
       lower: `[N]` float64, the lower confidence bounds of p_A (`two_class`: at alpha / 2).
     """
 
     settings: Settings
-    counts: Counts
+    count: np.ndarray
     lower: np.ndarray
 
 
@@ -61,12 +46,11 @@ def load(
     bonferroni: bool = False,
     need_counts: bool = False,
 ) -> tuple[Certificates, Evidence | None]:
-    """Reads a certificate file, and recomputes it from its counts if asked to.
+    """Read a certificate file, and recompute it from its counts if asked to.
 
-    Without alpha, bound and bonferroni, the lines are those of the file. If it holds counts and has its record, they
-    are audited: a line that claims more than its counts prove is an error; one that claims less stays. With any of the
-    three, predictions and radii are recomputed, and whatever the file says about them does not matter. With the file's
-    own alpha and bound the recomputed lines are the written ones.
+    Without alpha, bound and bonferroni, the lines are those of the file. If it has counts and its record, a line that
+    claims more than its counts prove is an error; a line that claims less stays. With any of the three, predictions and
+    radii are recomputed, whatever the file says. With the file's own alpha and bound they are the written ones.
 
     Guarantee: that of `bounds.certify_votes` at the new alpha, for an alpha and a bound that were not chosen by looking
     at the counts. Whoever takes the best of several errs with a probability of up to the sum of their alphas.
@@ -80,124 +64,138 @@ def load(
       need_counts: refuse a file without counts or record even if nothing is recomputed.
 
     Returns:
-      The certificates, and what they rest on: None for a file without counts or record, or of another mode than
-      certify, if nothing needs them.
+      The certificates and their evidence: None for a file without counts or record, or of another mode than certify.
 
     Raises:
-      UserError: for a file that `read_certificates` refuses, a damaged record, counts that contradict it, a claim that
-        they do not prove; for counts that are needed and missing.
+      UserError: for a file that `read_rows` refuses, a damaged record, counts that contradict it, a claim that they do
+        not prove, and counts that are needed and missing.
     """
     if alpha is not None:
         checks.probability("alpha", alpha)
     if bound is not None:
         checks.one_of("bound", bound, BOUNDS)
     recompute = alpha is not None or bound is not None or bonferroni
-    table = read_certificates(path)
-    settings, missing = _read_settings(certificate_path(path), table)
-    if settings is None:
+    file = certificate_path(path)
+    schema, by_index = read_rows(file)
+    table = to_columns(file, by_index)
+    record, missing = _read_record(file, schema)
+    if record is None:
         if recompute or need_counts:
             raise UserError(f"{path} {missing}; leave out --alpha, --bound, --bonferroni and --joint, or this file")
         return table, None
-    _check_counts(path, table, settings)
-    if not recompute:
-        proven = _prove(table, settings)
-        _audit(path, table, proven)
-        return table, Evidence(settings, table.counts, proven.lower)
-    each = (settings.alpha if alpha is None else alpha) / (len(table.idx) if bonferroni else 1)
-    settings = settings._replace(alpha=checks.probability("alpha", each), bound=bound or settings.bound)
-    proven = _prove(table, settings)
-    predict = np.where(proven.certified, table.counts.selected, ABSTAIN)
-    radius = np.array([float(format_radius(radius)) for radius in proven.radius])
-    table = table._replace(predict=predict, radius=radius, correct=(predict == table.label).astype(int))
-    return table, Evidence(settings, table.counts, proven.lower)
+    settings, rows = record.settings, list(by_index.values())
+    for row in rows:
+        if not _is_possible(CERTIFY, settings, row):
+            raise UserError(f"{path}, image {row['idx']}: {_impossible(settings)}")
+    each = settings.alpha if alpha is None else alpha
+    if bonferroni:
+        each = checks.probability("alpha", each / len(rows))
+    settings = settings._replace(alpha=each, bound=bound or settings.bound)
+    proven, lower = _certificates(settings, rows)
+    if recompute:
+        table = to_columns(file, {row["idx"]: row for row in proven})
+    else:
+        _check_claims(path, rows, proven)
+    return table, Evidence(settings, np.array([row["count"] for row in rows]), lower)
 
 
-def _read_settings(path: Path, table: Certificates) -> tuple[Settings | None, str]:
-    """What the record says; or None, and what is missing."""
-    if table.counts is None:
-        return None, f"has no columns {', '.join(CERTIFY.columns)}, as certify.py writes them"
-    record_path = path.with_suffix(".json")
-    if path.suffix != ".tsv" or not record_path.is_file():
-        return None, f"has no {record_path.name} beside it that says how it was made"
-    record = read_json(record_path)
-    mode = record.get("mode", _MODE)
-    if mode != _MODE:
-        return None, f"was made with mode={mode!r}, and only the counts of mode={_MODE!r} prove radii"
-    absent = [key for key in Settings._fields if key not in record and key != "bound"]
-    if absent:
-        raise UserError(f"{record_path} does not say {', '.join(absent)}; restore it from a copy, or move it away")
-    try:
-        bound = record.get("bound", BOUNDS[0])
-        checks.one_of("bound", bound, BOUNDS)
-        settings = Settings(
-            n0=checks.count("n0", record["n0"]),
-            n=checks.count("n", record["n"]),
-            sigma=checks.number_above("sigma", record["sigma"], 0.0),
-            alpha=checks.probability("alpha", record["alpha"]),
-            seed=checks.whole_number("seed", record["seed"], at_least=0, at_most=checks.MAX_SEED),
-            bound=bound,
-        )
-    except UserError as error:
-        raise UserError(f"{record_path} is damaged: {error}") from None
-    return settings, ""
+def contradictions(table: Table) -> dict[int, str]:
+    """Return image number -> how its line differs from the line that its counts give, for each line that does."""
+    schema, settings = table.record.schema, table.record.settings
+    possible = [row for row in table.rows.values() if _is_possible(schema, settings, row)]
+    found = dict.fromkeys(table.rows, _impossible(settings))
+    for old, new in zip(possible, rebuild(schema, settings, possible), strict=True):
+        differing = [f"{name} {old[name]}, its counts give {new[name]}" for name in old if old[name] != new[name]]
+        found[old["idx"]] = ", ".join(differing)
+    return {index: text for index, text in found.items() if text}
 
 
-def _check_counts(path: Path, table: Certificates, settings: Settings) -> None:
-    counts = table.counts
-    for name, values, good, expected in (
-        ("idx", table.idx, (table.idx >= 0) & (table.idx <= checks.MAX_INDEX), f"0 to {checks.MAX_INDEX}"),
-        ("count0", counts.count0, (counts.count0 >= 0) & (counts.count0 <= settings.n0), f"0 to n0={settings.n0}"),
-        ("count", counts.count, (counts.count >= 0) & (counts.count <= settings.n), f"0 to n={settings.n}"),
-        (
-            "count_runner_up",
-            counts.count_runner_up,
-            (counts.count_runner_up >= 0) & (counts.count_runner_up <= settings.n - counts.count),
-            "0 to n - count",
-        ),
-        ("selected", counts.selected, counts.selected >= 0, "a class"),
-    ):
-        if not good.all():
-            first = int(np.flatnonzero(~good)[0])
-            raise UserError(f"{path}, image {table.idx[first]}: {name}={values[first]}; expected {expected}")
+def rebuild(schema: Schema, settings: Settings, rows: Sequence[Row]) -> list[Row]:
+    """Return the rows that the program writes for these counts, with these settings.
+
+    Labels and times are kept; so are a prediction's class, which no count names, and a p-value that rounding changed.
+    """
+    if not rows:
+        return []
+    if schema is CERTIFY:
+        return _certificates(settings, rows)[0]
+    return (_decisions if schema is DECIDE else _predictions)(settings, rows)
 
 
-def _prove(table: Certificates, settings: Settings) -> Certified:
-    uniform = None
+def _certificates(settings: Settings, rows: Sequence[Row]) -> tuple[list[Row], np.ndarray]:
+    """Return the rebuilt rows, and the lower confidence bounds of p_A."""
+    columns, uniform = _columns(rows), None
+    count, runner_up = columns["count"], columns["count_runner_up"]
     if settings.bound == "randomized":
-        from rs_consistency.noise import bound_uniform  # JAX, slow to import, which no other bound needs
+        from rs_consistency.noise import bound_uniform  # imports JAX, slowly, which no other bound needs
 
-        uniform = bound_uniform(settings.seed, table.idx)
-    return certify_votes(
-        table.counts.count,
-        table.counts.count_runner_up,
-        settings.n,
-        alpha=settings.alpha,
-        sigma=settings.sigma,
-        bound=settings.bound,
-        uniform=uniform,
+        uniform = bound_uniform(settings.seed, columns["idx"])
+    n, alpha, sigma, bound = settings.n, settings.alpha, settings.sigma, settings.bound
+    proven = certify_votes(count, runner_up, n, alpha=alpha, sigma=sigma, bound=bound, uniform=uniform)
+    prediction = np.where(proven.certified, columns["selected"], ABSTAIN)
+    return make_rows(**columns | {"predict": prediction, "radius": proven.radius}), proven.lower
+
+
+def _decisions(settings: Settings, rows: Sequence[Row]) -> list[Row]:
+    columns, sigma = _columns(rows), drawn_sigma(settings.sigma)
+    count, votes = columns["count"], columns["votes"]
+    decided = sequential.decide(count, votes, radius=settings.radius, sigma=sigma, alpha=settings.alpha)
+    early = (decided == sequential.UNDECIDED) & (votes < settings.n)
+    words = [_MORE_VOTES if one else WORDS[each] for one, each in zip(early, decided.tolist(), strict=True)]
+    counts = {name: columns[name] for name in ("count0", "count", "votes", "selected")}
+    return decide_rows(
+        columns["idx"], columns["label"], decision=words, radius=settings.radius, seconds=columns["time"], **counts
     )
 
 
-def _audit(path: Path, table: Certificates, proven: Certified) -> None:
-    """Refuses a file that claims more than its counts prove."""
-    selected = table.counts.selected
-    # One unit of the last written digit: another version of SciPy may have computed the quantile a little differently.
-    too_large = _units(table.radius) > _units([float(format_radius(radius)) for radius in proven.radius]) + 1
-    claims = table.predict != ABSTAIN
-    wrong = too_large | (claims & ((table.predict != selected) | ~proven.certified))
-    if wrong.any():
-        first = int(np.flatnonzero(wrong)[0])
-        proves = (
-            f"class {selected[first]}, radius {format_radius(proven.radius[first])}"
-            if proven.certified[first]
-            else "no certificate"
-        )
-        raise UserError(
-            f"{path}, image {table.idx[first]}: predict={table.predict[first]}, radius={table.radius[first]:f} do not"
-            f" follow from the counts, which prove {proves}; certify again, or recompute with --alpha"
-        )
+def _predictions(settings: Settings, rows: Sequence[Row]) -> list[Row]:
+    columns = _columns(rows)
+    exact = p_value_of(columns["count"], columns["count_runner_up"])
+    p_value = np.where(np.isclose(columns["p_value"], exact, rtol=1e-9, atol=1e-300), columns["p_value"], exact)
+    named = np.where(columns["predict"] == ABSTAIN, "a class", columns["predict"].astype(object))
+    prediction = np.where(p_value > settings.alpha, ABSTAIN, named)
+    return make_rows(**columns | {"predict": prediction, "radius": 0.0, "p_value": p_value})
 
 
-def _units(radius: Any) -> np.ndarray:
-    """Radii in units of the last written digit."""
-    return np.rint(np.asarray(radius) * 1e6)
+def _columns(rows: Sequence[Row]) -> dict[str, np.ndarray]:
+    return {name: np.array([row[name] for row in rows]) for name in rows[0]}
+
+
+def _is_possible(schema: Schema, settings: Settings, row: Row) -> bool:
+    """Return whether votes with these settings can give the counts of a row."""
+    n, count = settings.n, row["count"]
+    if schema is CERTIFY:
+        return row["count0"] <= settings.n0 and count + row["count_runner_up"] <= n
+    if schema is DECIDE:
+        looked = row["votes"] == n or (0 < row["votes"] < n and row["votes"] % settings.look_every == 0)
+        return row["count0"] <= settings.n0 and count <= row["votes"] and looked
+    return row["count_runner_up"] <= count and 1 <= count + row["count_runner_up"] <= n
+
+
+def _impossible(settings: Settings) -> str:
+    return f"its counts cannot be with {f'n0={settings.n0} and ' if settings.n0 else ''}n={settings.n}"
+
+
+def _check_claims(path: Path, rows: Sequence[Row], proven: Sequence[Row]) -> None:
+    """Raise a `UserError` for the first line that claims more than its counts prove."""
+    for row, right in zip(rows, proven, strict=True):
+        claimed, predict = row["predict"], right["predict"]
+        if claimed not in (ABSTAIN, predict) or row["radius"] > right["radius"] + _RADIUS_TOLERANCE:
+            proves = "no certificate" if predict == ABSTAIN else f"class {predict}, radius {right['radius']}"
+            raise UserError(
+                f"{path}, image {row['idx']}: predict={claimed}, radius={row['radius']} do not follow from the counts,"
+                f" which prove {proves}; certify again, or recompute with --alpha"
+            )
+
+
+def _read_record(path: Path, schema: Schema | None) -> tuple[Record | None, str]:
+    """Return the record that a file's counts need to prove radii; or None, and what is missing."""
+    if schema is not CERTIFY:
+        return None, f"has no columns {', '.join(CERTIFY.columns)}, as certify.py writes them"
+    if path.suffix != ".tsv" or not record_path(path).is_file():
+        return None, f"has no {path.with_suffix('.json').name} beside it that says how it was made"
+    record = Record.read(record_path(path))
+    if record.schema is not CERTIFY:
+        mode = record.schema.name
+        return None, f"was made with mode={mode!r}, and only the counts of mode={CERTIFY.name!r} prove radii"
+    return record, ""

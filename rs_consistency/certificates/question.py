@@ -1,7 +1,7 @@
-"""What certify.py asks about each image: a certificate, a decision at one radius, or a prediction."""
+"""The question of certify.py about each image: a certificate, a decision at one radius, or a prediction."""
 
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -23,24 +23,24 @@ from rs_consistency.certificates.columns import (
 from rs_consistency.common.checks import one_of, probability
 from rs_consistency.common.errors import UserError
 from rs_consistency.data import DatasetInfo
-from rs_consistency.smoothing.certify import conclude, most_of_others
-from rs_consistency.smoothing.pool import LOOK_EVERY, check_radius, decide_images
+from rs_consistency.smoothing.certify import conclude
+from rs_consistency.smoothing.pool import LOOK_EVERY, Decisions, check_radius, decide_images
 from rs_consistency.smoothing.predict import conclude_prediction
-from rs_consistency.smoothing.votes import VoteSettings, count_votes
-from rs_consistency.statistics.bounds import BOUNDS, N0
+from rs_consistency.smoothing.votes import Votes, VoteSettings, count_votes
+from rs_consistency.statistics.bounds import BOUNDS, N0, most_of_others
 
 FILES = {CERTIFY.name: "certificates", DECIDE.name: "decisions", PREDICT.name: "predictions"}
 
 
 class Question(NamedTuple):
-    """What is asked about each image; from `make_question`, which checks it.
+    """A question about each image; from `make_question`, which checks it.
 
     Attributes:
-      schema: of the file with the answers; its name is the mode.
+      schema: schema of the file with the answers; its name is the mode.
       votes: settings of the votes; n is the cap of a decision.
       alpha: error probability of one answer.
-      bound: one of `bounds.BOUNDS`; None for other modes than certify.
-      radius: l2, of a decision; None for other modes.
+      bound: one of `bounds.BOUNDS` in mode certify, else None.
+      radius: l2 radius in mode decide, else None.
     """
 
     schema: Schema
@@ -50,14 +50,14 @@ class Question(NamedTuple):
     radius: float | None
 
     def identity(self) -> dict[str, Any]:
-        """What of it the answers depend on, for the record; `question_of_record` reads it back."""
-        found = {"sigma": self.votes.sigma, "n0": self.votes.n0, "n": self.votes.n, "alpha": self.alpha}
-        found |= {"seed": self.votes.seed}
+        """Return the settings that the answers depend on, for the record; `question_of_record` reads them back."""
+        votes = self.votes
+        settings = {"sigma": votes.sigma, "n0": votes.n0, "n": votes.n, "alpha": self.alpha, "seed": votes.seed}
         if self.bound is not None:
-            found["bound"] = self.bound
+            settings["bound"] = self.bound
         if self.radius is not None:
-            found |= {"radius": self.radius, "look_every": LOOK_EVERY}
-        return found
+            settings |= {"radius": self.radius, "look_every": LOOK_EVERY}
+        return settings
 
 
 def make_question(
@@ -74,10 +74,13 @@ def make_question(
     info: DatasetInfo,
     platform: str,
 ) -> Question:
-    """A checked question about images of a dataset; None stands for a default, and for what a mode has no use for.
+    """Return a checked question about the images of a dataset.
+
+    None stands for the default of a setting, and for a setting that the mode does not have. The settings are the
+    attributes of `Question`, and the arguments of `votes.vote_settings`.
 
     Raises:
-      UserError: for the first setting that cannot work, or that the mode has no use for.
+      UserError: for the first setting that cannot work, or that the mode does not have.
     """
     one_of("mode", mode, SCHEMAS)
     schema = SCHEMAS[mode]
@@ -108,10 +111,10 @@ def make_question(
 
 
 def question_of_record(record: Mapping[str, Any], *, info: DatasetInfo, platform: str, batch_size: Any) -> Question:
-    """The question that a file answers, from its record.
+    """Return the question that a file answers, from its record.
 
     Raises:
-      UserError: when the record lacks a setting, or holds one that cannot work.
+      UserError: for a record that lacks a setting, or holds one that cannot work.
     """
     mode = record.get("mode", CERTIFY.name)
     names = ["sigma", "n", "alpha", "seed"]
@@ -133,104 +136,68 @@ def answer(
     *,
     devices: Sequence[jax.Device],
 ) -> Iterator[list[Row]]:
-    """Yields the rows of some images as soon as they are known, each image once, decisions in the order they end.
+    """Yield the rows of images as soon as they are known, each image once; decisions in the order in which they end.
 
-    Args:
-      question: what is asked.
-      apply_fn: (variables, `[N, H, W, C]`) -> logits `[N, K]`.
-      variables: passed through.
-      images: `[B, H, W, C]`, float32 in [0, 1], or uint8.
-      indices: `[B]` image numbers, which address the noise.
-      labels: `[B]` true classes.
-      devices: that share the work.
+    The network's answers are about images `[B, H, W, C]` with numbers `indices` `[B]` and true classes `labels` `[B]`;
+    the other arguments are as for `votes.count_votes`.
 
     Raises:
-      UserError: when the model does not accept the images, does not give K logits, or gives NaN.
+      UserError: for a model that does not accept the images, does not give K logits, or gives NaN.
     """
-    rows = {CERTIFY.name: _certificates, DECIDE.name: _decisions, PREDICT.name: _predictions}[question.schema.name]
-    yield from rows(question, apply_fn, variables, images, indices, labels, devices)
+    network = (apply_fn, variables, images, indices)
+    settings = {"settings": question.votes, "devices": devices}
+    if question.schema is DECIDE:
+        groups = decide_images(*network, **settings, radius=question.radius, alpha=question.alpha)
+        placed = ((group.positions, group) for group in groups)
+    else:
+        stream = noise.Stream.PREDICT if question.schema is PREDICT else noise.Stream.CERTIFY
+        placed = _in_order(count_votes(*network, **settings, stream=stream))
+    rows = {CERTIFY.name: _certified, DECIDE.name: _decided, PREDICT.name: _predicted}[question.schema.name]
+    before = time.perf_counter()
+    for positions, group in placed:
+        now = time.perf_counter()
+        yield rows(question, group, indices[positions], labels[positions], (now - before) / len(positions))
+        before = now
 
 
-def _certificates(
-    question: Question, apply_fn: Any, variables: Any, images: Any, indices: Any, labels: Any, devices: Any
-) -> Iterator[list[Row]]:
-    settings, done, clock = question.votes, 0, _Clock()
-    uniform = noise.bound_uniform(settings.seed, indices) if question.bound == "randomized" else None
-    for votes in count_votes(apply_fn, variables, images, indices, settings=settings, devices=devices):
-        part = slice(done, done + len(votes.counts))
-        result = conclude(
-            *votes,
-            alpha=question.alpha,
-            sigma=settings.sigma,
-            bound=question.bound,
-            uniform=None if uniform is None else uniform[part],
-        )
-        yield certify_rows(indices[part], labels[part], result, clock.seconds_each(len(votes.counts)))
-        done = part.stop
+def _in_order(groups: Iterable[Votes]) -> Iterator[tuple[np.ndarray, Votes]]:
+    """Yield the positions of the images of each group, and the group."""
+    done = 0
+    for votes in groups:
+        yield np.arange(done, done + len(votes.counts)), votes
+        done += len(votes.counts)
 
 
-def _decisions(
-    question: Question, apply_fn: Any, variables: Any, images: Any, indices: Any, labels: Any, devices: Any
-) -> Iterator[list[Row]]:
-    clock = _Clock()
-    for group in decide_images(
-        apply_fn,
-        variables,
-        images,
+def _certified(question: Question, votes: Votes, indices: np.ndarray, labels: np.ndarray, seconds: float) -> list[Row]:
+    uniform = noise.bound_uniform(question.votes.seed, indices) if question.bound == "randomized" else None
+    result = conclude(*votes, alpha=question.alpha, sigma=question.votes.sigma, bound=question.bound, uniform=uniform)
+    return certify_rows(indices, labels, result, seconds)
+
+
+def _decided(
+    question: Question, group: Decisions, indices: np.ndarray, labels: np.ndarray, seconds: float
+) -> list[Row]:
+    return decide_rows(
         indices,
-        settings=question.votes,
+        labels,
+        count0=group.counts0[np.arange(len(indices)), group.selected],
+        count=group.hits,
+        votes=group.votes,
+        selected=group.selected,
+        decision=[WORDS[decision] for decision in group.decision.tolist()],
         radius=question.radius,
-        alpha=question.alpha,
-        devices=devices,
-    ):
-        yield decide_rows(
-            group.indices,
-            labels[group.positions],
-            count0=np.take_along_axis(group.counts0, group.selected[:, None], axis=1)[:, 0],
-            count=group.hits,
-            votes=group.votes,
-            selected=group.selected,
-            decision=[WORDS[one] for one in group.decision.tolist()],
-            radius=question.radius,
-            seconds=clock.seconds_each(len(group.positions)),
-        )
+        seconds=seconds,
+    )
 
 
-def _predictions(
-    question: Question, apply_fn: Any, variables: Any, images: Any, indices: Any, labels: Any, devices: Any
-) -> Iterator[list[Row]]:
-    done, clock = 0, _Clock()
-    for votes in count_votes(
-        apply_fn,
-        variables,
-        images,
+def _predicted(question: Question, votes: Votes, indices: np.ndarray, labels: np.ndarray, seconds: float) -> list[Row]:
+    result = conclude_prediction(votes.counts, alpha=question.alpha)
+    return predict_rows(
         indices,
-        settings=question.votes,
-        devices=devices,
-        stream=noise.Stream.PREDICT,
-    ):
-        part = slice(done, done + len(votes.counts))
-        result = conclude_prediction(votes.counts, alpha=question.alpha)
-        most = result.counts.argmax(axis=1)
-        yield predict_rows(
-            indices[part],
-            labels[part],
-            result.prediction,
-            count=result.counts.max(axis=1),
-            count_runner_up=most_of_others(result.counts, most),
-            p_value=result.p_value,
-            seconds=clock.seconds_each(len(votes.counts)),
-        )
-        done = part.stop
-
-
-class _Clock:
-    """The time that passes between groups of images."""
-
-    def __init__(self) -> None:
-        self._before = time.perf_counter()
-
-    def seconds_each(self, images: int) -> float:
-        """Since the last call, divided among the images that were done meanwhile."""
-        before, self._before = self._before, time.perf_counter()
-        return (self._before - before) / images
+        labels,
+        result.prediction,
+        count=result.counts.max(axis=1),
+        count_runner_up=most_of_others(result.counts, result.counts.argmax(axis=1)),
+        p_value=result.p_value,
+        seconds=seconds,
+    )

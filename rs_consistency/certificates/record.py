@@ -1,94 +1,194 @@
 """The record of a certificate file: how its lines were made.
 
-`NAME.tsv` holds a line per image; `certificates.columns` says what is in it. `NAME.json`, the record, holds
+`NAME.tsv` holds a line for each image (see `certificates.columns`). `NAME.json`, the record, holds
 
 | key | meaning |
 |---|---|
-| mode | certify, decide or predict: which columns the `.tsv` has |
-| the settings, data_digest, parameter_digest, ... | what the lines depend on: the identity |
-| skip, split_size, shard | which images of the split: of every skip-th, the share of shard "2/5"; null: all |
+| mode | certify, decide or predict: the kind of the file |
+| the settings, data_digest, parameter_digest, ... | whatever the lines depend on: the identity |
+| skip, split_size, shard | the images: every skip-th of the split, of these the share of shard "2/5"; null: all |
 | identity | the names of the keys above |
-| max | how many images the file, or all shards together, are to hold |
-| device, versions, code_version, code_digest, git_commit, ... | what else was recorded when the first line was made |
-| continued_with | the same of calls that went on with another device, other versions or other code |
+| max | number of images that the file is to hold; of all shards together |
+| device, versions, code_version, code_digest, git_commit, ... | recorded with the first line |
+| continued_with | the same, of later calls with another device, other versions or other code |
 | finished | once every image is there: when, how many, and the SHA-256 of the `.tsv` |
-| shards | of a merged file: what the shards' records say beside the identity |
+| shards | in a merged file: for each shard the keys of its record that the merged record lacks |
 """
 
 import hashlib
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from datetime import UTC, datetime
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple, Self
 
+from rs_consistency.certificates.columns import CERTIFY, DECIDE, PREDICT, SCHEMAS, Schema
+from rs_consistency.certificates.selection import Selection, parse_shard
+from rs_consistency.common import checks
 from rs_consistency.common.errors import UserError
 from rs_consistency.common.files import read_json
+from rs_consistency.statistics.bounds import BOUNDS
 
-# Of a record: what may differ between the calls that write one file, and is then listed under `continued_with`.
+# Keys that may differ between the calls that write one file; the others' values go to `continued_with`.
 PROVENANCE = ("device", "versions", "code_version", "code_digest", "git_commit")
 _CHANGES_VOTES = ("device", "code_digest")  # beside the versions
 
 
-def check_record(path: Path, record: dict[str, Any]) -> None:
-    """Raises a `UserError` for a record whose parts are not of the kind that this program writes."""
+class Settings(NamedTuple):
+    """How votes were cast, and how rows follow from them. None where the mode has no such setting.
 
-    def are(kind: type, values: Any) -> bool:
-        return isinstance(values, list) and all(isinstance(value, kind) for value in values)
+    `sigma` is the standard deviation of the noise and `alpha` the error probability of a line. `n0` votes select the
+    class and `n` measure, in mode decide at most so many. The `seed` is that of the noise, and of the draws of the
+    randomized `bound`. A decision at the l2 `radius` looks at the votes after every `look_every`.
+    """
 
-    places = [record, *record["shards"]] if are(dict, record.get("shards")) else [record]
-    good = {
-        "identity": are(str, record.get("identity", [])),
-        "shards": are(dict, record.get("shards", [])),
-        "continued_with": all(are(dict, place.get("continued_with", [])) for place in places),
-        "versions": all(isinstance(place.get("versions", {}), dict) for place in places),
-        "finished": isinstance(record.get("finished", {}), dict),
-    }
-    if "finished" in record and good["finished"]:
-        good["finished"] = isinstance(record["finished"].get("images"), int)
-    damaged = [name for name, fine in good.items() if not fine]
-    if damaged:
-        raise UserError(f"{path} is damaged: {', '.join(damaged)} cannot be; restore it from a copy")
+    sigma: float
+    n: int
+    alpha: float
+    seed: int
+    n0: int | None = None
+    bound: str | None = None
+    radius: float | None = None
+    look_every: int | None = None
 
 
-def record_of(path: Path) -> Path:
-    """The `.json` beside a `.tsv`; a `UserError` for a file of another name, whose record others might share."""
+_CHECKS: dict[str, Callable[[str, Any], Any]] = {
+    "sigma": partial(checks.number_above, limit=0.0),
+    "n": checks.count,
+    "alpha": checks.probability,
+    "seed": partial(checks.whole_number, at_least=0, at_most=checks.MAX_SEED),
+    "n0": checks.count,
+    "bound": lambda name, value: checks.one_of(name, value, BOUNDS) or value,
+    "radius": partial(checks.number_from, at_least=0),
+    "look_every": checks.count,
+}
+_OF_MODE = {CERTIFY.name: ("n0", "bound"), DECIDE.name: ("n0", "radius", "look_every"), PREDICT.name: ()}
+
+
+@dataclass(frozen=True)
+class Record:
+    """A record whose types and ranges were checked; from `read` or `from_json`.
+
+    Attributes:
+      path: of the `.json`.
+      schema: the kind of the lines; its name is the mode.
+      settings: typed and checked.
+      selection: the images that the file is to hold.
+      identity: the keys that the lines depend on, with their values.
+      finished: SHA-256 of the `.tsv`, in hexadecimal, once every image is there.
+      content: every key as it was read, in its order.
+    """
+
+    path: Path
+    schema: Schema
+    settings: Settings
+    selection: Selection
+    identity: Mapping[str, Any]
+    finished: str | None
+    content: Mapping[str, Any]
+
+    @classmethod
+    def read(cls, path: Path) -> Self:
+        """Read a `.json` file; errors as for `from_json`."""
+        return cls.from_json(path, read_json(path))
+
+    @classmethod
+    def from_json(cls, path: Path, content: Mapping[str, Any]) -> Self:
+        """Return the record with the content of a `.json` file.
+
+        Raises:
+          UserError: when it is no record of a mode that this version knows, lacks a key, or holds an impossible value.
+        """
+        mode = content.get("mode")
+        if not isinstance(mode, str) or mode not in SCHEMAS:
+            raise UserError(f"{path} is no record of a certification that this version knows; give another file")
+        try:
+            _check_provenance(content)
+            names, needed = _list(content, "identity", str), ("sigma", "n", "alpha", "seed", *_OF_MODE[mode])
+            missing = [] if "max" in content else ["max"]
+            for name in dict.fromkeys(("mode", *needed, "skip", "split_size", "shard", *names)):
+                missing += [] if name in content and name in names else [name]
+            if missing:
+                raise UserError(f"it lacks {', '.join(missing)}")
+            numbers = ("split_size", "skip", "max")
+            split_size, skip, most = (checks.whole_number(name, content[name], at_least=1) for name in numbers)
+            shard = None if content["shard"] is None else parse_shard(content["shard"])
+            return cls(
+                path,
+                SCHEMAS[mode],
+                Settings(**{name: _CHECKS[name](name, content[name]) for name in needed}),
+                Selection(split_size, skip, most, shard),
+                {name: content[name] for name in names},
+                _finished(content),
+                dict(content),
+            )
+        except UserError as error:
+            raise UserError(f"{path} is damaged: {error}; restore it from a copy") from None
+
+    def to_json(self) -> dict[str, Any]:
+        """Return the JSON object, with every key as it was read."""
+        return dict(self.content)
+
+    def finish(self, table: bytes) -> Self:
+        """Return the record of the finished table, with the time of now."""
+        at = datetime.now(UTC).isoformat(timespec="seconds")
+        entry = {"at": at, "images": table.count(b"\n") - 1, "sha256": _sha256(table)}
+        return self.from_json(self.path, {**self.content, "finished": entry})
+
+    def is_changed(self, table: bytes) -> bool:
+        """Return whether the table was finished, and is another one now."""
+        return self.finished not in (None, _sha256(table))
+
+    def differences(self, wanted: Mapping[str, Any]) -> list[str]:
+        """Return "key: recorded -> wanted" for each wanted key with another value in the record, or none."""
+        recorded = {key: self.content.get(key) for key in wanted}
+        return [f"{key}: {recorded[key]!r} -> {wanted[key]!r}" for key in wanted if recorded[key] != wanted[key]]
+
+    def provenances(self) -> list[dict[str, Any]]:
+        """Return the `PROVENANCE` of every call that made lines; of a merged file, those of all shards first."""
+        parts = [*self.content.get("shards", []), self.content]
+        entries = []
+        for part in parts:
+            entries += [*([part] if "device" in part else []), *part.get("continued_with", [])]
+        return [{key: entry.get(key) for key in PROVENANCE} for entry in entries]
+
+
+def record_path(path: Path) -> Path:
+    """Return the path of the `.json` beside a `.tsv`; a `UserError` for another suffix, whose record may be shared."""
     if path.suffix != ".tsv":
         raise UserError(f"output={path}: the name must end in .tsv; the record beside it ends in .json")
     return path.with_suffix(".json")
 
 
-def provenances(record: dict[str, Any]) -> list[dict[str, Any]]:
-    """With what a file was made, by its record: every device, with versions and code; of a merged file, all shards'."""
-    made = [record] if "device" in record else []
-    for part in record.get("shards", []):
-        made += provenances(part)
-    return [{key: place.get(key) for key in PROVENANCE} for place in [*made, *record.get("continued_with", [])]]
-
-
-def differing_places(here: dict[str, Any], there: dict[str, Any]) -> list[str]:
-    """What differs between two provenances and can change a vote: "device", "code_digest", "jax" and so on."""
+def differing_provenance(here: Mapping[str, Any], there: Mapping[str, Any]) -> list[str]:
+    """Return the names that differ between two provenances and can change a vote, such as "device" or "jax"."""
     names = [key for key in _CHANGES_VOTES if here.get(key) != there.get(key)]
-    mine, theirs = (place.get("versions") or {} for place in (here, there))
+    mine, theirs = (entry.get("versions") or {} for entry in (here, there))
     return names + [name for name in sorted({*mine, *theirs}) if mine.get(name) != theirs.get(name)]
 
 
-def finished_entry(content: bytes) -> dict[str, Any]:
-    """What the record of a finished table says of it."""
-    at = datetime.now(UTC).isoformat(timespec="seconds")
-    return {"at": at, "images": content.count(b"\n") - 1, "sha256": _sha256(content)}
+def _check_provenance(content: Mapping[str, Any]) -> None:
+    for part in (content, *_list(content, "shards", dict)):
+        for entry in (part, *_list(part, "continued_with", dict)):
+            if not isinstance(entry.get("versions", {}), dict):
+                raise UserError(f"versions={entry['versions']!r} is no JSON object")
 
 
-def check_replaceable(record_path: Path) -> None:
-    """A record of a certification without images may be replaced, a file of anything else not."""
-    if record_path.exists() and "parameter_digest" not in read_json(record_path):
-        raise UserError(f"{record_path} is there already and is no record of a certification; choose another --output")
+def _list(content: Mapping[str, Any], key: str, kind: type) -> list[Any]:
+    values = content.get(key, [])
+    if not isinstance(values, list) or not all(isinstance(value, kind) for value in values):
+        raise UserError(f"{key}={values!r} is no list of {'texts' if kind is str else 'JSON objects'}")
+    return values
 
 
-def is_as_finished(path: Path, record: dict[str, Any], content: bytes) -> bool:
-    """Whether a table is the one of which the record says that it is finished."""
-    entry = record["finished"]
-    if not isinstance(entry, dict) or not {"images", "sha256"} <= entry.keys():
-        raise UserError(f"{record_of(path)} is damaged: finished={entry!r}; restore it from a copy")
-    return entry["sha256"] == _sha256(content)
+def _finished(content: Mapping[str, Any]) -> str | None:
+    if "finished" not in content:
+        return None
+    entry = content["finished"]
+    if isinstance(entry, dict) and isinstance(entry.get("images"), int) and isinstance(entry.get("sha256"), str):
+        return entry["sha256"]
+    raise UserError(f"finished={entry!r} lacks images and sha256")
 
 
 def _sha256(content: bytes) -> str:

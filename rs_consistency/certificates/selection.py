@@ -1,49 +1,43 @@
-"""Which images of a split a certification is about, and how several machines share them."""
+"""The images of a split that a certificate file is about, and their division among several machines."""
 
 import re
-from typing import Any, NamedTuple, Self
+from typing import Any, NamedTuple
 
 import numpy as np
 
-from rs_consistency.common.checks import whole_number
 from rs_consistency.common.errors import UserError
 
 _SHARD = re.compile(r"([1-9][0-9]{0,8})/([1-9][0-9]{0,8})")
 
 
 class Shard(NamedTuple):
-    """One of `count` shares of a certification.
-
-    Attributes:
-      index: 1..count.
-      count: how many there are.
-    """
+    """One of `count` shares of a certification; its `index` is 1..count."""
 
     index: int
     count: int
 
     def __str__(self) -> str:
-        """As the user writes it: 2/5."""
+        """Return the text that the user writes, such as 2/5."""
         return f"{self.index}/{self.count}"
 
     @property
     def suffix(self) -> str:
-        """What its file's name has more than that of the whole."""
+        """The ending of its file's name."""
         return f"-{self.index}-of-{self.count}"
 
     def part(self, indices: np.ndarray) -> np.ndarray:
-        """Its share of the images `[B]`: every count-th, so that each shard is a fair sample and takes as long.
+        """Return its share of the images `[B]`: every count-th, so that each shard is a fair sample and takes as long.
 
-        The shares of all shards are disjoint and make up the whole. More images behind the others only add to a share.
+        The shares of all shards are disjoint and make up the whole. More images at the end only add to a share.
         """
         return indices[self.index - 1 :: self.count]
 
 
-def parse_shard(text: str) -> Shard:
-    """Reads "2/5", the second of five shards.
+def parse_shard(text: Any) -> Shard:
+    """Read "2/5", the second of five shards.
 
     Raises:
-      UserError: for anything else than I/K with 1 <= I <= K.
+      UserError: for anything but I/K with 1 <= I <= K.
     """
     found = _SHARD.fullmatch(text) if isinstance(text, str) else None
     if found is None or int(found[1]) > int(found[2]):
@@ -52,13 +46,13 @@ def parse_shard(text: str) -> Shard:
 
 
 class Selection(NamedTuple):
-    """The images that a certificate file is to hold: the first `most` of every `skip`-th, and of those a shard's part.
+    """The images that a file is to hold: the first `most` of every `skip`-th, and of these the part of a shard.
 
     Attributes:
       split_size: images in the split.
       skip: 1 for every image.
-      most: how many all shards together hold at most; None for no limit.
-      shard: None for all.
+      most: images of all shards together, at most; None for no limit.
+      shard: None for all images.
     """
 
     split_size: int
@@ -68,12 +62,12 @@ class Selection(NamedTuple):
 
     @property
     def size(self) -> int:
-        """How many images all shards together hold."""
+        """Number of images of all shards together."""
         size = -(-self.split_size // self.skip)
         return size if self.most is None else min(size, self.most)
 
     def indices(self) -> np.ndarray:
-        """The image numbers, int64, ascending.
+        """Return the image numbers, int64, ascending.
 
         Raises:
           UserError: for a shard without any.
@@ -86,28 +80,9 @@ class Selection(NamedTuple):
         return self.shard.part(whole)
 
     def admitted(self) -> np.ndarray:
-        """The image numbers without the limit `most`, which can be raised later; `indices` are the first of them."""
+        """Return the image numbers without the limit `most`, which can be raised later; `indices` come first."""
         return self._replace(most=None).indices()
 
     def identity(self) -> dict[str, Any]:
-        """What of it the record of a file binds: all but `most`."""
-        return {
-            "skip": self.skip,
-            "split_size": self.split_size,
-            "shard": None if self.shard is None else str(self.shard),
-        }
-
-    @classmethod
-    def of_record(cls, record: dict[str, Any]) -> Self:
-        """The selection that a record describes, with its `max` as `most`.
-
-        Raises:
-          UserError: when a value of the record cannot be.
-          KeyError: when the record lacks a key.
-        """
-        return cls(
-            split_size=whole_number("split_size", record["split_size"], at_least=1),
-            skip=whole_number("skip", record["skip"], at_least=1),
-            most=whole_number("max", record["max"], at_least=1),
-            shard=None if record["shard"] is None else parse_shard(record["shard"]),
-        )
+        """Return its part of a record's identity: all but `most`."""
+        return {"skip": self.skip, "split_size": self.split_size, "shard": str(self.shard) if self.shard else None}

@@ -1,13 +1,15 @@
-"""What certify.py asks: the network of a run or of a PyTorch checkpoint, with the images of its dataset."""
+"""The source of answers: the network of a run or of a PyTorch checkpoint, and the images of its dataset."""
 
 import hashlib
 import math
 import platform
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
+from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
+import jax
 import numpy as np
 from ml_collections import ConfigDict
 
@@ -15,16 +17,14 @@ from rs_consistency import data
 from rs_consistency.certificates.columns import DECIDE, Row
 from rs_consistency.certificates.question import Question, answer
 from rs_consistency.certificates.selection import Selection
-from rs_consistency.common.checks import one_of
 from rs_consistency.common.errors import UserError
 from rs_consistency.common.progress import duration, size
 from rs_consistency.common.version import code_version, package_version
 from rs_consistency.devices import parallel
-from rs_consistency.models import DTYPES, count_parameters
+from rs_consistency.models import count_parameters
 from rs_consistency.models.inference import for_inference
 from rs_consistency.models.torch_checkpoints import (
     ARCHITECTURES,
-    INPUT_LAYERS,
     from_torch,
     read_torch_checkpoint,
     with_input_layer,
@@ -32,172 +32,178 @@ from rs_consistency.models.torch_checkpoints import (
 from rs_consistency.smoothing.speed import measure_votes
 from rs_consistency.training import runs
 from rs_consistency.training.checkpoints import digest
-from rs_consistency.training.config import validate
 from rs_consistency.training.step import make_model
 
 _VALUES_AT_ONCE = 2**28  # pixel values of the images that are read at once: 1,783 of 224 x 224 x 3
+_PACKAGES = ("rs-consistency", "jax", "jaxlib", "flax", "numpy", "scipy")  # whose versions are recorded
 
 
-class Classifier:
-    """The classifier of a run, or of a PyTorch checkpoint, and the data to ask it about.
+@dataclass(frozen=True)
+class Source:
+    """A network ready for inference, and the images to ask it about; from `from_run` or `from_torch`.
 
     Attributes:
-      workdir: of the run; None for a checkpoint.
-      config: of the run, or the one that was named beside the checkpoint.
-      info: of its dataset.
-      devices: that share the work.
-      split: after `read`; so are the following.
-      step: of the checkpoint; None for one of PyTorch.
-      parameters: how many.
-      binding: what answers depend on beside the question, for the record.
+      config: configuration of the run, or the one named beside a PyTorch checkpoint.
+      split: images of the dataset.
+      devices: devices that share the work.
+      step: step of the run's checkpoint; None for a PyTorch checkpoint.
+      apply_fn: (variables, `[N, H, W, C]`) -> logits `[N, K]`.
+      variables: first argument of `apply_fn`.
+      parameters: number of the network's parameters.
+      binding: model and data, on which answers depend beside the question; for the record.
     """
 
-    def __init__(self, args: Any, *, split: str) -> None:
-        """A classifier that is not read yet.
+    config: ConfigDict
+    split: data.OpenSplit
+    devices: Sequence[jax.Device]
+    step: int | None
+    apply_fn: Callable[[Any, jax.Array], jax.Array]
+    variables: dict[str, Any]
+    parameters: int
+    binding: dict[str, Any]
+
+    @classmethod
+    def from_run(
+        cls,
+        workdir: Path,
+        *,
+        split: str,
+        devices: Sequence[jax.Device],
+        dtype: str | None = None,
+        data_dir: str = "",
+        cache_dir: str = "",
+    ) -> Self:
+        """Open the images of a run's dataset, and read its newest readable checkpoint.
 
         Args:
-          args: of certify.py.
+          workdir: folder of the run.
           split: train or test.
+          devices: devices that share the work.
+          dtype: type that the network computes in; None for the type of the training.
+          data_dir: folder of the prepared dataset; empty for the folder in the configuration.
+          cache_dir: folder of decoded images; empty for the folder in the configuration.
 
         Raises:
-          UserError: for a workdir, configuration or setting that cannot be.
+          UserError: for a folder without a run or a readable checkpoint, or images that cannot be read.
         """
-        self.workdir = args.workdir and args.workdir.expanduser()
-        self.config = runs.read_valid_config(self.workdir) if self.workdir else _named_config(args.config)
-        if args.dtype is not None:
-            one_of("dtype", args.dtype, DTYPES)
-            self.config.dtype = args.dtype
-        self._input_layer = args.torch_input or "normalize"  # of a PyTorch checkpoint
-        one_of("torch_input", self._input_layer, INPUT_LAYERS)
-        self.info = data.dataset_info(self.config.dataset.name)
-        self.devices = parallel.choose_devices(args.num_devices)
-        self._args, self._split = args, split
+        config = runs.read_config(workdir)
+        if dtype is not None:
+            config.dtype = dtype
+        images, binding = _open_images(config, split, data_dir, cache_dir)
+        run = runs.restore(workdir, devices)._replace(config=config)
+        binding |= {"checkpoint_step": run.step, "parameter_digest": digest(run.variables)}
+        return cls(config, images, devices, run.step, *run.classifier(), count_parameters(run.variables), binding)
 
-    def read(self) -> None:
-        """Reads checkpoint and data; separate, since whatever can be wrong with the settings is told first."""
-        places, args = self.config.dataset, self._args
-        self.split = data.open_split(
-            places.name,
-            self._split,
-            data_dir=args.data_dir or places.data_dir,
-            cache_dir=args.cache_dir or places.cache_dir,
-        )
-        if self.workdir:
-            run = runs.restore(self.workdir, self.devices)
-            self.step, variables, origin = run.step, run.variables, {}
-        else:
-            self.step = None
-            variables, origin = _of_torch(args.torch_checkpoint.expanduser(), self.config, self._input_layer)
-        self.parameters = count_parameters(variables)
-        self.binding = {
-            "dataset": places.name,
-            "split": self._split,
-            "data_digest": self.split.digest(),
-            "model": self.config.model,
-            "dtype": self.config.dtype,
-            "checkpoint_step": self.step,
-            "parameter_digest": digest(variables),
-            **origin,
-        }
-        model = make_model(self.config)
-        if not self.workdir:
-            model = with_input_layer(model, self._input_layer)
-        self._apply_fn, self._variables = for_inference(model, variables, image_shape=self.info.image_shape)
+    @classmethod
+    def from_torch(
+        cls,
+        checkpoint: Path,
+        config: ConfigDict,
+        *,
+        input_layer: str,
+        split: str,
+        devices: Sequence[jax.Device],
+        data_dir: str = "",
+        cache_dir: str = "",
+    ) -> Self:
+        """Open the images of a dataset, and read a PyTorch checkpoint.
+
+        `config` gives model, dtype and dataset; `input_layer`, one of `torch_checkpoints.INPUT_LAYERS`, stands in front
+        of the model. The other arguments are as for `from_run`.
+
+        Raises:
+          UserError: for a file that cannot be read or holds another model, or images that cannot be read.
+        """
+        images, binding = _open_images(config, split, data_dir, cache_dir)
+        variables = _torch_variables(checkpoint, config, input_layer)
+        sha256 = hashlib.sha256(checkpoint.read_bytes()).hexdigest()
+        binding |= {"checkpoint_step": None, "parameter_digest": digest(variables)}
+        binding |= {"torch_checkpoint_sha256": sha256, "torch_input": input_layer}
+        model = with_input_layer(make_model(config), input_layer)
+        network = for_inference(model, variables, image_shape=data.dataset_info(config.dataset.name).image_shape)
+        return cls(config, images, devices, None, *network, count_parameters(variables), binding)
 
     def answers(self, question: Question, indices: np.ndarray) -> Iterator[list[Row]]:
-        """Rows about the images, which are read a part at a time."""
-        at_once = max(1, _VALUES_AT_ONCE // math.prod(self.info.image_shape))
+        """Yield the rows of images `[B]`, which are read a part at a time."""
+        at_once = max(1, _VALUES_AT_ONCE // math.prod(data.dataset_info(self.config.dataset.name).image_shape))
         for first in range(0, len(indices), at_once):
             part = indices[first : first + at_once]
             images, labels = self.split.read(part)
-            yield from answer(question, self._apply_fn, self._variables, images, part, labels, devices=self.devices)
+            yield from answer(question, self.apply_fn, self.variables, images, part, labels, devices=self.devices)
 
     def about(self, sigma: float) -> dict[str, Any]:
-        """With what answers are made, for the record: device, versions, code, and the configuration.
+        """Return the origin of answers, for the record: device, versions, code and configuration.
 
-        Of a configuration that was named beside a PyTorch checkpoint only what was taken from it: how that network
-        was trained is not known.
-
-        Args:
-          sigma: of the votes.
+        A configuration beside a PyTorch checkpoint is recorded only as far as it was used, with the `sigma` of the
+        votes: how that network was trained is not known.
         """
-        names = ("rs-consistency", "jax", "jaxlib", "flax", "numpy", "scipy")
         config = self.config.to_dict()
-        if not self.workdir:
+        if self.step is None:
             config = {"model": config["model"], "dataset": {"name": config["dataset"]["name"]}, "sigma": sigma}
         return {
             "device": parallel.describe(self.devices),
-            "versions": {"python": platform.python_version(), **{name: package_version(name) for name in names}},
+            "versions": {"python": platform.python_version(), **{name: package_version(name) for name in _PACKAGES}},
             **code_version(),
             "started": datetime.now(UTC).isoformat(timespec="seconds"),
             "config": config,
         }
 
-    def plan(self, question: Question, selection: Selection, output: Path, *, answered: Collection[int]) -> str:
-        """What answering would take, for people; `read` comes first. Writes nothing but caches.
 
-        Args:
-          question: what is asked.
-          selection: about which images.
-          output: where the answers would go.
-          answered: the images that are in it already.
-        """
-        wanted = selection.indices()
-        done = len(set(wanted.tolist()) & set(answered))
-        images, _ = self.split.read(wanted[:1])
-        votes = question.votes
-        cost = measure_votes(self._apply_fn, self._variables, images, settings=votes, devices=self.devices)
-        seconds = (len(wanted) - done) * (votes.n0 + votes.n) / cost.per_second
-        return "\n".join(
-            [
-                f"model: {self.config.model}, {self.parameters:,} parameters, {self.config.dtype},"
-                f" {'PyTorch checkpoint' if self.step is None else f'step {self.step:,}'}; sigma {votes.sigma:g}",
-                f"images: {len(wanted):,} of {len(self.split):,} of {self.config.dataset.name}, {self._split}, of shape"
-                f" {' x '.join(map(str, images.shape[1:]))}; {done:,} done before",
-                f"votes: {votes.n0:,} + {'at most ' if question.schema is DECIDE else ''}{votes.n:,} an image, in"
-                f" batches of {votes.batch_size:,}",
-                f"devices: {parallel.describe(self.devices)}, {size(cost.bytes_per_device)} each for a batch",
-                f"output: {output}",
-                f"time: {'at most ' if question.schema is DECIDE else 'about '}{duration(seconds)} at"
-                f" {cost.per_second:,.0f} votes a second",
-                "dry run: nothing but caches was written",
-            ]
-        )
+def plan(source: Source, question: Question, selection: Selection, output: Path, *, answered: Collection[int]) -> str:
+    """Return the plan of a certification as text, with its measured time; writes nothing but caches.
 
-    @property
-    def platform(self) -> str:
-        """Of the devices: cpu, gpu or tpu."""
-        return self.devices[0].platform
+    Args:
+      source: network and images.
+      question: question about each image.
+      selection: the images.
+      output: file of the answers.
+      answered: numbers of the images that the file holds already.
+    """
+    config, votes, at_most = source.config, question.votes, question.schema is DECIDE
+    wanted = selection.indices()
+    done = len(set(wanted.tolist()) & set(answered))
+    images, _ = source.split.read(wanted[:1])
+    cost = measure_votes(source.apply_fn, source.variables, images, settings=votes, devices=source.devices)
+    seconds = (len(wanted) - done) * (votes.n0 + votes.n) / cost.per_second
+    return "\n".join(
+        [
+            f"model: {config.model}, {source.parameters:,} parameters, {config.dtype},"
+            f" {'PyTorch checkpoint' if source.step is None else f'step {source.step:,}'}; sigma {votes.sigma:g}",
+            f"images: {len(wanted):,} of {len(source.split):,} of {config.dataset.name}, {source.binding['split']}, of"
+            f" shape {' x '.join(map(str, images.shape[1:]))}; {done:,} done before",
+            f"votes: {votes.n0:,} + {'at most ' if at_most else ''}{votes.n:,} an image, in batches of"
+            f" {votes.batch_size:,}",
+            f"devices: {parallel.describe(source.devices)}, {size(cost.bytes_per_device)} each for a batch",
+            f"output: {output}",
+            f"time: {'at most ' if at_most else 'about '}{duration(seconds)} at {cost.per_second:,.0f} votes a second",
+            "dry run: nothing but caches was written",
+        ]
+    )
 
 
-def names_sigma(arguments: Sequence[str]) -> bool:
-    """Whether the words that name a configuration name sigma, too: by a cell, or by its key."""
-    words = [word.partition("=") for word in arguments]
-    cells = [value.partition(":")[2] for name, _, value in words if name == "--config"]
-    return any(name == "--config.sigma" for name, _, _ in words) or any("sigma=" in cell for cell in cells)
+def _open_images(
+    config: ConfigDict, split: str, data_dir: str, cache_dir: str
+) -> tuple[data.OpenSplit, dict[str, Any]]:
+    """Open the images of a dataset; return them, and the part of a binding that data and configuration give."""
+    name, dtype = config.dataset.name, config.dtype
+    data_dir, cache_dir = data_dir or config.dataset.data_dir, cache_dir or config.dataset.cache_dir
+    images = data.open_split(name, split, data_dir=data_dir, cache_dir=cache_dir)
+    binding = {"dataset": name, "split": split, "data_digest": images.digest(), "model": config.model, "dtype": dtype}
+    return images, binding
 
 
-def _named_config(arguments: Sequence[str]) -> ConfigDict:
-    """The configuration that --config and --config.KEY=VALUE name: model, dataset and sigma of a PyTorch checkpoint."""
-    from rs_consistency.cli.train import parse
-
-    config = parse(list(arguments)).config
-    config.method = "gaussian"  # how it was trained does not matter, and what another method lacks is not missed
-    validate(config, num_devices=1)
-    return config
-
-
-def _of_torch(path: Path, config: ConfigDict, input_layer: str) -> tuple[dict[str, Any], dict[str, str]]:
-    """The variables of a PyTorch checkpoint; what identifies its file, and what stood in front of its model."""
+def _torch_variables(path: Path, config: ConfigDict, input_layer: str) -> dict[str, Any]:
+    """Read the variables of a PyTorch checkpoint; a `UserError` for a model other than the configuration's."""
     checkpoint = read_torch_checkpoint(path)
     expected = ARCHITECTURES.get(config.model)
     if checkpoint.arch and expected and checkpoint.arch != expected:
-        named = {arch: name for name, arch in ARCHITECTURES.items()}.get(checkpoint.arch)
-        remedy = f"add --config.model={named}" if named else f"it can be one of {', '.join(ARCHITECTURES.values())}"
+        model = {arch: name for name, arch in ARCHITECTURES.items()}.get(checkpoint.arch)
+        remedy = f"add --config.model={model}" if model else f"it can be one of {', '.join(ARCHITECTURES.values())}"
         raise UserError(f"torch_checkpoint={path} is a {checkpoint.arch}, the configuration a {config.model}; {remedy}")
-    name = f"torch_checkpoint={path}"
-    variables = from_torch(
-        checkpoint.tensors, config.model, dataset=config.dataset.name, input_layer=input_layer, name=name
+    return from_torch(
+        checkpoint.tensors,
+        config.model,
+        dataset=config.dataset.name,
+        input_layer=input_layer,
+        name=f"torch_checkpoint={path}",
     )
-    sha256 = hashlib.sha256(path.read_bytes()).hexdigest()
-    return variables, {"torch_checkpoint_sha256": sha256, "torch_input": input_layer}

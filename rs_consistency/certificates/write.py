@@ -1,93 +1,86 @@
-"""The files of a certification, written; `rs_consistency.certificates.record` says what is in them."""
+"""The writer of certificate files: line by line, through kills, alone in a file; see `certificates.record`."""
 
+import contextlib
 import os
 import stat
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any, BinaryIO, NamedTuple
 
 import numpy as np
 
 from rs_consistency.certificates.columns import SCHEMAS, Row, Schema
-from rs_consistency.certificates.read import Progress, in_order, read_lines
-from rs_consistency.certificates.record import (
-    PROVENANCE,
-    check_record,
-    check_replaceable,
-    differing_places,
-    finished_entry,
-    is_as_finished,
-    provenances,
-    record_of,
-)
+from rs_consistency.certificates.read import parse_own
+from rs_consistency.certificates.record import PROVENANCE, Record, differing_provenance, record_path
 from rs_consistency.certificates.selection import Selection
 from rs_consistency.common.errors import UserError
 from rs_consistency.common.files import lock, naming, read_json, replace_atomically, write_json
+from rs_consistency.statistics.bounds import ABSTAIN
+
+
+class Progress(NamedTuple):
+    """Sums over the lines of a certificate file; `radius_sum` is the sum of the written radius times correct."""
+
+    images: int = 0
+    radius_sum: float = 0.0
+    correct: int = 0
+    abstained: int = 0
+
+    @property
+    def acr(self) -> float:
+        """Average certified radius."""
+        return self.radius_sum / self.images
+
+    def plus(self, rows: Iterable[Row]) -> "Progress":
+        """Return the sums with these rows added."""
+        added = [(1, float(row["radius"]) * row["correct"], row["correct"], row["predict"] == ABSTAIN) for row in rows]
+        return Progress(*map(sum, zip(self, *added, strict=True)))
 
 
 class CertificateFile:
     """A `.tsv` that grows line by line, in any order, and its `.json`.
 
-    What is in it survives a kill: whole lines are kept, a torn last one is cut off, and the next call with the same
-    identity goes on with the images that are missing.
+    Whole lines survive a kill. The next call with the same identity cuts off a torn line, and goes on.
 
     Attributes:
       path: of the `.tsv`.
-      schema: what its lines are.
-      progress: what it holds.
+      schema: the kind of its lines.
+      progress: sums over its lines.
       done: the image numbers that it holds.
     """
 
     def __init__(
-        self,
-        path: Path,
-        *,
-        schema: Schema,
-        identity: dict[str, Any],
-        about: dict[str, Any],
-        selection: Selection,
+        self, path: Path, *, schema: Schema, identity: dict[str, Any], about: dict[str, Any], selection: Selection
     ) -> None:
-        """Opens or creates the files, and locks the `.tsv` until it is closed, or the process ends.
+        """Open or create the files, and lock the `.tsv` until it is closed or the process ends.
 
-        Args:
-          path: of the `.tsv`.
-          schema: what its lines are.
-          identity: what the lines depend on beside mode and selection, in values that JSON keeps; a file made with
-            anything else is refused.
-          about: what else to record: `PROVENANCE`, and more. A `command` is that of the last call that added lines.
-          selection: the images that it is to hold. It may hold more, from a call with a greater `most`.
+        The identity is whatever the lines depend on beside mode and selection, in values that JSON keeps. `about` holds
+        the further entries of the record: `PROVENANCE`, and more. Each call that adds lines replaces its `command`. The
+        file may hold more than the selection, from a call with a greater `most`.
 
         Raises:
           UserError: for a file with another identity (the differing keys are named), of another origin, or in use; for
             lines of other images, or twice of one; for a finished file that was changed.
         """
-        self.path, self._record_path, self.schema = path, record_of(path), schema
+        self.path, self.schema = path, schema
+        self._record = _new_record(path, schema, identity, selection, **about)
         self._wanted = set(selection.indices().tolist())
-        identity = _identity(schema, identity, selection)
-        self._record = {**identity, "identity": list(identity), "max": selection.size, **about}
-        _check_place(path)
         new, content = not path.exists(), b""
         self._file = _open_locked(path)
         try:
             content = self._file.read()
-            whole = content[: content.rfind(b"\n") + 1]
-            rows: dict[int, Row] = {}
-            if _is_empty(content):
-                # New, or killed before the first image was done.
-                check_replaceable(self._record_path)
+            held = _held(path, content, self._record)
+            rows = held[1] if held else {}
+            self.done, self.progress = set(rows), Progress().plus(rows.values())
+            if held:
+                self._go_on(held[0])
+                self._file.truncate(content.rfind(b"\n") + 1)
+                self._file.seek(0, os.SEEK_END)
+            else:
                 self._file.truncate(0)
                 self._file.seek(0)
-                write_json(self._record_path, self._record)
+                self._write_record()
                 self._write(schema.header)
-            elif whole:
-                recorded, rows = _answers(path, whole, schema, identity, selection)
-                self._go_on(recorded, about, selection, rows.keys())
-                self._file.truncate(len(whole))
-                self._file.seek(len(whole))
-            else:
-                raise _not_a_table(path)
-            self.done = set(rows)
-            self.progress = Progress().plus(rows.values())
         except BaseException:
             if new and not content:  # nothing is left of a file that could not be begun
                 path.unlink(missing_ok=True)
@@ -96,14 +89,14 @@ class CertificateFile:
 
     @property
     def remaining(self) -> np.ndarray:
-        """`[B]` the images of the selection that it does not hold yet, int64, ascending."""
+        """`[B]`, the images of the selection that it lacks, int64, ascending."""
         return np.asarray(sorted(self._wanted - self.done), np.int64)
 
     def append(self, rows: Iterable[Mapping[str, Any] | Sequence[Any]]) -> None:
-        """Adds a line for each row, in one write; see `Schema.line`.
+        """Add a line for each row, in one write; see `Schema.line`.
 
         Raises:
-          ValueError: for an image that it holds already or is not to hold, or a value that its column cannot hold.
+          ValueError: for an image that it holds already or is not to hold, or a value that a column cannot hold.
         """
         lines = [self.schema.line(row) for row in rows]
         parsed = [self.schema.parse(line[:-1]) for line in lines]
@@ -115,26 +108,46 @@ class CertificateFile:
         self.progress = self.progress.plus(parsed)
 
     def finish(self) -> None:
-        """Puts the lines in the order of idx and, when every image is there, records that and the table's digest.
+        """Put the lines in the order of idx. When every image is there, record that with the digest of the table.
 
         A kill leaves the old table or the new one; the next call finishes again.
         """
         self._file.seek(0)
         content = self._file.read()
-        ordered = in_order(content)
+        ordered = self.schema.text(parse_own(self.path, content, self.schema).values()).encode()
         if ordered != content:
             self._replace(ordered)
-        whole = self.done == set(Selection.of_record(self._record).indices().tolist())
-        if whole and "finished" not in self._record:
-            self._record["finished"] = finished_entry(ordered)
-            write_json(self._record_path, self._record)
+        if self._record.finished is None and self.done == set(self._record.selection.indices().tolist()):
+            self._record = self._record.finish(ordered)
+            self._write_record()
 
     def close(self) -> None:
-        """Closes the file and gives up the lock."""
+        """Close the file and give up the lock."""
         self._file.close()
 
+    def _go_on(self, recorded: Record) -> None:
+        """Bring the record up to date before lines are added."""
+        mine, content, selection = self._record, recorded.to_json(), recorded.selection
+        if self.done <= self._wanted:  # else the file is to hold more than this call asks for
+            selection = mine.selection
+            content["max"] = selection.most
+        if not self.done.issuperset(selection.indices().tolist()):
+            content.pop("finished", None)
+        if not self.done >= self._wanted:
+            here = {key: mine.content[key] for key in PROVENANCE if key in mine.content}
+            if all(differing_provenance(here, entry) for entry in recorded.provenances()):
+                content["continued_with"] = [*content.get("continued_with", []), here]
+            if "command" in mine.content:
+                content["command"] = mine.content["command"]
+        self._record = Record.from_json(recorded.path, content)
+        if content != recorded.content:
+            self._write_record()
+
+    def _write_record(self) -> None:
+        write_json(self._record.path, self._record.to_json())
+
     def _write(self, text: str) -> None:
-        """Writes all or, as far as the disk allows, nothing: half a line is taken back."""
+        """Write all or, as far as the disk allows, nothing: half a line is taken back."""
         start = self._file.tell()
         try:
             with naming(self.path):
@@ -145,8 +158,8 @@ class CertificateFile:
             raise
 
     def _replace(self, content: bytes) -> None:
-        """Replaces the table by a new file, which is locked before it has the name: nobody comes in between."""
-        target = Path(os.path.realpath(self.path))  # of a link, what it points to
+        """Replace the table by a new file, which is locked before it gets the name, so that nobody comes in between."""
+        target = Path(os.path.realpath(self.path))  # a link stays, and its target is replaced
         new = None
         try:
             with replace_atomically(target) as temporary:
@@ -161,120 +174,73 @@ class CertificateFile:
         self._file.close()
         self._file = new
 
-    def _go_on(
-        self, recorded: dict[str, Any], about: dict[str, Any], selection: Selection, done: Iterable[int]
-    ) -> None:
-        """Brings the record up to date before lines are added."""
-        self._record = record = dict(recorded)
-        done = set(done)
-        if done <= self._wanted:  # else the file is to hold more than this call asks for
-            record["max"] = selection.size
-        if not done >= set(Selection.of_record(record).indices().tolist()):
-            record.pop("finished", None)
-        if not done >= self._wanted:
-            here = {key: about[key] for key in PROVENANCE if key in about}
-            if all(differing_places(here, place) for place in provenances(record)):
-                record["continued_with"] = [*record.get("continued_with", []), here]
-            if "command" in about:
-                record["command"] = about["command"]
-        if record != recorded:
-            write_json(self._record_path, record)
-
 
 def check_answers(path: Path, *, schema: Schema, identity: dict[str, Any], selection: Selection) -> set[int]:
-    """The image numbers that a file holds, if a `CertificateFile` could be opened there; writes nothing.
+    """Return the image numbers that a file holds, if a `CertificateFile` could be opened there; write nothing.
 
-    Args:
-      path: of the `.tsv`; it need not be there.
-      schema: as of `CertificateFile`; so are the others.
-      identity: of the answers.
-      selection: the images that it is to hold.
-
-    Raises:
-      UserError: as `CertificateFile`, except for a file in use.
+    Arguments and errors as for `CertificateFile`, but a file may be in use.
     """
-    record_path = record_of(path)
-    _check_place(path)
-    content = path.read_bytes() if path.exists() else b""
-    whole = content[: content.rfind(b"\n") + 1]
-    if _is_empty(content):
-        check_replaceable(record_path)
-        return set()
-    if not whole:
-        raise _not_a_table(path)
-    return set(_answers(path, whole, schema, _identity(schema, identity, selection), selection)[1])
+    record = _new_record(path, schema, identity, selection)
+    held = _held(path, path.read_bytes() if path.exists() else b"", record)
+    return set(held[1]) if held else set()
 
 
-def _identity(schema: Schema, identity: dict[str, Any], selection: Selection) -> dict[str, Any]:
-    """All that the lines depend on."""
-    return {"mode": schema.name, **identity, **selection.identity()}
-
-
-def _check_place(path: Path) -> None:
+def check_place(path: Path) -> None:
+    """Raise a `UserError` for a path where no file can be written."""
     if not path.parent.is_dir():
         raise UserError(f"output={path}: its folder does not exist; create it, or choose another --output")
     if path.exists() and not path.is_file():
         raise UserError(f"output={path} is not a regular file; give the name of a .tsv file")
 
 
-def _is_empty(content: bytes) -> bool:
-    """Whether a file is new, or was left by a kill before the first image was done."""
-    headers = [kind.header.encode() for kind in SCHEMAS.values()]
-    return content[: content.rfind(b"\n") + 1] in headers or any(header.startswith(content) for header in headers)
+def check_replaceable(path: Path) -> None:
+    """Raise a `UserError` for a `.json` that is there and is no record, of whatever version of this program."""
+    if path.exists() and "parameter_digest" not in read_json(path):
+        raise UserError(f"{path} is there already and is no record of a certification; choose another --output")
 
 
-def _not_a_table(path: Path) -> UserError:
-    return UserError(f"{path} is not a certificate file; choose another --output")
+def _new_record(path: Path, schema: Schema, identity: dict[str, Any], selection: Selection, **about: Any) -> Record:
+    beside, bound = record_path(path), {"mode": schema.name, **identity, **selection.identity()}
+    check_place(path)
+    return Record.from_json(beside, {**bound, "identity": list(bound), "max": selection.size, **about})
 
 
-def _answers(
-    path: Path, whole: bytes, schema: Schema, identity: dict[str, Any], selection: Selection
-) -> tuple[dict[str, Any], dict[int, Row]]:
-    """The record of a table with lines, and the lines; a `UserError` where they are not of this identity."""
-    recorded = _read_record(path, identity)
-    rows = read_lines(path, whole, schema, selection.admitted(), finished="finished" in recorded)
-    _check_unchanged(path, recorded, whole, len(rows))
-    return recorded, rows
-
-
-def _read_record(path: Path, identity: dict[str, Any]) -> dict[str, Any]:
-    """The record beside a table; a `UserError` when it is not one of this identity."""
-    record_path = record_of(path)
-    if not record_path.is_file():
-        raise UserError(f"{path} has no {record_path.name} that says how it was made; choose another --output")
-    recorded = read_json(record_path)
-    check_record(record_path, recorded)
-    missing = [key for key in (*identity, "max") if key not in recorded]
-    if missing:
-        raise UserError(
-            f"{path} was made by another version of this program ({record_path.name} lacks"
-            f" {', '.join(missing)}); choose another --output, or delete it"
-        )
-    differing = [f"{key}: {recorded[key]!r} -> {value!r}" for key, value in identity.items() if recorded[key] != value]
+def _held(path: Path, content: bytes, wanted: Record) -> tuple[Record, dict[int, Row]] | None:
+    """Return the record and the rows of a file that the wanted lines may go into; None for a file without images."""
+    whole, beside = content[: content.rfind(b"\n") + 1], wanted.path
+    headers = [schema.header.encode() for schema in SCHEMAS.values()]
+    if whole in headers or any(header.startswith(content) for header in headers):
+        check_replaceable(beside)
+        return None  # new, or left by a kill before the first image was done
+    if not whole:
+        raise UserError(f"{path} is not a certificate file; choose another --output")
+    if not beside.is_file():
+        raise UserError(f"{path} has no {beside.name} that says how it was made; choose another --output")
+    record = Record.read(beside)
+    differing = record.differences(wanted.identity)
     if differing:
         raise UserError(
             f"{path} was made with other settings ({'; '.join(differing)}); choose another --output, or delete it"
         )
-    return recorded
-
-
-def _check_unchanged(path: Path, record: dict[str, Any], content: bytes, images: int) -> None:
-    """A finished table may have lost its last lines, which are made again; anything else is a change."""
-    if "finished" in record and not is_as_finished(path, record, content) and images >= record["finished"]["images"]:
+    rows = parse_own(path, whole, record.schema, record.selection, ordered=record.finished is not None)
+    # A finished table may have lost its last lines, which are made again.
+    if record.is_changed(whole) and len(rows) >= record.content["finished"]["images"]:
         raise UserError(
-            f"{path} was changed after it was finished (its SHA-256 is not the one in {record_of(path).name});"
+            f"{path} was changed after it was finished (its SHA-256 is not the one in {beside.name});"
             " restore it from a copy, or delete it"
         )
+    return record, rows
 
 
 def _open_locked(path: Path) -> BinaryIO:
-    """Opens or creates a file and locks it; what was replaced between the two is opened again."""
+    """Open or create a file and lock it; a file that was replaced between the two is opened again."""
     while True:
         file = _open(path)
         try:
             lock(file.fileno(), f"output={path}")
-            if _has_name(file, path):
-                return file
+            with contextlib.suppress(FileNotFoundError):
+                if os.path.samestat(os.fstat(file.fileno()), path.stat()):
+                    return file
         except BaseException:
             file.close()
             raise
@@ -283,14 +249,6 @@ def _open_locked(path: Path) -> BinaryIO:
 
 def _open(path: Path, flags: int = 0) -> BinaryIO:
     return open(os.open(path, os.O_RDWR | os.O_CREAT | flags, 0o666), "r+b", buffering=0)
-
-
-def _has_name(file: BinaryIO, path: Path) -> bool:
-    """Whether an open file is what the path names."""
-    try:
-        return os.path.samestat(os.fstat(file.fileno()), path.stat())
-    except FileNotFoundError:
-        return False
 
 
 def _write_all(file: BinaryIO, content: bytes) -> None:

@@ -1,26 +1,27 @@
-"""Says what certificate files mean: ACR, accuracies, abstention; and writes a report about them.
+"""Summarizes certificate files: ACR, accuracies, abstention; and writes a report about them.
 
     python analyze.py runs/a runs/b/certificates.tsv --output=report
 
-A PATH is a run's folder or any file in the field's format, from whatever program. Files of certify.py hold the counts
-that the radii follow from: they are checked against them, and recomputed by
+A PATH is a run's folder or any file in the field's format, from any program. Files of certify.py hold the counts that
+the radii follow from. The radii are checked against the counts, and recomputed by
 
     python analyze.py runs/a --alpha=0.01 --bound=two_class --joint
 
 --output writes into a folder
 
-    report.html              all of the following, in one file that needs no other
+    report.html              all of the following, in a single file
     certified_accuracy.png   curves with 95 % bands; all figures also as .pdf
     acr.png, p_a.png         ACR with 95 % intervals; the distribution of p_A
     comparison.png           radii of two runs on the same images, and
-    gained_lost.png          the images that gained and lost most
+    gained_lost.png          the images with the largest gains and losses
     training.png             training curves
     margins.png              logit margins of clean and noisy images
     images_1.png, ...        least and most robust images, noisy copies, votes; a figure for each run
     tables.md, tables.tex    the tables
     measures.csv, comparisons.csv, differences.csv: a line for each file, each two files, each of their common images
 
-as far as the files allow: training needs a run's folder, p_A counts, margins and images a checkpoint and its dataset.
+as far as the files allow: training.png needs a run's folder, p_a.png counts, and margins.png and images_1.png a
+checkpoint and its dataset.
 """
 
 import json
@@ -33,7 +34,7 @@ from rs_consistency.certificates.joint import DEFAULT_DELTA, joint_statement
 from rs_consistency.certificates.measures import DEFAULT_RADII, summarize, summarize_votes
 from rs_consistency.certificates.proof import Evidence, load
 from rs_consistency.certificates.read import Certificates
-from rs_consistency.cli.common import Parser, program_words, run_main, run_program
+from rs_consistency.cli.common import Parser, program_words, run_main, run_program, user_path
 from rs_consistency.common.checks import probability
 from rs_consistency.common.errors import UserError
 from rs_consistency.report import formats, tables
@@ -43,7 +44,7 @@ from rs_consistency.statistics.bounds import BOUNDS
 def _parser() -> Parser:
     parser = Parser(prog=program_words("analyze")[-1], description=__doc__)
     add = parser.add_argument
-    add("paths", nargs="+", type=Path, metavar="PATH", help="a workdir or a certificate file")
+    add("paths", nargs="+", type=user_path, metavar="PATH", help="a workdir or a certificate file")
     add("--radii", nargs="+", type=float, default=DEFAULT_RADII, help="radii of the certified accuracies")
     add("--alpha", type=float, help="recompute at this error probability of a certificate (default: the file's lines)")
     add("--bound", help=f"recompute with this bound: {', '.join(BOUNDS)} (default: the file's lines)")
@@ -57,9 +58,9 @@ def _parser() -> Parser:
         "--delta", type=float, default=DEFAULT_DELTA, help="error probability of a --joint bound (default: %(default)s)"
     )
     add("--format", choices=tuple(_FORMATS), default="text", help="of the tables (default: %(default)s)")
-    add("--output", type=Path, help="a folder for the report: see above")
-    add("--no_network", action="store_true", help="ask no run's network: a report without logit margins and images")
-    add("--data_dir", default="", help="folder of the prepared datasets (default: that of the run)")
+    add("--output", type=user_path, help="a folder for the report: see above")
+    add("--no_network", action="store_true", help="use no run's network: a report without logit margins and images")
+    add("--data_dir", default="", help="folder of the prepared datasets (default: the run's)")
     return parser
 
 
@@ -69,49 +70,43 @@ def _main(argv: Sequence[str] | None) -> None:
         if not (math.isfinite(radius) and radius >= 0):
             raise UserError(f"radii: {radius} is not a radius; use numbers of at least 0")
     probability("delta", args.delta)
-    paths = [path.expanduser() for path in args.paths]
-    output = args.output and args.output.expanduser()
-    if output and output.suffix == ".png":
-        raise UserError(f"output={output}: give a folder; the picture in it is called certified_accuracy.png")
-    loaded, summaries = [], []
-    for path in paths:
-        table, evidence = load(
-            path, alpha=args.alpha, bound=args.bound, bonferroni=args.bonferroni, need_counts=args.joint
-        )
-        summary = {**summarize(path, table, args.radii), **summarize_votes(evidence)}
-        if args.joint:
-            summary |= joint_statement(table, args.radii, alpha=evidence.settings.alpha, delta=args.delta)
-        loaded.append((table, evidence))
-        summaries.append(summary)
+    if args.output and args.output.suffix == ".png":
+        raise UserError(f"output={args.output}: give a folder; the picture in it is called certified_accuracy.png")
+    settings = {"alpha": args.alpha, "bound": args.bound, "bonferroni": args.bonferroni, "need_counts": args.joint}
+    loaded = [load(path, **settings) for path in args.paths]
+    summaries = [_summary(args, path, *file) for path, file in zip(args.paths, loaded, strict=True)]
     print(_FORMATS[args.format](summaries), end="", flush=True)
-    if output:
-        _report(args, paths, loaded, summaries, output)
+    if args.output:
+        _report(args, loaded, summaries)
         if args.format == "text":
-            figures = {"curves": "certified_accuracy.png"}
+            print(f"\ncurves: {args.output / 'certified_accuracy.png'}")
             if any(evidence for _, evidence in loaded):
-                figures["p_A"] = "p_a.png"
-            print("".join(f"\n{name}: {output / file}" for name, file in {**figures, "report": "report.html"}.items()))
+                print(f"p_A: {args.output / 'p_a.png'}")
+            print(f"report: {args.output / 'report.html'}")
 
 
-def _report(
-    args: Any,
-    paths: list[Path],
-    loaded: list[tuple[Certificates, Evidence | None]],
-    summaries: list[dict[str, Any]],
-    output: Path,
-) -> None:
-    """Writes the report about files that were read."""
+def _summary(args: Any, path: Path, table: Certificates, evidence: Evidence | None) -> dict[str, Any]:
+    """Return the measures of a file, with its joint statement where it was asked for."""
+    summary = {**summarize(path, table, args.radii), **summarize_votes(evidence)}
+    if args.joint:
+        summary |= joint_statement(table, args.radii, alpha=evidence.settings.alpha, delta=args.delta)
+    return summary
+
+
+def _report(args: Any, loaded: list[tuple[Certificates, Evidence | None]], summaries: list[dict[str, Any]]) -> None:
+    """Write the report about the files."""
     from rs_consistency.report.contents import subject
     from rs_consistency.report.page import write_report
     from rs_consistency.report.plots import short_labels  # matplotlib is slow to import
 
-    output.mkdir(parents=True, exist_ok=True)
-    subjects = [subject(label, path, *one) for label, path, one in zip(short_labels(paths), paths, loaded, strict=True)]
+    args.output.mkdir(parents=True, exist_ok=True)
+    labels = short_labels(args.paths)
+    subjects = [subject(label, path, *file) for label, path, file in zip(labels, args.paths, loaded, strict=True)]
     asked = {"alpha": args.alpha, "bound": args.bound}
     recomputed = [f"{name} = {value}" for name, value in asked.items() if value is not None]
     if args.bonferroni:
         recomputed.append("alpha divided by the number of images of the file (Bonferroni)")
-    if not args.no_network and any(one.record for one in subjects):
+    if not args.no_network and any(each.record for each in subjects):
         from rs_consistency.devices.host import keep_compiled, keep_memory  # JAX, slow to import
 
         keep_compiled()
@@ -119,7 +114,7 @@ def _report(
     write_report(
         subjects,
         summaries,
-        output,
+        args.output,
         recomputed=", ".join(recomputed),
         ask_networks=not args.no_network,
         data_dir=args.data_dir,
@@ -127,13 +122,13 @@ def _report(
 
 
 def _tables(summaries: list[dict[str, Any]]) -> list[list[list[str]]]:
-    """What is printed for people: tables, each a header and rows."""
-    found = [tables.measures(summaries)]
+    """Return the printed tables, each a header and rows."""
+    printed = [tables.measures(summaries)]
     if any(summary["n"] for summary in summaries):
-        found.append(tables.votes(summaries))
+        printed.append(tables.votes(summaries))
     if "wrong_at_most" in summaries[0]:
-        found.append(tables.joint(summaries))
-    return found
+        printed.append(tables.joint(summaries))
+    return printed
 
 
 def _text(summaries: list[dict[str, Any]]) -> str:
@@ -152,10 +147,10 @@ _FORMATS = {"json": _json, "text": _text, "csv": formats.csv_text, "markdown": _
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    """The command."""
+    """Run the command."""
     run_main(_main, argv)
 
 
 def run() -> None:
-    """The command, as all that its process does."""
+    """Run the command as the only work of its process."""
     run_program(main)

@@ -5,11 +5,11 @@
 For every image: the class that the smoothed classifier predicts, and an l2 radius within which, with probability
 1 - alpha, no perturbation changes it. Writes certificates.tsv (a line per image) and certificates.json.
 
-    python certify.py --workdir=runs/mnist --mode=decide --radius=0.5     only whether it is certified at one radius
-    python certify.py --workdir=runs/mnist --mode=predict                 only the class, or abstention
+    python certify.py --workdir=runs/mnist --mode=decide --radius=0.5     decides whether it is certified at one radius
+    python certify.py --workdir=runs/mnist --mode=predict                 predicts the class, or abstains
     python certify.py --workdir=runs/mnist --verify=20                    draws 20 lines of the file again
-    python certify.py --workdir=runs/mnist --shard=2/5                    one fifth, on one of five machines
-    python certify.py --merge certificates-?-of-5.tsv --output=all.tsv    the fifths together
+    python certify.py --workdir=runs/mnist --shard=2/5                    certifies one fifth, on one of five machines
+    python certify.py --merge certificates-?-of-5.tsv --output=all.tsv    puts the fifths together
 
     python certify.py --torch_checkpoint=checkpoint.pth.tar --config=configs/cifar10.py --sigma=0.5 --output=theirs.tsv
 
@@ -22,8 +22,10 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from tqdm import tqdm
+import jax
+from ml_collections import ConfigDict
 
+from rs_consistency import data
 from rs_consistency.certificates import audit
 from rs_consistency.certificates.columns import CERTIFY, DECIDE, SCHEMAS, Row
 from rs_consistency.certificates.merge import merge
@@ -31,207 +33,222 @@ from rs_consistency.certificates.question import FILES, Question, make_question,
 from rs_consistency.certificates.read import read_table
 from rs_consistency.certificates.record import PROVENANCE
 from rs_consistency.certificates.selection import Selection, parse_shard
-from rs_consistency.certificates.source import Classifier, names_sigma
+from rs_consistency.certificates.source import Source, plan
 from rs_consistency.certificates.write import CertificateFile, check_answers
-from rs_consistency.cli.common import Parser, fail, program_words, run_main, run_program, whole
+from rs_consistency.cli.common import Parser, fail, program_words, run_main, run_program, user_path, whole
 from rs_consistency.cli.config_file import split
+from rs_consistency.cli.train import parse
 from rs_consistency.common.checks import one_of, whole_number
 from rs_consistency.common.errors import EXIT_NOT_FINISHED, EXIT_NOT_REPRODUCED, UserError, note
+from rs_consistency.common.progress import progress_bar
 from rs_consistency.devices import parallel
 from rs_consistency.devices.host import keep_compiled, keep_memory, use_cores
 from rs_consistency.models import DTYPES
 from rs_consistency.models.torch_checkpoints import INPUT_LAYERS
 from rs_consistency.statistics.bounds import ALPHA, BOUNDS, N0, N
-from rs_consistency.training.runs import finished_step
+from rs_consistency.training.config import validate
+from rs_consistency.training.runs import finished_step, read_config
 
-_SECONDS_BETWEEN_LINES = 30  # of the progress, where stderr is a file
-
-
-# Kept out of argparse, so that it is known what the user named.
+# Not argparse's defaults: --verify must know which settings the user named.
 _DEFAULTS = {"n": N, "alpha": ALPHA, "skip": 1, "split": "test", "seed": 0}
 _KEPT_IN_THE_RECORD = ("sigma", "n0", "bound", "radius", "dtype", *_DEFAULTS)
 
+# Beyond the parser's groups: flags that exclude each other, and flags that need another one, with how to write it.
+_EXCLUSIVE = (
+    *(("merge", other) for other in ("verify", "dry_run", "finished")),
+    *(("finished", other) for other in ("verify", "torch_checkpoint")),
+    *(("workdir", other) for other in ("config", "torch_input")),
+)
+_NEEDED = (
+    ("merge", "output", "--output=FILE.tsv"),
+    ("verify_seed", "verify", "--verify=K"),
+    ("torch_checkpoint", "config_file", "--config=FILE, such as configs/cifar10.py: model and dataset"),
+    ("torch_checkpoint", "sigma", "--sigma=NUMBER, or the cell: --config=FILE:method=NAME,sigma=NUMBER"),
+    ("torch_checkpoint", "output", "--output=FILE.tsv"),
+)
+
 
 def _parser() -> Parser:
-    parser = Parser(prog=program_words("certify")[-1], description=__doc__)
-    add = parser.add_argument
-    add("--workdir", type=Path, help="folder of a run of train.py")
-    add(
-        "--torch_checkpoint",
-        type=Path,
-        metavar="FILE",
-        help="instead of a run: a checkpoint of the published PyTorch code; needs --config=FILE, sigma and --output",
+    parser = Parser(
+        prog=program_words("certify")[-1],
+        usage="%(prog)s (--workdir=FOLDER | --torch_checkpoint=FILE --config=FILE | --merge FILE ...) [FLAG ...]",
+        description=__doc__,
     )
-    add("--torch_input", help=f"layer in front of its model: {', '.join(INPUT_LAYERS)} (default: normalize)")
+    file, folder = {"type": user_path, "metavar": "FILE"}, {"metavar": "FOLDER"}
+    about = "one of: a run; a checkpoint, with --config=FILE and --config.KEY=VALUE as for train.py; files of shards"
+    group = parser.add_argument_group("source", about)
+    add = group.add_mutually_exclusive_group(required=True).add_argument
+    add("--workdir", type=user_path, **folder, help="a run of train.py")
+    add("--torch_checkpoint", **file, help="a checkpoint of the published PyTorch code; needs sigma and --output")
+    add("--merge", nargs="+", **file, help="put the files of all shards together, into --output")
+    add = group.add_argument
+    layers = f"{', '.join(INPUT_LAYERS)} (default: normalize)"
+    add("--torch_input", metavar="LAYER", help=f"layer in front of a checkpoint's model: {layers}")
+    add("--dtype", help=f"type that the model computes in: {', '.join(DTYPES)} (default: as in training)")
+
+    add = parser.add_argument_group("question").add_argument
     add("--mode", default=CERTIFY.name, help=f"{', '.join(SCHEMAS)} (default: %(default)s)")
-    add("--radius", type=float, help="of --mode=decide")
-    add("--bound", help=f"of --mode=certify: {', '.join(BOUNDS)} (default: {BOUNDS[0]})")
-    add("--n0", type=whole, help=f"votes that choose the class (default: {N0})")
-    add("--n", type=whole, help=f"further votes, in mode decide at most so many (default: {N})")
+    add("--sigma", type=float, help="standard deviation of the noise (default: as in training)")
+    add("--n0", type=whole, help=f"votes that select the class (default: {N0})")
+    add("--n", type=whole, help=f"further votes; in mode decide at most so many (default: {N})")
     add("--alpha", type=float, help=f"error probability of a certificate (default: {ALPHA})")
-    add("--sigma", type=float, help="standard deviation of the noise (default: the one used in training)")
-    add("--dtype", help=f"what the model computes in: {', '.join(DTYPES)} (default: as in training)")
-    add("--skip", type=whole, help="certify every SKIP-th image (default: 1)")
-    add("--max", type=whole, help="certify at most so many images (default: all)")
-    add("--shard", help="I/K: only share I of K of these images")
+    add("--bound", help=f"of --mode=certify: {', '.join(BOUNDS)} (default: {BOUNDS[0]})")
+    add("--radius", type=float, help="of --mode=decide")
+    add("--seed", type=whole, help="seed of the noise (default: 0)")
+
+    add = parser.add_argument_group("images").add_argument
     add("--split", help="train or test (default: test)")
-    add("--seed", type=whole, help="of the noise (default: 0)")
-    add(
-        "--finished",
-        action="store_true",
-        help=f"only with the training's last checkpoint; status {EXIT_NOT_FINISHED} where that is missing or damaged",
-    )
-    add("--batch_size", type=whole, help="noisy images at a time; no effect on the votes (default: by device)")
-    add(
-        "--num_devices",
-        type=whole,
-        default=0,
-        help="devices that share the work; no effect on the votes (default: all)",
-    )
-    add("--data_dir", default="", help="folder of the prepared dataset (default: as in training)")
-    add("--cache_dir", default="", help="folder of decoded images (default: as in training)")
-    add("--output", type=Path, help="the file to write, or to verify (default: by mode and shard, in the workdir)")
-    add(
-        "--dry_run",
-        action="store_true",
-        help="print plan, shapes, parameters, memory and a measured estimate of the time; write nothing but caches",
-    )
-    add("--verify", type=whole, metavar="K", help="draw K random lines of the file again, with the settings it names")
-    add("--verify_seed", type=whole, help="which lines (default: nobody can know)")
-    add("--merge", nargs="+", type=Path, metavar="FILE", help="put the files of all shards together, into --output")
+    add("--skip", type=whole, help="every SKIP-th image (default: 1)")
+    add("--max", type=whole, help="at most so many images (default: all)")
+    add("--shard", metavar="I/K", help="only share I of K of these images")
+    add("--data_dir", default="", **folder, help="folder of the prepared dataset (default: as in training)")
+    add("--cache_dir", default="", **folder, help="folder of decoded images (default: as in training)")
+
+    group = parser.add_argument_group("operation")
+    add, add_exclusive = group.add_argument, group.add_mutually_exclusive_group().add_argument
+    add("--output", **file, help="file to write, or to verify (default: by mode and shard, in the workdir)")
+    status = f"status {EXIT_NOT_FINISHED} where it is missing or damaged"
+    add("--finished", action="store_true", help=f"only with the training's last checkpoint; {status}")
+    plan_lines = "plan, shapes, parameters, memory and a measured estimate of the time"
+    add_exclusive("--dry_run", action="store_true", help=f"print {plan_lines}; write nothing but caches")
+    again = "draw K random lines of the file again, with the settings it names"
+    add_exclusive("--verify", type=whole, metavar="K", help=again)
+    add("--verify_seed", type=whole, metavar="SEED", help="seed of the choice of lines (default: nobody can know)")
+
+    add = parser.add_argument_group("machine, without effect on the votes").add_argument
+    add("--batch_size", type=whole, help="noisy images at a time (default: by device)")
+    add("--num_devices", type=whole, default=0, help="devices that share the work (default: all)")
     return parser
 
 
 def _main(argv: Sequence[str] | None) -> None:
-    named = sys.argv[1:] if argv is None else list(argv)
-    config, others = split(named)  # a configuration is named as for train.py: --config=FILE:CELL --config.KEY=VALUE
+    words = sys.argv[1:] if argv is None else list(argv)
+    config, others = split(words)
     args = _parser().parse_args(others)
     args.config = config
-    args.command = shlex.join([*program_words("certify"), *named])
+    args.command = shlex.join([*program_words("certify"), *words])
+    _check_flags(args)
     if args.merge:
-        if args.dry_run:
-            raise UserError("dry_run says what certifying would take, and merging takes seconds; leave out one")
-        if args.output is None:
-            raise UserError("merge needs the file to write: add --output=FILE.tsv")
-        output = args.output.expanduser()
-        done = merge([path.expanduser() for path in args.merge], output)
-        print(f"{output}: {done.images} images of {len(args.merge)} shards\nnext: {_analyze(output)}")
+        done = merge(args.merge, args.output)
+        print(f"{args.output}: {done.images} images of {len(args.merge)} shards\nnext: {_analyze(args.output)}")
         return
-    _check_source(args)
-    if args.verify_seed is not None and args.verify is None:
-        raise UserError(f"verify_seed={args.verify_seed} chooses what is verified; add --verify=K")
     keep_compiled()
     use_cores()
     keep_memory()
-    if args.finished and args.verify is not None:
-        raise UserError("finished is for new lines, and verify draws some of a file again; leave out one")
-    if args.verify is not None and args.dry_run:
-        raise UserError("dry_run says what answering would take; leave out --verify, or --dry_run")
     if args.verify is not None:
         _verify(args)
     else:
         _answer_all(args)
 
 
-def _check_source(args: Any) -> None:
-    """Either a run, or a PyTorch checkpoint with all that it does not say."""
-    if args.torch_checkpoint is None:
-        if args.workdir is None:
-            raise UserError(
-                "workdir is missing: add --workdir=FOLDER of a run of train.py, --torch_checkpoint=FILE, or --merge"
-            )
-        if args.config:
-            raise UserError(f"{args.config[0].lstrip('-')}: a run has its own configuration; leave it out")
-        if args.torch_input is not None:
-            raise UserError(f"torch_input={args.torch_input} is of --torch_checkpoint; leave it out")
-        return
-    if args.finished:
-        raise UserError("finished is about the training of a --workdir; leave it out")
+def _check_flags(args: Any) -> None:
+    """Raise a `UserError` for flags that exclude each other, or that need another one."""
+    given = {name for name, value in vars(args).items() if not (value is None or value is False or value == [])}
+    if any(word.startswith("--config=") for word in args.config):
+        given.add("config_file")
+    if args.verify is not None or _names_sigma(args.config):
+        given.add("sigma")
+    for flag, other in _EXCLUSIVE:
+        if {flag, other} <= given:
+            raise UserError(f"--{flag} and --{other} exclude each other; leave out one of them")
+    for flag, other, remedy in _NEEDED:
+        if flag in given and other not in given:
+            raise UserError(f"--{flag} needs another flag; add {remedy}")
+
+
+def _names_sigma(config: Sequence[str]) -> bool:
+    """Return whether the words of a configuration name sigma: by a cell, or by its key."""
+    words = [word.partition("=") for word in config]
+    cells = [value.partition(":")[2] for name, _, value in words if name == "--config"]
+    return any(name == "--config.sigma" for name, _, _ in words) or any("sigma=" in cell for cell in cells)
+
+
+def _read_config(args: Any, dtype: str | None) -> ConfigDict:
+    """Return the configuration of the run, or the one named beside a PyTorch checkpoint, with a dtype if not None."""
     if args.workdir is not None:
-        raise UserError(f"torch_checkpoint={args.torch_checkpoint} and workdir={args.workdir}: give one of them")
-    if not any(word.startswith("--config=") for word in args.config):
-        raise UserError("torch_checkpoint needs --config=FILE, such as configs/cifar10.py: model and dataset")
-    if args.sigma is None and args.verify is None and not names_sigma(args.config):
-        raise UserError(
-            "torch_checkpoint does not say which noise it was trained for; add --sigma=NUMBER, or the cell:"
-            " --config=FILE:method=NAME,sigma=NUMBER"
-        )
-    if args.output is None:
-        raise UserError("torch_checkpoint needs the file to write: add --output=FILE.tsv")
+        config = read_config(args.workdir)
+    else:
+        config = parse(args.config).config
+        config.method = "gaussian"  # the training does not matter here, nor does a key that another method would need
+        validate(config, num_devices=1)
+        if args.torch_input is not None:
+            one_of("torch_input", args.torch_input, INPUT_LAYERS)
+    if dtype is not None:
+        one_of("dtype", dtype, DTYPES)
+        config.dtype = dtype
+    return config
+
+
+def _read_source(args: Any, config: ConfigDict, images: str, devices: Sequence[jax.Device]) -> Source:
+    """Read checkpoint and images, after all settings were checked."""
+    places = {"split": images, "devices": devices, "data_dir": args.data_dir, "cache_dir": args.cache_dir}
+    if args.workdir is not None:
+        return Source.from_run(args.workdir, dtype=config.dtype, **places)
+    return Source.from_torch(args.torch_checkpoint, config, input_layer=args.torch_input or "normalize", **places)
 
 
 def _answer_all(args: Any) -> None:
+    """Ask the question about every image that the file does not hold yet; with --dry_run, print the plan."""
     for name, value in _DEFAULTS.items():
         if getattr(args, name) is None:
             setattr(args, name, value)
-    classifier = Classifier(args, split=args.split)
-    config = classifier.config
-    question = make_question(
-        args.mode,
-        sigma=config.sigma if args.sigma is None else args.sigma,
-        n0=args.n0,
-        n=args.n,
-        alpha=args.alpha,
-        seed=args.seed,
-        bound=args.bound,
-        radius=args.radius,
-        batch_size=args.batch_size,
-        info=classifier.info,
-        platform=classifier.platform,
-    )
+    config, devices = _read_config(args, args.dtype), parallel.choose_devices(args.num_devices)
+    settings = {name: getattr(args, name) for name in ("n0", "n", "alpha", "seed", "bound", "radius", "batch_size")}
+    settings["sigma"] = config.sigma if args.sigma is None else args.sigma
+    info = data.dataset_info(config.dataset.name)
+    question = make_question(args.mode, **settings, info=info, platform=devices[0].platform)
     skip = whole_number("skip", args.skip, at_least=1)
     most = None if args.max is None else whole_number("max", args.max, at_least=1)
     shard = None if args.shard is None else parse_shard(args.shard)
-    classifier.read()
-    last_step = finished_step(classifier.workdir, config) if classifier.workdir else None
-    unfinished = last_step is not None and classifier.step < last_step
-    if args.finished and (unfinished or last_step is None):
-        fail(
-            f"workdir={classifier.workdir}: the newest checkpoint that can be read is of step {classifier.step} of"
-            f" {last_step or 'a number not known'}; train.py goes on from there, or leave out --finished",
-            status=EXIT_NOT_FINISHED,
-        )
-    if unfinished:
-        note(
-            f"the training is not finished: step {classifier.step} of {last_step}; another checkpoint needs another"
-            " --output"
-        )
-    selection = Selection(len(classifier.split), skip, most, shard)
+    source = _read_source(args, config, args.split, devices)
+    if args.workdir is not None:
+        _check_finished(args, source)
+    selection = Selection(len(source.split), skip, most, shard)
     output = _output(args, question.schema.name)
-    identity = {**question.identity(), **classifier.binding}
+    identity = {**question.identity(), **source.binding}
     if args.dry_run:
         answered = check_answers(output, schema=question.schema, identity=identity, selection=selection)
-        print(classifier.plan(question, selection, output, answered=answered))
+        print(plan(source, question, selection, output, answered=answered))
         return
     file = CertificateFile(
         output,
         schema=question.schema,
         identity=identity,
-        about={**classifier.about(question.votes.sigma), "command": args.command},
+        about={**source.about(question.votes.sigma), "command": args.command},
         selection=selection,
     )
-    print(f"devices: {parallel.describe(classifier.devices)}", flush=True)
+    print(f"devices: {parallel.describe(devices)}", flush=True)
     try:
-        _fill(file, classifier.answers(question, file.remaining))
+        _fill(file, source.answers(question, file.remaining))
         file.finish()
     finally:
         file.close()
     print(_summary(file, question))
 
 
+def _check_finished(args: Any, source: Source) -> None:
+    """End the program with --finished, or print a note, where the checkpoint is not the last of the training."""
+    last_step = finished_step(args.workdir, source.config)
+    unfinished = last_step is not None and source.step < last_step
+    if args.finished and (unfinished or last_step is None):
+        fail(
+            f"workdir={args.workdir}: the newest checkpoint that can be read is of step {source.step} of"
+            f" {last_step or 'a number not known'}; train.py goes on from there, or leave out --finished",
+            status=EXIT_NOT_FINISHED,
+        )
+    if unfinished:
+        note(
+            f"the training is not finished: step {source.step} of {last_step}; another checkpoint needs another"
+            " --output"
+        )
+
+
 def _fill(file: CertificateFile, answers: Iterator[list[Row]]) -> None:
-    """Adds the images that the file does not hold yet, as their answers come."""
-    done_before, remaining = file.progress.images, len(file.remaining)
-    if done_before:
-        note(f"{file.path} holds {done_before} images already")
-    bar = tqdm(
-        total=done_before + remaining,
-        initial=done_before,
-        desc="certifying",
-        unit="img",
-        mininterval=0.5 if sys.stderr.isatty() else _SECONDS_BETWEEN_LINES,
-    )
-    with bar:
+    """Append the rows to the file as they come."""
+    done = file.progress.images
+    if done:
+        note(f"{file.path} holds {done} images already")
+    with progress_bar("certifying", done + len(file.remaining), initial=done) as bar:
         for rows in answers:
             file.append(rows)
             if file.schema is CERTIFY:
@@ -258,28 +275,27 @@ def _summary(file: CertificateFile, question: Question) -> str:
 
 
 def _verify(args: Any) -> None:
-    """Draws some lines of a file again, with the settings of its record."""
+    """Draw lines of a file again, with the settings of its record, and print the report."""
     table = read_table(_output(args, args.mode))
+    recorded = table.record.identity
     for name in _KEPT_IN_THE_RECORD:
         named = getattr(args, name)
-        if named is not None and named != table.record.get(name):
+        if named is not None and named != recorded.get(name):
             raise UserError(
                 f"{name}={named}: verify takes the settings that the file names ({name}:"
-                f" {table.record.get(name)}); leave it out"
+                f" {recorded.get(name)}); leave it out"
             )
     chosen = audit.choose_lines(table, args.verify, args.verify_seed)
-    classifier = Classifier(args, split=table.record.get("split", "test"))
-    if table.record.get("dtype") in DTYPES:
-        classifier.config.dtype = table.record["dtype"]
-    question = question_of_record(
-        table.record, info=classifier.info, platform=classifier.platform, batch_size=args.batch_size
-    )
-    classifier.read()
-    audit.check_binding(table, classifier.binding)
-    here = {key: value for key, value in classifier.about(question.votes.sigma).items() if key in PROVENANCE}
+    dtype = recorded.get("dtype")
+    config, devices = _read_config(args, dtype if dtype in DTYPES else None), parallel.choose_devices(args.num_devices)
+    info = data.dataset_info(config.dataset.name)
+    question = question_of_record(recorded, info=info, platform=devices[0].platform, batch_size=args.batch_size)
+    source = _read_source(args, config, recorded.get("split", "test"), devices)
+    audit.check_binding(table, source.binding)
+    here = {key: value for key, value in source.about(question.votes.sigma).items() if key in PROVENANCE}
     redrawn: list[Row] = []
-    with tqdm(total=len(chosen), desc="drawing again", unit="img") as bar:
-        for rows in classifier.answers(question, chosen):
+    with progress_bar("drawing again", len(chosen)) as bar:
+        for rows in source.answers(question, chosen):
             redrawn += rows
             bar.update(len(rows))
     report = audit.compare(table, redrawn, here)
@@ -290,10 +306,10 @@ def _verify(args: Any) -> None:
 
 def _output(args: Any, mode: str) -> Path:
     if args.output is not None:
-        return args.output.expanduser()
+        return args.output
     one_of("mode", mode, FILES)
     shard = "" if args.shard is None else parse_shard(args.shard).suffix
-    return args.workdir.expanduser() / f"{FILES[mode]}{shard}.tsv"
+    return args.workdir / f"{FILES[mode]}{shard}.tsv"
 
 
 def _analyze(path: Path) -> str:
@@ -301,10 +317,10 @@ def _analyze(path: Path) -> str:
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    """The command."""
+    """Run the command."""
     run_main(_main, argv)
 
 
 def run() -> None:
-    """The command, as all that its process does."""
+    """Run the command as the only work of its process."""
     run_program(main)

@@ -1,4 +1,4 @@
-"""What the command-line programs share: how they start, and how they fail."""
+"""The shared part of the command-line programs: arguments, start, and errors."""
 
 import argparse
 import errno
@@ -16,7 +16,7 @@ from rs_consistency.common.errors import EXIT_BROKEN_PIPE, EXIT_INTERRUPTED, EXI
 
 
 def run_main(main: Callable[[Sequence[str] | None], None], argv: Sequence[str] | None) -> None:
-    """Runs a program; a user's mistake and a failing disk end it with one line and a non-zero status."""
+    """Run a program; a user's mistake or a failing disk ends it with one line and a non-zero status."""
     quiet_libraries()
     try:
         main(argv)
@@ -45,8 +45,8 @@ def run_main(main: Callable[[Sequence[str] | None], None], argv: Sequence[str] |
 
 
 def _memory_is_full(error: Exception) -> bool:
-    """Of this machine, or of a device of JAX, which is slow to import: not every program does."""
-    jax = sys.modules.get("jax")
+    """Return whether an error says that the memory of this machine, or of a device of JAX, is full."""
+    jax = sys.modules.get("jax")  # slow to import, and not every program needs it
     of_device = jax is not None and isinstance(error, jax.errors.JaxRuntimeError)
     return isinstance(error, MemoryError) or (
         of_device and re.search("RESOURCE_EXHAUSTED|[Oo]ut of memory", str(error)) is not None
@@ -54,12 +54,12 @@ def _memory_is_full(error: Exception) -> bool:
 
 
 def run_program(main: Callable[[], None]) -> None:
-    """Runs a program's main function as all that this process does."""
+    """Run a program's main function as the only work of this process."""
     try:
         main()
     except SystemExit as stop:
         if stop.code == EXIT_INTERRUPTED:
-            # At once: what XLA's threads still compute while the interpreter ends is a segmentation fault now and then.
+            # At once: XLA's threads still compute, and while the interpreter ends that can be a segmentation fault.
             sys.stdout.flush()
             sys.stderr.flush()
             os._exit(EXIT_INTERRUPTED)
@@ -67,24 +67,25 @@ def run_program(main: Callable[[], None]) -> None:
 
 
 class Parser(argparse.ArgumentParser):
-    """A parser whose errors are one line, like all others."""
+    """A parser whose errors are one line."""
 
     def __init__(self, **settings: Any) -> None:
         super().__init__(formatter_class=argparse.RawDescriptionHelpFormatter, **settings)
 
     def error(self, message: str) -> NoReturn:
-        """Prints one line and exits."""
-        fail(f"{message}; {self.prog} --help tells more")
+        """Print one line with the remedy, and exit."""
+        remedy = "give one of them" if "not allowed with argument" in message else f"{self.prog} --help tells more"
+        fail(f"{message}; {remedy}")
 
 
 def program_words(name: str) -> list[str]:
-    """How a user would start one of the programs, from the way that this one was: `rs-NAME`, or `python NAME.py`."""
+    """Return the words that start a program, as this one was started: `rs-NAME`, or `python NAME.py`."""
     installed = Path(sys.argv[0]).name.startswith("rs-")
     return [f"rs-{name}"] if installed else ["python", f"{name}.py"]
 
 
 def whole(text: str) -> int:
-    """The whole number in a text such as `100000` or `1e5`; for `type=` of an argument."""
+    """Return the whole number in a text such as `100000` or `1e5`; for `type=` of an argument."""
     number = float(text)
     if not number.is_integer():
         raise ValueError
@@ -94,16 +95,21 @@ def whole(text: str) -> int:
 whole.__name__ = "whole number"  # argparse says "invalid whole number value"
 
 
+def user_path(text: str) -> Path:
+    """Return a path, with `~` for the home folder; for `type=` of an argument."""
+    return Path(text).expanduser()
+
+
 def fail(message: str, *, status: int = EXIT_USER_ERROR) -> NoReturn:
-    """Prints one line and exits."""
+    """Print one line and exit."""
     print(f"error: {' '.join(message.split())}", file=sys.stderr, flush=True)
     raise SystemExit(status)
 
 
 def quiet_libraries() -> None:
-    """Silences what libraries log beside the programs' own lines.
+    """Silence the libraries, which log beside the programs' own lines.
 
-    Orbax and TFDS log every step, and errors that the programs tell in one line; JAX warns of absent accelerators.
+    Orbax and TFDS log every step, and errors that the programs print in one line. JAX warns of absent accelerators.
     """
     absl_logging.set_verbosity(absl_logging.FATAL)
     absl_logging.set_stderrthreshold("fatal")
@@ -119,7 +125,7 @@ _others: list[Callable[["sys.UnraisableHookArgs"], object]] = []
 
 
 def _unraisable(unraisable: "sys.UnraisableHookArgs") -> None:
-    """Leaves out what Orbax's unfinished reads and writes say when one of them failed; the failure itself is raised."""
+    """Hide the errors of Orbax's unfinished reads and writes after one of them failed; the failure itself is raised."""
     code = getattr(unraisable.object, "cr_code", None)  # of a coroutine
     of_orbax = code is not None and "orbax" in code.co_filename
     if not of_orbax and "Event loop is closed" not in str(unraisable.exc_value):

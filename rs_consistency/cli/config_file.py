@@ -1,7 +1,8 @@
-"""The configuration file of a command line: found, and with the `configs` package that it imports from."""
+"""The configuration file of a command line, and the `configs` package that it imports from."""
 
 import importlib.util
 import sys
+from collections import deque
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -10,56 +11,47 @@ _OWN = Path(__file__).resolve().parents[2] / PACKAGE  # of a clone, and of an in
 
 
 def is_config(word: str) -> bool:
-    """Whether a word of a command line belongs to the configuration: `--config`, `--config=FILE`, `--config.KEY`."""
+    """Return whether a word belongs to the configuration: `--config`, `--config=FILE`, `--config.KEY`."""
     name = word.partition("=")[0]
     return name.startswith("-") and (name.lstrip("-") == "config" or name.lstrip("-").startswith("config."))
 
 
 def split(argv: Sequence[str]) -> tuple[list[str], list[str]]:
-    """The words of a command line that name the configuration, and the others.
+    """Return the words of a command line that name the configuration, and the other words.
 
-    A value may follow its flag after a space, as in train.py; the configuration's words come back with `=`.
+    A value may follow its flag after a space, as in train.py. The configuration's words come back with `=`.
     """
     chosen: list[str] = []
     others: list[str] = []
-    words = iter(argv)
-    for word in words:
+    words = deque(argv)
+    while words:
+        word = words.popleft()
         if not is_config(word):
             others.append(word)
             continue
-        if "=" not in word:
-            value = next(words, None)
-            if value is not None and not value.startswith("--"):
-                word = f"{word}={value}"
-            elif value is not None:
-                others.append(value)
+        if "=" not in word and words and not words[0].startswith("--"):
+            word = f"{word}={words.popleft()}"
         chosen.append(f"--{word.lstrip('-')}")
     return chosen, others
 
 
 def resolve(argv: Sequence[str]) -> list[str]:
-    """A command line whose configuration file can be loaded, wherever the program was started.
+    """Return a command line whose configuration file can be loaded from any folder.
 
-    The programs' folder is not searched for modules when they are installed commands, and a file such as
-    `configs/mnist.py` is not in the current folder then. So `from configs import ...` in a configuration file finds the
-    files beside it, if their folder is named `configs`, and then the project's; and `configs/NAME.py` that is not here
-    is the project's.
+    Installed commands are started anywhere, without the project's folder among the modules. So `configs/NAME.py` that
+    is not in the current folder becomes the project's file. And `from configs import ...` in a configuration file finds
+    the files beside it, if their folder is named `configs`, and then the project's.
     """
-    found: list[str] = []
-    take_next = False
-    for word in argv:
+    chosen, others = split(argv)
+    for number, word in enumerate(chosen):
         name, _, value = word.partition("=")
-        if take_next:
-            word = _resolved(word)
-        elif is_config(word) and name.lstrip("-") == "config" and value:
-            word = f"{name}={_resolved(value)}"
-        take_next = is_config(word) and word.lstrip("-") == "config"
-        found.append(word)
-    return found
+        if name == "--config" and value:
+            chosen[number] = f"--config={_resolved(value)}"
+    return [*others, *chosen]
 
 
 def _resolved(value: str) -> str:
-    """FILE or FILE:CELL, where FILE is there; with its package made importable."""
+    """Return FILE or FILE:CELL with the path of an existing file, whose package is then importable."""
     name, colon, cell = value.partition(":")
     path = Path(name)
     if not path.exists() and not path.is_absolute() and path.parts[:-1] == (PACKAGE,) and (_OWN / path.name).is_file():
@@ -70,7 +62,7 @@ def _resolved(value: str) -> str:
 
 
 def _make_importable(folder: Path) -> None:
-    """Lets `from configs import ...` find the modules of a folder of that name, and the project's."""
+    """Let `from configs import ...` find the modules of a folder of that name, and the project's."""
     places = [folder, _OWN] if folder.name == PACKAGE else [_OWN]
     places = [str(place) for place in dict.fromkeys(places) if place.is_dir()]
     package = sys.modules.get(PACKAGE)

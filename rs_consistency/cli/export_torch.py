@@ -1,4 +1,4 @@
-"""Writes a run as a checkpoint that the published PyTorch code loads.
+"""Writes a run's network as a checkpoint that the published PyTorch code loads.
 
     python -m rs_consistency.cli.export_torch --workdir=runs/mnist --output=checkpoint.pth.tar
 
@@ -6,11 +6,10 @@ Installed, the program is rs-export-torch. Needs PyTorch: pip install 'rs-consis
 """
 
 from collections.abc import Sequence
-from pathlib import Path
 
 import jax
 
-from rs_consistency.cli.common import Parser, run_main, run_program
+from rs_consistency.cli.common import Parser, run_main, run_program, user_path
 from rs_consistency.common.errors import UserError
 from rs_consistency.common.files import read_json
 from rs_consistency.models.torch_checkpoints import export_torch
@@ -21,10 +20,11 @@ from rs_consistency.training.runs import DATA_FILE
 
 def _main(argv: Sequence[str] | None) -> None:
     parser = Parser(prog="rs-export-torch", description=__doc__)
-    parser.add_argument("--workdir", type=Path, required=True, help="folder of a run of train.py")
-    parser.add_argument("--output", type=Path, required=True, help="the file to write, such as checkpoint.pth.tar")
+    add = parser.add_argument
+    add("--workdir", type=user_path, required=True, help="folder of a run of train.py")
+    add("--output", type=user_path, required=True, help="the file to write, such as checkpoint.pth.tar")
     args = parser.parse_args(argv)
-    workdir, output = args.workdir.expanduser(), args.output.expanduser()
+    workdir, output = args.workdir, args.output
     if not output.parent.is_dir():
         raise UserError(f"output={output}: its folder does not exist; create it, or choose another --output")
     run = runs.restore(workdir, jax.local_devices()[:1])
@@ -35,12 +35,12 @@ def _main(argv: Sequence[str] | None) -> None:
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    """The command."""
+    """Run the command."""
     run_main(_main, argv)
 
 
 def run() -> None:
-    """The command, as all that its process does."""
+    """Run the command as the only work of its process."""
     run_program(main)
 
 

@@ -1,9 +1,9 @@
-"""Downloads a dataset and prepares it as array_record, which is then read without TensorFlow.
+"""Downloads a dataset and prepares it as array_record, which the programs read without TensorFlow.
 
     python -m rs_consistency.data.prepare mnist [--data_dir=DIR] [--manual_dir=DIR]
 
-This step alone needs TensorFlow (`pip install tensorflow-cpu`) and, unless the original files lie in `--manual_dir`,
-a network.
+Only this step needs TensorFlow (`pip install tensorflow-cpu`). It needs a network, unless the original files are in
+`--manual_dir`.
 """
 
 from collections.abc import Sequence
@@ -15,14 +15,14 @@ from rs_consistency.data.prepare import ORIGINALS, prepare
 def _main(argv: Sequence[str] | None) -> None:
     parser = Parser(prog="python -m rs_consistency.data.prepare", description=__doc__)
     parser.add_argument("name", help=", ".join(ORIGINALS))
-    parser.add_argument("--data_dir", default="", help="where to (default: $TFDS_DATA_DIR or TFDS's own)")
+    parser.add_argument("--data_dir", default="", help="folder to write to (default: $TFDS_DATA_DIR or TFDS's own)")
     parser.add_argument("--manual_dir", default="", help="a folder with the original files, instead of a download")
     args = parser.parse_args(argv)
     print(f"prepared {prepare(args.name, data_dir=args.data_dir, manual_dir=args.manual_dir)}")
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    """The command."""
+    """Run the command."""
     run_main(_main, argv)
 
 

@@ -154,7 +154,7 @@ def _value(text: str) -> Any:
 
 
 def _jobs(wanted: int | None, cells: int) -> int:
-    """Runs at a time, on a CPU."""
+    """Return the number of runs at a time on a CPU."""
     if wanted is not None:
         return whole_number("jobs", wanted, at_least=1, at_most=1024)
     from rs_consistency.devices.host import available_cores  # JAX is slow to import
@@ -163,14 +163,14 @@ def _jobs(wanted: int | None, cells: int) -> int:
 
 
 def _root() -> Path:
-    """The folder with `configs/`."""
+    """Return the folder of `configs/`."""
     import configs
 
     return Path(configs.__path__[0]).parent
 
 
 def _plan(cells: Sequence[Cell], states: dict[str, Any], runner: Any, jobs: int) -> str:
-    """A line for each cell, and the time of all together."""
+    """Return a line for each cell, and the time of all cells together."""
     lines = []
     width = max(len(cell.name) for cell in cells)
     for cell in cells:
@@ -196,10 +196,10 @@ def _render(table: str, results: Path) -> None:
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    """The command."""
+    """Run the command."""
     run_main(_main, argv)
 
 
 def run() -> None:
-    """The command, as all that its process does."""
+    """Run the command as all that its process does."""
     run_program(main)

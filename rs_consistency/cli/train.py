@@ -31,7 +31,7 @@ def _main(argv: Sequence[str] | None) -> None:
         raise UserError(f"--workdir is missing: {_example()}")
     if values.dry_run and values.profile is not None:
         raise UserError(f"profile={values.profile} writes a trace, and dry_run is to write nothing; leave out one")
-    # After the flags, so that a mistake in them is told at once.
+    # Imported after the flags are parsed, so that a mistake in them is reported at once.
     from rs_consistency.training.dry_run import plan
     from rs_consistency.training.loop import train
     from rs_consistency.training.profiling import profile
@@ -41,24 +41,24 @@ def _main(argv: Sequence[str] | None) -> None:
     if values.dry_run:
         print(plan(values.config, workdir).text)
     elif values.profile is not None:
-        print(profile(values.config, workdir, num_steps=values.profile).text(values.config))
+        print(profile(values.config, workdir, num_steps=values.profile))
     else:
         train(values.config, workdir)
 
 
 def set_up(config: ConfigDict) -> None:
-    """Gets the CPU ready for training, before JAX's first computation; of no effect on accelerators."""
+    """Set up the CPU for training, before JAX's first computation; without effect on accelerators."""
     from rs_consistency.devices.host import CPU_DEVICES, keep_memory, use_cores
     from rs_consistency.training.config import validate
 
-    with contextlib.suppress(UserError):  # of a step that two cannot share equally; all else is told by the training
+    with contextlib.suppress(UserError):  # two devices cannot share the step equally; `train` reports other errors
         validate(config, num_devices=CPU_DEVICES)
         use_cores()
     keep_memory()
 
 
 def parse(argv: Sequence[str]) -> flags.FlagValues:
-    """The flags of a command line; a `UserError` for a mistake in them."""
+    """Return the flags of a command line; raise a `UserError` for a mistake in them."""
     if not any(arg.lstrip("-").split("=")[0] in ("config", "help", "h") for arg in argv):
         raise UserError(f"--config is missing: {_example()}")
     argv = resolve(argv)
@@ -81,7 +81,7 @@ def parse(argv: Sequence[str]) -> flags.FlagValues:
     flags.DEFINE_integer(
         "profile",
         None,
-        "Trace so many steps for TensorBoard, print which operations took longest, and train nothing.",
+        "Trace so many steps for TensorBoard and xprof, print the time of a step, and train nothing.",
         flag_values=values,
     )
     flags.DEFINE_bool("help", False, "Show this text.", short_name="h", flag_values=values)
@@ -97,7 +97,7 @@ def parse(argv: Sequence[str]) -> flags.FlagValues:
 
 
 def _explain(error: Exception) -> UserError:
-    """One line from what absl and ml_collections raise; they hand on a config file's error as a traceback's text."""
+    """Return an error of absl or ml_collections as one line; an error in a config file is a traceback's text there."""
     if isinstance(error, AttributeError | KeyError):
         key = str(error.args[0]).replace("\\n", " ").replace("\\", "").replace("'", "").strip('"')
         return UserError(f"--config has no such key: {key}; configs/default.py names every key")
@@ -111,10 +111,10 @@ def _explain(error: Exception) -> UserError:
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    """The command."""
+    """Run the command."""
     run_main(_main, sys.argv[1:] if argv is None else argv)
 
 
 def run() -> None:
-    """The command, as all that its process does."""
+    """Run the command as the only work of its process."""
     run_program(main)

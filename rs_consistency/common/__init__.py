@@ -1,1 +1,1 @@
-"""What every other package uses: errors, checks, files, progress. No JAX."""
+"""Errors, checks, files, progress bars: used by all other packages. No JAX."""

@@ -1,4 +1,4 @@
-"""Checks of settings, single ones and arrays; each raises a `UserError` with the name, the value and the remedy."""
+"""Checks of settings, numbers and arrays. Each raises a `UserError` with the name, the value and the remedy."""
 
 import math
 import numbers
@@ -9,15 +9,15 @@ from numpy.typing import ArrayLike
 
 from rs_consistency.common.errors import UserError
 
-MOST = 10**9  # of anything that is counted: what int32 on the devices can add up
-LARGEST = 1e6  # of weights, distances and the like: sums of their products stay finite in float32
-MAX_SEED = 2**32 - 1  # of every random stream
-MAX_INDEX = 2**31 - 1  # of an image, which addresses its noise: int32 on the devices
+MOST = 10**9  # largest count: sums on the devices are int32
+LARGEST = 1e6  # largest weight or distance: sums of their products stay finite in float32
+MAX_SEED = 2**32 - 1  # for every random stream
+MAX_INDEX = 2**31 - 1  # largest number of an image, which addresses its noise: int32 on the devices
 SMALLEST_PROBABILITY = 1e-100  # below it the quantile functions lose their accuracy
 
 
 def whole_number(name: str, value: Any, *, at_least: int, at_most: int = 2**63 - 1) -> int:
-    """A whole number in a range, as an int; `1e5` is one, `True` and `"5"` are not."""
+    """Return a whole number in a range as an int. `1e5` is a whole number; `True` and `"5"` are not."""
     value = _scalar(value)
     if _is_number(value) and math.isfinite(value) and int(value) == value and at_least <= value <= at_most:
         return int(value)
@@ -26,7 +26,7 @@ def whole_number(name: str, value: Any, *, at_least: int, at_most: int = 2**63 -
 
 
 def number_above(name: str, value: Any, limit: float, *, at_most: float = math.inf) -> float:
-    """A finite number greater than the limit, as a float."""
+    """Return a finite number greater than the limit as a float."""
     value = _scalar(value)
     if _is_number(value) and math.isfinite(value) and limit < value <= at_most:
         return float(value)
@@ -34,7 +34,7 @@ def number_above(name: str, value: Any, limit: float, *, at_most: float = math.i
 
 
 def number_from(name: str, value: Any, *, at_least: float, at_most: float = math.inf) -> float:
-    """A finite number in a range, both ends included, as a float."""
+    """Return a finite number in a range, both ends included, as a float."""
     value = _scalar(value)
     if _is_number(value) and math.isfinite(value) and at_least <= value <= at_most:
         return float(value)
@@ -42,18 +42,18 @@ def number_from(name: str, value: Any, *, at_least: float, at_most: float = math
 
 
 def boolean(name: str, value: Any) -> None:
-    """True or False."""
+    """Raise unless the value is True or False."""
     if not isinstance(value, bool):
         raise UserError(f"{name}={value!r}: use True or False")
 
 
 def count(name: str, value: Any, *, at_least: int = 1, at_most: int = MOST) -> int:
-    """A whole number of things, few enough for the devices' int32."""
+    """Return a count as an int, small enough for int32 on the devices."""
     return whole_number(name, value, at_least=at_least, at_most=at_most)
 
 
 def probability(name: str, value: Any) -> float:
-    """A number in (0, 1) and of at least `SMALLEST_PROBABILITY`, as a float."""
+    """Return a number in (0, 1), at least `SMALLEST_PROBABILITY`, as a float."""
     value = _scalar(value)
     if not (_is_number(value) and 0 < value < 1):
         raise UserError(f"{name}={value!r}: use a number in (0, 1), such as 0.001")
@@ -61,13 +61,13 @@ def probability(name: str, value: Any) -> float:
 
 
 def one_of(name: str, value: Any, names: Any) -> None:
-    """One of the given names."""
+    """Raise unless the value is a known name."""
     if value not in names:
         raise UserError(f"{name}={value!r} is unknown; use one of {', '.join(sorted(names))}")
 
 
 def number_array(name: str, value: ArrayLike) -> np.ndarray:
-    """An array of numbers of any type."""
+    """Return an array of numbers, of any numeric type."""
     array = np.asarray(value)
     if not np.issubdtype(array.dtype, np.number):
         raise UserError(f"{name}={value!r}: use numbers")
@@ -75,7 +75,7 @@ def number_array(name: str, value: ArrayLike) -> np.ndarray:
 
 
 def check_all(name: str, value: np.ndarray, good: np.ndarray, remedy: str) -> None:
-    """Raises for the first entry of an array that is not good."""
+    """Raise for the first entry of an array that is not good."""
     bad = np.broadcast_to(value, good.shape)[~good]
     if bad.size:
         raise UserError(f"{name}={bad.flat[0]}: {remedy}")
@@ -86,7 +86,7 @@ def _upper(at_most: float) -> str:
 
 
 def _scalar(value: Any) -> Any:
-    """The Python number in an array of no axes, such as `jnp.float32(0.5)`; anything else as it is."""
+    """Return the Python number in an array without axes, such as `jnp.float32(0.5)`. Other values stay as they are."""
     return value.item() if getattr(value, "ndim", None) == 0 else value
 
 

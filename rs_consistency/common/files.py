@@ -1,4 +1,4 @@
-"""Files that survive: a reader sees the old content or the new one, never half of it."""
+"""Files that survive: a reader sees the old or the new content, never a part of it."""
 
 import errno
 import fcntl
@@ -12,13 +12,18 @@ from typing import Any
 
 from rs_consistency.common.errors import UserError, note
 
-_WITHOUT_LOCKS = (errno.ENOSYS, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOLCK)  # what their file systems say
+_WITHOUT_LOCKS = (errno.ENOSYS, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOLCK)  # from file systems without locks
 _REMEDY = "restore it from a copy, or move it away"
+
+
+def cache_folder() -> Path:
+    """Return the user's folder for files that can be made again."""
+    return Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "rs_consistency"
 
 
 @contextmanager
 def naming(path: Path) -> Iterator[None]:
-    """Puts the path, as the user knows it, into an `OSError` of the block: a failed write does not say where."""
+    """Put the path, as the user knows it, into an `OSError` of the block: a failed write does not name its file."""
     try:
         yield
     except OSError as error:
@@ -28,11 +33,11 @@ def naming(path: Path) -> Iterator[None]:
 
 @contextmanager
 def replace_atomically(path: Path) -> Iterator[Path]:
-    """Yields a temporary path in the same folder; what was written there then replaces `path`.
+    """Yield a temporary path in the same folder. The file that the block writes there then replaces `path`.
 
-    When the block raises, `path` is as it was and the temporary file is gone.
+    If the block raises, `path` stays as it was and the temporary file is removed.
     """
-    # With the host's name: processes of two machines, or containers, may share a folder and have the same number.
+    # With the host's name: processes on two machines, or in two containers, may share a folder and a process number.
     temporary = path.with_name(f".{path.name}.{platform.node()}.{os.getpid()}.tmp")
     try:
         with naming(path):
@@ -45,18 +50,18 @@ def replace_atomically(path: Path) -> Iterator[Path]:
 
 
 def write_text(path: Path, text: str) -> None:
-    """Writes UTF-8, atomically; bytes of file names that are no text are written as escapes."""
+    """Write UTF-8, atomically. Bytes of file names that are not text are written as escapes."""
     with replace_atomically(path) as temporary:
         temporary.write_text(text, encoding="utf-8", errors="backslashreplace")
 
 
 def write_json(path: Path, content: Any) -> None:
-    """Writes indented JSON, atomically."""
+    """Write indented JSON, atomically."""
     write_text(path, json.dumps(content, indent=2) + "\n")
 
 
 def read_json(path: Path) -> dict[str, Any]:
-    """Reads a JSON object; a `UserError` says when the file is damaged."""
+    """Read a JSON object. Raise a `UserError` if the file is damaged."""
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
     except ValueError as error:
@@ -66,19 +71,19 @@ def read_json(path: Path) -> dict[str, Any]:
     return content
 
 
-def lock(descriptor: int, what: str, *, remedy: str = "") -> None:
-    """Takes an exclusive lock on an open file or folder; it ends when the descriptor is closed, or the process dies.
+def lock(descriptor: int, name: str, *, remedy: str = "") -> None:
+    """Take an exclusive lock on an open file or folder. It ends when the descriptor is closed or the process dies.
 
-    Where the file system has no locks, it is left without one, and a note says so, with the remedy.
+    On a file system without locks nothing is locked, and a note says so, with the remedy.
 
     Raises:
-      UserError: when another process holds it.
+      UserError: when another process holds the lock.
     """
     try:
         fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
-        raise UserError(f"{what} is in use by another process; wait for it, or choose another") from None
+        raise UserError(f"{name} is in use by another process; wait for it, or choose another") from None
     except OSError as error:
         if error.errno not in _WITHOUT_LOCKS:
             raise
-        note(f"{what} cannot be locked here ({error.strerror}): nothing else may use it meanwhile{remedy}")
+        note(f"{name} cannot be locked here ({error.strerror}): nothing else may use it meanwhile{remedy}")

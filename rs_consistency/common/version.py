@@ -1,4 +1,4 @@
-"""Which code is running: for the record of what it made."""
+"""The version of the running code, for records."""
 
 import hashlib
 import os
@@ -8,16 +8,14 @@ from pathlib import Path
 
 PACKAGE = Path(__file__).parents[1]
 _SECONDS_FOR_GIT = 5
-# Git must look at the package's folder, whatever a hook or the user set; and only look.
+# Read-only, whatever the user's configuration says.
 _GIT = ("git", "-c", "core.fsmonitor=false", "--no-optional-locks")
 
 
 def code_version() -> dict[str, str | None]:
-    """The running code, as records name it.
+    """Return the identity of the running code: `code_version`, `code_digest` and `git_commit`.
 
-    Returns:
-      `code_version`, that of the installed package, or "not installed"; `code_digest`, see `source_digest`;
-      `git_commit`, see there.
+    See `package_version`, `source_digest` and `git_commit`.
     """
     return {
         "code_version": package_version("rs-consistency"),
@@ -27,17 +25,17 @@ def code_version() -> dict[str, str | None]:
 
 
 def package_version(name: str) -> str:
-    """The version of an installed package."""
+    """Return the version of an installed package, or "not installed"."""
     try:
         return metadata.version(name)
-    except metadata.PackageNotFoundError:  # the project itself, run from a checkout that is not installed
+    except metadata.PackageNotFoundError:  # this project, run from a checkout that is not installed
         return "not installed"
 
 
 def source_digest(folder: Path) -> str:
-    """SHA-256 of the .py files in a folder: of their relative paths, in order, and contents.
+    """Return the SHA-256 of the .py files in a folder: relative paths, in order, and contents.
 
-    The same for a checkout and for what was installed from it.
+    A checkout and an installation from it have the same digest.
     """
     total = hashlib.sha256()
     for name in sorted(path.relative_to(folder).as_posix() for path in folder.rglob("*.py")):
@@ -47,10 +45,10 @@ def source_digest(folder: Path) -> str:
 
 
 def git_commit(folder: Path) -> str | None:
-    """The commit that a package's folder is checked out from, with " (dirty)" when a .py file in it differs.
+    """Return the commit of a package's folder, with " (dirty)" if a .py file in it differs.
 
-    None when it is in no checkout (an installed package is not, even in an environment inside one), or when git is
-    absent, refuses or takes too long.
+    Return None if the folder is in no checkout, or if git is absent, refuses or takes too long. An installed package is
+    in no checkout, even if its environment is inside one.
     """
     if _git(folder, "ls-files", "--error-unmatch", "__init__.py") is None:
         return None
@@ -61,6 +59,7 @@ def git_commit(folder: Path) -> str | None:
 
 
 def _git(folder: Path, *arguments: str) -> str | None:
+    """Return the output of git, or None if it fails. Variables of a hook must not point git at another folder."""
     environment = {name: value for name, value in os.environ.items() if not name.startswith("GIT_")}
     try:
         done = subprocess.run(

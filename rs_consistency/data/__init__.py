@@ -1,9 +1,9 @@
-"""Datasets by name: as arrays, or streamed where they are too large.
+"""Datasets by name: as arrays, or streamed if they are too large.
 
     train = load("mnist_subset", "train")     # train.images [N, H, W, C] uint8, train.labels [N] int32
     test = open_split("imagenet", "test")     # len(test), test.read([0, 100, 200]), test.digest()
 
-Images are stored as uint8; `to_unit` gives the float32 images in [0, 1] that models, noise and radii refer to.
+Images are stored as uint8. `to_unit` returns the float32 images in [0, 1] that models, noise and radii refer to.
 """
 
 import hashlib
@@ -35,7 +35,7 @@ __all__ = [
 
 
 class Split(NamedTuple):
-    """One split of a dataset.
+    """A split of a dataset.
 
     Attributes:
       images: `[N, H, W, C]` uint8.
@@ -52,7 +52,7 @@ class Examples(NamedTuple):
     Attributes:
       images: `[B, H, W, C]` uint8.
       labels: `[B]` int32.
-      extra: name -> `[B, ...]`, what a method knows of each of them.
+      extra: name -> `[B, ...]`, a method's own numbers for each example.
     """
 
     images: jax.Array
@@ -61,7 +61,7 @@ class Examples(NamedTuple):
 
 
 def load(name: str, split: str, *, data_dir: str = "", cache_dir: str = "") -> Split:
-    """Reads one split of a dataset.
+    """Read a split of a dataset.
 
     Args:
       name: a key of `DATASETS`.
@@ -71,10 +71,10 @@ def load(name: str, split: str, *, data_dir: str = "", cache_dir: str = "") -> S
         `~/.cache/rs_consistency`.
 
     Returns:
-      The split. The order of the examples is the source's, and the same at every call.
+      The split. The examples are in the order of the source.
 
     Raises:
-      UserError: unknown name or split, a dataset that is not prepared, or content that does not fit the dataset.
+      UserError: for an unknown name or split, a dataset that is not prepared, or content that does not fit the dataset.
     """
     info = dataset_info(name)
     if split not in SPLITS:
@@ -91,15 +91,15 @@ class OpenSplit(Protocol):
     """A split whose examples are read by number: `ArraySplit`, or `streaming.StreamedSplit`."""
 
     def __len__(self) -> int:
-        """The number of examples."""
+        """Return the number of examples."""
         ...
 
     def digest(self) -> str:
-        """What identifies the data, as a hexadecimal string."""
+        """Return a hexadecimal string that identifies the data."""
         ...
 
     def read(self, indices: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """Images uint8 `[B, H, W, C]` and labels int32 `[B]` of some examples, as they are certified."""
+        """Return images uint8 `[B, H, W, C]` and labels int32 `[B]` of examples, as they are certified."""
         ...
 
 
@@ -107,7 +107,7 @@ class ArraySplit:
     """A split in memory.
 
     Attributes:
-      arrays: all of it.
+      arrays: all images and labels.
     """
 
     def __init__(self, arrays: Split) -> None:
@@ -117,18 +117,18 @@ class ArraySplit:
         return len(self.arrays.labels)
 
     def digest(self) -> str:
-        """SHA-256 of images and labels."""
+        """Return `digest` of the arrays."""
         return digest(self.arrays)
 
     def read(self, indices: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """Images and labels by number."""
+        """Return images uint8 `[B, H, W, C]` and labels int32 `[B]` by number."""
         return self.arrays.images[indices], self.arrays.labels[indices]
 
 
 def open_split(name: str, split: str, *, data_dir: str = "", cache_dir: str = "") -> OpenSplit:
-    """Opens one split of any dataset: in memory, or streamed from the prepared folder where it does not fit.
+    """Open a split of any dataset: in memory, or streamed from the prepared folder if it does not fit.
 
-    Arguments and errors as those of `load`.
+    Arguments and errors are as for `load`.
     """
     info = dataset_info(name)
     if info.read is not None or split not in SPLITS:
@@ -139,30 +139,29 @@ def open_split(name: str, split: str, *, data_dir: str = "", cache_dir: str = ""
     return streaming.open_split(name, stored_as, data_dir, image_shape=info.image_shape, num_classes=info.num_classes)
 
 
-def check_split(what: str, images: np.ndarray, labels: np.ndarray, info: DatasetInfo) -> None:
-    """Raises a `UserError` when arrays are not what the dataset's entry says."""
+def check_split(name: str, images: np.ndarray, labels: np.ndarray, info: DatasetInfo) -> None:
+    """Raise a `UserError` if arrays do not fit the dataset's entry."""
     if images.dtype != np.uint8 or images.shape[1:] != info.image_shape or not len(images):
-        raise UserError(
-            f"{what}: images are {images.dtype} {images.shape}; expected uint8 [N, {info.image_shape}], N > 0."
-            " Prepare the dataset again"
-        )
-    if labels.shape != images.shape[:1]:
-        raise UserError(f"{what}: {len(images)} images but labels {labels.shape}. Prepare the dataset again")
-    outside = np.flatnonzero((labels < 0) | (labels >= info.num_classes))
-    if outside.size:
-        raise UserError(
-            f"{what}: label {labels[outside[0]]} of example {outside[0]} is outside 0..{info.num_classes - 1}."
-            " Prepare the dataset again"
-        )
+        problem = f"images are {images.dtype} {images.shape}; expected uint8 [N, {info.image_shape}], N > 0"
+    elif labels.shape != images.shape[:1]:
+        problem = f"{len(images)} images but labels {labels.shape}"
+    elif (outside := np.flatnonzero((labels < 0) | (labels >= info.num_classes))).size:
+        problem = f"label {labels[outside[0]]} of example {outside[0]} is outside 0..{info.num_classes - 1}"
+    else:
+        return
+    raise UserError(f"{name}: {problem}. Prepare the dataset again")
 
 
 def to_unit(images: jax.Array) -> jax.Array:
-    """uint8 `[...]` to float32 in [0, 1]."""
+    """Return uint8 `[...]` as float32 in [0, 1], on the devices: for training and evaluation steps.
+
+    `smoothing.votes.to_float` does the same on the host.
+    """
     return images.astype(jnp.float32) / 255
 
 
 def digest(split: Split) -> str:
-    """SHA-256 over shape, images and labels of a split, as a hexadecimal string."""
+    """Return the SHA-256 of a split's shape, images and labels, as a hexadecimal string."""
     sha = hashlib.sha256(str(split.images.shape).encode())
     sha.update(np.ascontiguousarray(split.images))
     sha.update(np.ascontiguousarray(split.labels, dtype="<i4"))

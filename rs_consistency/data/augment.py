@@ -1,4 +1,4 @@
-"""Augmentation of training images, on the devices: one compiled function of key and batch."""
+"""Augmentation of training images on the devices: compiled functions of keys and images."""
 
 from collections.abc import Callable
 
@@ -9,12 +9,12 @@ _PADDING = 4
 
 
 def crop_and_flip(keys: jax.Array, images: jax.Array) -> jax.Array:
-    """A random crop of the original size after padding 4 pixels with zeros, then a mirror image half of the time.
+    """Return random crops of the original size after padding 4 pixels with zeros, mirrored half of the time.
 
-    The published augmentation of CIFAR-10.
+    This is the published augmentation of CIFAR-10.
 
     Args:
-      keys: one random key, or `[B]`, one for each example.
+      keys: a random key, or `[B]` keys, a key for each example.
       images: `[B, H, W, C]`.
 
     Returns:
@@ -29,12 +29,12 @@ def crop_and_flip(keys: jax.Array, images: jax.Array) -> jax.Array:
 
 
 def crop(keys: jax.Array, images: jax.Array) -> jax.Array:
-    """As `crop_and_flip`, but never a mirror image: for digits and letters."""
+    """Return random crops as `crop_and_flip`, but never mirrored: for digits and letters."""
     return jax.vmap(_crop)(_for_each(keys, images), images)
 
 
 def none(keys: jax.Array, images: jax.Array) -> jax.Array:
-    """The images as they are."""
+    """Return the images unchanged."""
     del keys
     return images
 

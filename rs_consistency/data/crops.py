@@ -1,75 +1,71 @@
-"""Order, crops and mirror images of a streamed dataset, on the host: by seed, epoch and place in the epoch."""
+"""Order, crops and mirror images of a streamed dataset, on the host, as functions of seed, epoch and position."""
 
 from dataclasses import dataclass
 from functools import lru_cache
-from typing import NamedTuple
 
 import numpy as np
 from PIL import Image
 
-# The usual crop for ImageNet: shares of the image's area, limits of width / height, tries before the central crop.
+# The usual crop for ImageNet: limits of its share of the area and of width / height, and tries before the central crop.
 _AREA = (0.08, 1.0)
 _RATIO = (3 / 4, 4 / 3)
 _TRIES = 10
-# Uniform numbers per example: an area and a ratio for every try, two for the position, one for the flip.
+# Uniform numbers of an example: an area and a ratio for every try, two for the crop's position, the last for the flip.
 DRAWS = 2 * _TRIES + 3
 
-
-class Place(NamedTuple):
-    """Which example is where."""
-
-    index: int  # of the example in the split
-    epoch: int
-    place: int  # in the epoch
+Visit = tuple[int, int, int]  # number of an example in the split, epoch, position in the epoch
 
 
 @dataclass(frozen=True)
-class Places:
-    """What is at every global place: a sequence for Grain that is cheap to send to a worker."""
+class TrainingOrder:
+    """The examples in the order of training: a sequence of visits for Grain that is cheap to send to a worker."""
 
     num_examples: int
     seed: int
-    places_per_epoch: int
-    num_places: int
+    epoch_length: int  # visits of an epoch, whose last batch is filled up from its start
+    length: int  # visits of all epochs
 
     def __len__(self) -> int:
-        return self.num_places
+        return self.length
 
-    def __getitem__(self, position: int) -> Place:
-        epoch, place = divmod(position, self.places_per_epoch)
+    def __getitem__(self, number: int) -> Visit:
+        epoch, position = divmod(number, self.epoch_length)
         order = permutation(self.seed, epoch, self.num_examples)
-        return Place(int(order[place % self.num_examples]), epoch, place)
+        return int(order[position % self.num_examples]), epoch, position
 
 
-def _philox(seed: int, epoch: int, stream: int, place: int) -> np.random.Philox:
-    # Its raw output is what NumPy promises to keep; the methods of its generators may change with a version.
-    key, counter = np.array([seed % 2**64, epoch], np.uint64), np.array([0, 0, place, stream], np.uint64)
+def _philox(seed: int, epoch: int, stream: int, position: int) -> np.random.Philox:
+    # NumPy promises to keep the raw output; the methods of its generators may change with a version.
+    key, counter = np.array([seed % 2**64, epoch], np.uint64), np.array([0, 0, position, stream], np.uint64)
     return np.random.Philox(key=key, counter=counter)
 
 
 @lru_cache(maxsize=2)  # batches made ahead may belong to the next epoch
 def permutation(seed: int, epoch: int, num_examples: int) -> np.ndarray:
-    """The order `[N]` of the examples in an epoch, int32."""
+    """Return the order `[N]` of the examples in an epoch, int32."""
     return np.argsort(_philox(seed, epoch, 0, 0).random_raw(num_examples), kind="stable").astype(np.int32)
 
 
-def uniform(seed: int, epoch: int, place: int) -> np.ndarray:
-    """The numbers `[DRAWS]`, float64 in [0, 1), of the example at a place of an epoch."""
-    return (_philox(seed, epoch, 1, place).random_raw(DRAWS) >> np.uint64(11)) * 2.0**-53
+def uniform(seed: int, epoch: int, position: int) -> np.ndarray:
+    """Return the numbers `[DRAWS]`, float64 in [0, 1), of the example at a position of an epoch."""
+    return (_philox(seed, epoch, 1, position).random_raw(DRAWS) >> np.uint64(11)) * 2.0**-53
 
 
 def random_crop(image: Image.Image, size: int, draws: np.ndarray) -> Image.Image:
-    """A random part of the image, resized to `[size, size]`, mirrored half of the time; from numbers of `uniform`."""
+    """Return a random part of the image, resized to `[size, size]` and mirrored half of the time.
+
+    The draws are the numbers of `uniform`.
+    """
     left, top, width, height = crop_box(*image.size, draws)
-    # Cropped first: a resize of a box would let the filter see beyond it.
+    # The crop comes first: the filter of a resized box would use pixels beyond it.
     image = image.crop((left, top, left + width, top + height)).resize((size, size), Image.Resampling.BILINEAR)
     return image.transpose(Image.Transpose.FLIP_LEFT_RIGHT) if draws[-1] < 0.5 else image
 
 
 def crop_box(width: int, height: int, draws: np.ndarray) -> tuple[int, int, int, int]:
-    """The crop's left, top, width and height, in pixels.
+    """Return the crop's left, top, width and height, in pixels.
 
-    The first of ten draws of area and ratio that fits; else the largest central crop with a ratio within the limits.
+    It is the first of ten draws of area and ratio that fits, else the largest central crop with a ratio within limits.
     """
     areas = width * height * (_AREA[0] + (_AREA[1] - _AREA[0]) * draws[:_TRIES])
     ratios = _RATIO[0] * (_RATIO[1] / _RATIO[0]) ** draws[_TRIES : 2 * _TRIES]
@@ -85,7 +81,7 @@ def crop_box(width: int, height: int, draws: np.ndarray) -> tuple[int, int, int,
 
 
 def central_crop(image: Image.Image, size: int) -> Image.Image:
-    """The center `[size, size]` of the image, whose shorter side is first resized to 256/224 size."""
+    """Return the center `[size, size]` of the image, whose shorter side is first resized to 256/224 size."""
     short = round(size * 256 / 224)
     width, height = image.size
     width, height = max(short, short * width // height), max(short, short * height // width)

@@ -13,17 +13,17 @@ SPLITS = ("train", "test")
 
 
 class DatasetInfo(NamedTuple):
-    """What is known of a dataset before it is read.
+    """The facts about a dataset that are known before it is read.
 
     Attributes:
       image_shape: (H, W, C).
       num_classes: K.
       train_size: examples in the original training split.
       test_size: examples in the original test split.
-      read: (name, split, data_dir, cache_dir) -> (images uint8 `[N, H, W, C]`, labels `[N]`); None where the dataset is
-        streamed, since it does not fit into memory.
+      read: (name, split, data_dir, cache_dir) -> (images uint8 `[N, H, W, C]`, labels `[N]`). None if the dataset does
+        not fit into memory and is streamed.
       mean: per-channel mean for the normalization inside the model; empty for none.
-      std: per-channel standard deviation for it.
+      std: per-channel standard deviation, likewise.
     """
 
     image_shape: tuple[int, int, int]
@@ -36,8 +36,8 @@ class DatasetInfo(NamedTuple):
 
 
 def _read_embedded(name: str, split: str, data_dir: str, cache_dir: str) -> tuple[np.ndarray, np.ndarray]:
-    """The first 10,000 training or 1,000 test examples of the original files, in their order."""
-    del name, data_dir, cache_dir  # nothing to choose from
+    """Return the first 10,000 training or 1,000 test examples of the original files, in their order."""
+    del name, data_dir, cache_dir  # the embedded dataset has none
     path = resources.files("rs_consistency.data") / "embedded" / "mnist_subset.npz"
     with path.open("rb") as file, np.load(file) as arrays:
         return arrays[f"{split}_images"], arrays[f"{split}_labels"]
@@ -63,7 +63,7 @@ DATASETS: dict[str, DatasetInfo] = {
 
 
 def dataset_info(name: str) -> DatasetInfo:
-    """Looks a dataset up; a `UserError` lists the known names."""
+    """Return the entry of a dataset. Raise a `UserError` with the known names for an unknown name."""
     if name not in DATASETS:
         raise UserError(f"dataset.name={name!r} is unknown; use one of {', '.join(sorted(DATASETS))}")
     return DATASETS[name]

@@ -1,4 +1,4 @@
-"""Downloads a dataset and prepares it as array_record, which is then read without TensorFlow."""
+"""Download of a dataset and preparation as array_record, which is then read without TensorFlow."""
 
 import importlib.util
 import runpy
@@ -7,7 +7,7 @@ from typing import NamedTuple
 
 import requests
 
-from rs_consistency.common.errors import UserError
+from rs_consistency.common.errors import UserError, first_line
 from rs_consistency.data.tfds import file_format, prepared_versions, resolve_data_dir, tfds_name
 
 _PROBE_SECONDS = 5
@@ -17,10 +17,10 @@ _MNIST_FILES = tuple(
 
 
 class Original(NamedTuple):
-    """Where a dataset comes from.
+    """The origin of a dataset.
 
     Attributes:
-      url: of the host that TFDS downloads from; empty where the files have to be asked for.
+      url: address from which TFDS downloads; empty if a licence is needed.
       files: names of the original files.
     """
 
@@ -41,25 +41,25 @@ ORIGINALS: dict[str, Original] = {
 
 
 def prepare(name: str, *, data_dir: str = "", manual_dir: str = "") -> Path:
-    """Prepares one dataset.
+    """Prepare a dataset.
 
     Args:
-      name: a dataset that TFDS prepares.
-      data_dir: where to; empty for `$TFDS_DATA_DIR`, else `~/tensorflow_datasets`.
-      manual_dir: a folder with the original files; empty to download them.
+      name: a key of `ORIGINALS`.
+      data_dir: TFDS folder; empty for `$TFDS_DATA_DIR`, else `~/tensorflow_datasets`.
+      manual_dir: folder with the original files; empty to download them.
 
     Returns:
       The prepared folder.
 
     Raises:
-      UserError: unknown name, TensorFlow missing, or no way to the download; within seconds.
+      UserError: within seconds, for an unknown name, or if TensorFlow is missing or the download is out of reach.
     """
     if name not in ORIGINALS:
         raise UserError(f"dataset {name!r} cannot be prepared; use one of {', '.join(ORIGINALS)}")
     folder = resolve_data_dir(data_dir)
     for prepared in prepared_versions(name, folder):
         if file_format(prepared) == "array_record":
-            return prepared  # nothing to do, and nothing needed for it
+            return prepared  # needs neither TensorFlow nor a network
         raise UserError(
             f"{prepared} is already prepared, as {file_format(prepared)}: it can be read where TensorFlow is"
             " installed; for array_record give another --data_dir"
@@ -85,9 +85,8 @@ def prepare(name: str, *, data_dir: str = "", manual_dir: str = "") -> Path:
         builder = tfds.builder(tfds_name(name), data_dir=str(folder), file_format="array_record")
         builder.download_and_prepare(download_config=download_config)
     except Exception as error:  # downloads, checksums and writing fail in many ways
-        first_line = (str(error).strip() or type(error).__name__).splitlines()[0]
         remedy = "give the original files" if manual_dir else "try again"
-        raise UserError(f"{name!r} could not be prepared: {first_line}; {remedy}") from error
+        raise UserError(f"{name!r} could not be prepared: {first_line(error)}; {remedy}") from error
     return Path(builder.data_path)
 
 
@@ -100,7 +99,7 @@ def _check_files(name: str, manual_dir: Path) -> None:
 
 
 def _check_network(name: str) -> None:
-    """TFDS retries a download for minutes; one request tells in seconds."""
+    """Raise within seconds if the download is out of reach: TFDS would retry for minutes."""
     url = ORIGINALS[name].url
     try:
         requests.head(url, timeout=_PROBE_SECONDS, allow_redirects=False)

@@ -1,17 +1,19 @@
-"""Large image datasets, read from a prepared TFDS folder while they are used: ImageNet does not fit into memory.
+"""Large image datasets, read from a prepared TFDS folder during training: ImageNet does not fit into memory.
 
-    split = open_split("imagenet", "train", "", num_classes=1000)
+    split = open_split("imagenet", "train", "", image_shape=(224, 224, 3), num_classes=1000)
     with training_batches(split, seed=0, batch_size=256, steps_per_epoch=5005, first_step=0, num_steps=450450,
                           num_workers=16) as batches:
         for images, labels in batches:           # uint8 [B, S, S, 3], int32 [B]
 
-Grain does the prefetching, PIL the decoding; TensorFlow is not needed. A training batch is a function of the seed,
-the step and the data: not of the number of workers, nor of the step that the iterator was started at.
+Grain prefetches and PIL decodes; TensorFlow is not needed. A training batch is a function of the seed, the step and
+the data. It depends neither on the number of workers nor on the step at which the iterator started.
 """
 
+import functools
 import gc
 import hashlib
 import io
+import math
 import multiprocessing
 import os
 import resource
@@ -21,10 +23,9 @@ import threading
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from contextlib import AbstractContextManager
 from multiprocessing import resource_tracker
 from pathlib import Path
-from types import TracebackType
 from typing import Any
 
 import grain
@@ -36,23 +37,23 @@ from array_record.python.array_record_data_source import ArrayRecordDataSource
 from PIL import Image
 from tensorflow_datasets.proto import tf_example_pb2  # tf.train.Example, without TensorFlow
 
-from rs_consistency.common.errors import UserError, note
-from rs_consistency.data.crops import Place, Places, central_crop, random_crop, uniform
-from rs_consistency.data.tfds import file_format, find_prepared, prepare_command, resolve_data_dir
+from rs_consistency.common.errors import UserError, first_line, note
+from rs_consistency.data.crops import TrainingOrder, Visit, central_crop, random_crop, uniform
+from rs_consistency.data.tfds import file_format, find_prepared, prepare_command, resolve_data_dir, unreadable
 
 Batch = tuple[np.ndarray, np.ndarray]
 
 _THREADS = min(8, os.cpu_count() or 1)
-# In shared memory at most: one being made, one in the worker's queue, one taken out of it, one being copied.
+# The most in shared memory: a batch being made, in the worker's queue, taken out of the queue, and being copied.
 _BATCHES_PER_WORKER = 4
 _OTHER_OPEN_FILES = 512
 
-# Some of ImageNet's photographs have odd EXIF data, which is of no interest here and not worth a line per epoch.
+# Some of ImageNet's photographs have odd EXIF data, which nothing here uses.
 warnings.filterwarnings("ignore", "Corrupt EXIF data", UserWarning)
 
 
 class StreamedSplit:
-    """One split of a prepared dataset, whose examples are read when they are asked for. It can be pickled.
+    """A split of a prepared dataset, whose examples are read on demand. It can be pickled.
 
     Attributes:
       name: `name (split)`, for messages.
@@ -82,10 +83,10 @@ class StreamedSplit:
         return len(self._records)
 
     def digest(self) -> str:
-        """SHA-256, as a hexadecimal string, of what identifies the data without reading them.
+        """Return a SHA-256, as a hexadecimal string, that identifies the data without reading them.
 
-        The split's name, the names and sizes of its files, and TFDS's description of the dataset; neither the
-        folder's place nor any time.
+        It covers the split's name, the names and sizes of its files, and TFDS's description of the dataset, but neither
+        the folder's path nor any time.
         """
         sha = hashlib.sha256(self._split.encode())
         for path in sorted(self._shards):
@@ -95,32 +96,31 @@ class StreamedSplit:
         return sha.hexdigest()
 
     def read(self, indices: Sequence[int]) -> Batch:
-        """Examples by number, decoded for evaluation.
+        """Return examples by number, decoded for evaluation.
 
         Args:
           indices: `[B]` in 0..N-1.
 
         Returns:
-          Images uint8 `[B, S, S, 3]`, the center of the image whose shorter side has been resized to 256/224 S, and
-          labels int32 `[B]`.
+          Images uint8 `[B, S, S, 3]`, as `central_crop` makes them, and labels int32 `[B]`.
 
         Raises:
-          UserError: an example is damaged, or its label out of range.
+          UserError: for a damaged example, or a label out of range.
         """
         images, labels = np.empty((len(indices), *self.image_shape), np.uint8), np.empty(len(indices), np.int32)
 
-        def read_one(place: int) -> None:
-            images[place], labels[place] = self.decode(int(indices[place]), central_crop)
+        def read_one(row: int) -> None:
+            images[row], labels[row] = self.decode(int(indices[row]), central_crop)
 
         with ThreadPoolExecutor(_THREADS) as pool:
             list(pool.map(read_one, range(len(indices))))
         return images, labels
 
     def decode(self, index: int, fit: Callable[[Image.Image, int], Image.Image]) -> tuple[np.ndarray, np.int32]:
-        """One example: the image as `fit(image, S)` makes it `[S, S, 3]`, and the label.
+        """Return an example: the image `[S, S, 3]`, as `fit(image, S)` makes it, and the label.
 
         Raises:
-          UserError: the example is damaged, or its label out of range.
+          UserError: for a damaged example, or a label out of range.
         """
         if not 0 <= index < len(self):
             raise IndexError(f"{self.name}: example {index} is outside 0..{len(self) - 1}")
@@ -131,9 +131,8 @@ class StreamedSplit:
                 # A few of ImageNet's images are grey or CMYK.
                 pixels = np.asarray(fit(image if image.mode == "RGB" else image.convert("RGB"), self.image_shape[0]))
         except Exception as error:  # array_record, protobuf and PIL raise many kinds
-            first_line = (str(error) or type(error).__name__).splitlines()[0]
             raise UserError(
-                f"{self.name}: example {index} is unreadable: {first_line}; move {self.folder} away and prepare"
+                f"{self.name}: example {index} is unreadable: {first_line(error)}; move {self.folder} away and prepare"
                 " it again"
             ) from None
         if not 0 <= label < self.num_classes:
@@ -149,20 +148,20 @@ def open_split(
     tfds_split: str,
     data_dir: str,
     *,
-    image_shape: tuple[int, int, int] = (224, 224, 3),
+    image_shape: tuple[int, int, int],
     num_classes: int,
 ) -> StreamedSplit:
-    """Opens a split of a dataset that TFDS has prepared as array_record.
+    """Open a split of a dataset that TFDS has prepared as array_record.
 
     Args:
-      name: of the dataset, ours or TFDS's.
+      name: name of the dataset, here or in TFDS.
       tfds_split: TFDS's name of the split, such as `train` or `validation`.
-      data_dir: the TFDS folder; empty for `$TFDS_DATA_DIR`, else `~/tensorflow_datasets`.
-      image_shape: (S, S, 3), what images are decoded to.
+      data_dir: TFDS folder; empty for `$TFDS_DATA_DIR`, else `~/tensorflow_datasets`.
+      image_shape: (S, S, 3) of the decoded images.
       num_classes: K.
 
     Raises:
-      UserError: the dataset is not prepared, in another format, lacks the split, or is damaged.
+      UserError: for a dataset that is not prepared, has another format, lacks the split, or is damaged.
     """
     if image_shape[0] != image_shape[1] or image_shape[2] != 3:
         raise UserError(f"image_shape={image_shape} cannot be streamed; use (S, S, 3)")
@@ -177,24 +176,18 @@ def open_split(
         splits = tfds.builder_from_directory(folder).info.splits
         shards = splits[tfds_split].file_instructions if tfds_split in splits else []
     except Exception as error:  # TFDS raises many kinds for a damaged description
-        first_line = (str(error) or type(error).__name__).splitlines()[0]
-        raise UserError(
-            f"{folder} is unreadable: {first_line}; move it away and prepare it again: {prepare_command(name)}"
-        ) from error
+        raise unreadable(folder, first_line(error), name) from error
     if not shards:
         raise UserError(f"{folder} has no split {tfds_split!r}; use one of {', '.join(sorted(splits))}")
     missing = [shard.filename for shard in shards if not Path(shard.filename).is_file()]
     if missing:
-        raise UserError(
-            f"{folder} is unreadable: {Path(missing[0]).name} is missing; move it away and prepare it again:"
-            f" {prepare_command(name)}"
-        )
+        raise unreadable(folder, f"{Path(missing[0]).name} is missing", name)
     _allow_open_files(len(shards) + _OTHER_OPEN_FILES)
     return StreamedSplit(name, tfds_split, folder, image_shape, num_classes, shards)
 
 
 def _allow_open_files(needed: int) -> None:
-    """Raises the soft limit where it is lower: all shards stay open, 1,024 of ImageNet, and 1,024 is a usual limit."""
+    """Raise the soft limit if it is lower: all shards stay open, 1,024 of ImageNet, and 1,024 is a usual limit."""
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     if resource.RLIM_INFINITY != soft < needed:
         resource.setrlimit(
@@ -202,15 +195,15 @@ def _allow_open_files(needed: int) -> None:
         )
 
 
-class Batches(Iterator[Batch]):
-    """Batches that threads or worker processes make ahead, from the moment of construction on.
+class Batches(Iterator[Batch], AbstractContextManager):
+    """Batches that threads or worker processes make ahead, starting at construction.
 
-    Use it in a `with` block, or `close` it, so that the workers end; after its last batch they have.
+    Use it in a `with` block, or `close` it, so that the workers end. They also end after the last batch.
     """
 
     def __init__(self, batches: grain.MapDataset, num_workers: int, batch_bytes: int) -> None:
         if num_workers:
-            # Each worker makes one batch after the other, in its only thread.
+            # Each worker makes its batches one after the other, in a single thread.
             read = grain.ReadOptions(num_threads=0, prefetch_buffer_size=0)
             dataset = _through_pipes_if_needed(batches.to_iter_dataset(read), num_workers, batch_bytes)
             workers = grain.MultiprocessingOptions(num_workers=num_workers, per_worker_buffer_size=1)
@@ -220,12 +213,12 @@ class Batches(Iterator[Batch]):
             read = grain.ReadOptions(num_threads=_THREADS, prefetch_buffer_size=_THREADS)
             dataset = batches.to_iter_dataset(read)
         self._iterator = iter(dataset)
-        # Batches leave a worker's shared memory at once: what the caller holds on to is no matter of its size then, nor
-        # of when the program ends.
+        # Batches are copied out of a worker's shared memory at once, so the caller may keep any number of them, for as
+        # long as it likes.
         self._own = np.array if num_workers else np.asarray
-        # Ctrl-C goes to all processes of the terminal. Workers leave it to this one, which closes them: they inherit
-        # the blocked signal, from their very start, from the thread that starts them. Python's resource tracker
-        # unblocks it in the thread that happens to start it, so that must not be this one.
+        # Ctrl-C goes to all processes of the terminal. Workers leave it to this process, which closes them: they
+        # inherit the blocked signal from the thread that starts them. Python's resource tracker unblocks the signal in
+        # the thread that starts the tracker, which must be another thread.
         resource_tracker.ensure_running()
         self._thread = ThreadPoolExecutor(1, "batches", signal.pthread_sigmask, (signal.SIG_BLOCK, [signal.SIGINT]))
         self._pending = self._thread.submit(self._take)
@@ -242,7 +235,7 @@ class Batches(Iterator[Batch]):
             batch = self._pending.result()
         except UserError as error:
             self.close()
-            raise UserError(str(error)) from None  # without the lines that Grain adds
+            raise UserError(str(error)) from None  # without the notes that Grain adds
         except Exception:
             self.close()
             raise
@@ -253,24 +246,19 @@ class Batches(Iterator[Batch]):
         return batch
 
     def close(self) -> None:
-        """Ends threads and worker processes; waits for the batches that they are at."""
+        """End threads and worker processes, after the batches that they are making."""
         if self._closed:
             return
         self._closed = True
         closing = self._thread.submit(self._iterator.close)
         self._thread.shutdown()
         closing.result()
-        # Grain's last exceptions refer to the last batches. Unless they are collected now, their shared memory is left
-        # to Python's resource tracker, which complains of it when the program ends.
+        # Grain's last exceptions refer to the last batches. Unless they are collected now, Python's resource tracker
+        # finds their shared memory when the program ends, and warns.
         self._iterator = self._pending = closing = None
         gc.collect()
 
-    def __enter__(self) -> "Batches":
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         self.close()
 
 
@@ -284,69 +272,58 @@ def training_batches(
     num_steps: int,
     num_workers: int,
 ) -> Batches:
-    """Augmented batches of the global steps first_step, ..., num_steps - 1.
+    """Return augmented batches of the global steps first_step, ..., num_steps - 1.
 
     Step s belongs to epoch s // steps_per_epoch. An epoch is a permutation of all examples, a function of the seed and
-    the epoch; after its end it starts over, so that the last batch of an epoch is full. An image is cropped at random
+    the epoch. After its end it starts over, so that the last batch of an epoch is full. An image is cropped at random
     (8 to 100% of the area, log-uniform ratio within 3/4 and 4/3), resized to `[S, S]` and flipped with probability
-    1/2, as a function of the seed, the epoch and the place in the epoch.
+    1/2, as a function of the seed, the epoch and the position in the epoch.
 
     Args:
-      split: what to read.
+      split: the split to read.
       seed: any integer.
       batch_size: B.
       steps_per_epoch: T.
-      first_step: the first global step, such as the number of steps done before.
+      first_step: the first global step, such as the number of finished steps.
       num_steps: the global step to stop before.
-      num_workers: processes; 0 for threads of this one.
+      num_workers: number of processes; 0 for threads of this process.
 
     Returns:
       An iterator of (images uint8 `[B, S, S, 3]`, labels int32 `[B]`). A damaged example is a `UserError`.
     """
-    places = Places(len(split), seed, batch_size * steps_per_epoch, batch_size * num_steps)
-    batches = grain.MapDataset.source(places).map(_Augmented(split, seed)).batch(batch_size)[first_step:]
-    return Batches(batches, min(num_workers, len(batches)), batch_size * int(np.prod(split.image_shape)))
+    order = TrainingOrder(len(split), seed, batch_size * steps_per_epoch, batch_size * num_steps)
+    batches = grain.MapDataset.source(order).map(functools.partial(_augmented, split, seed))
+    return _start(batches.batch(batch_size)[first_step:], split, batch_size, num_workers)
 
 
 def evaluation_batches(split: StreamedSplit, *, batch_size: int, num_workers: int) -> Batches:
-    """All examples in order, decoded as by `StreamedSplit.read`; the last batch may be shorter.
+    """Return batches of all examples in order, decoded as by `StreamedSplit.read`. The last batch may be shorter.
 
     Args:
-      split: what to read.
+      split: the split to read.
       batch_size: B.
-      num_workers: processes; 0 for threads of this one.
+      num_workers: number of processes; 0 for threads of this process.
 
     Returns:
       An iterator of (images uint8 `[B, S, S, 3]`, labels int32 `[B]`). A damaged example is a `UserError`.
     """
-    batches = grain.MapDataset.source(range(len(split))).map(_Centered(split)).batch(batch_size)
-    return Batches(batches, min(num_workers, len(batches)), batch_size * int(np.prod(split.image_shape)))
+    batches = grain.MapDataset.source(range(len(split))).map(functools.partial(split.decode, fit=central_crop))
+    return _start(batches.batch(batch_size), split, batch_size, num_workers)
 
 
-@dataclass(frozen=True)
-class _Augmented:
-    """Reads a place's example for training."""
-
-    split: StreamedSplit
-    seed: int
-
-    def __call__(self, place: Place) -> tuple[np.ndarray, np.int32]:
-        draws = uniform(self.seed, place.epoch, place.place)
-        return self.split.decode(place.index, lambda image, size: random_crop(image, size, draws))
+def _augmented(split: StreamedSplit, seed: int, visit: Visit) -> tuple[np.ndarray, np.int32]:
+    """Read an example for training."""
+    index, epoch, position = visit
+    draws = uniform(seed, epoch, position)
+    return split.decode(index, lambda image, size: random_crop(image, size, draws))
 
 
-@dataclass(frozen=True)
-class _Centered:
-    """Reads an example for evaluation."""
-
-    split: StreamedSplit
-
-    def __call__(self, index: int) -> tuple[np.ndarray, np.int32]:
-        return self.split.decode(index, central_crop)
+def _start(batches: grain.MapDataset, split: StreamedSplit, batch_size: int, num_workers: int) -> Batches:
+    return Batches(batches, min(num_workers, len(batches)), batch_size * math.prod(split.image_shape))
 
 
 def _through_pipes_if_needed(dataset: grain.IterDataset, num_workers: int, batch_bytes: int) -> grain.IterDataset:
-    """Keeps batches out of a shared memory that is too small for them: its overflow would kill a worker."""
+    """Keep batches out of a shared memory that is too small for them: its overflow would kill a worker."""
     needed = num_workers * _BATCHES_PER_WORKER * batch_bytes
     try:
         free = shutil.disk_usage("/dev/shm").free
@@ -363,24 +340,24 @@ def _through_pipes_if_needed(dataset: grain.IterDataset, num_workers: int, batch
 
 
 def _let_grain_ask_for_profiling() -> None:
-    """Grain asks for this absl flag, whose default says no, and absl refuses before it has parsed a command line.
+    """Make absl answer for the flag that Grain reads: absl refuses until it has parsed a command line.
 
-    The programs here have no absl flags. `present` makes absl answer for this one flag and no other; Grain does the
-    same for its flags in its workers.
+    The programs here have no absl flags. `present` makes absl answer for this flag alone, with its default, no. Grain
+    does the same for its flags in its workers.
     """
     if not flags.FLAGS.is_parsed() and (name := "grain_enable_multiprocess_worker_profiling") in flags.FLAGS:
         flags.FLAGS[name].present = 1
 
 
 def _start_worker(index: int, count: int) -> None:
-    """Runs first in a worker process."""
+    """Run first in a worker process."""
     del index, count
-    # Grain imports JAX, and nothing here uses it; should anything, it must not take memory on an accelerator.
+    # Grain imports JAX, which nothing in a worker uses. Should it be used, it must not take memory on an accelerator.
     jax.config.update("jax_platforms", "cpu")
     threading.Thread(target=_end_with_parent, daemon=True).start()
 
 
 def _end_with_parent() -> None:
-    """A worker whose parent was killed would wait forever for room in its queue."""
+    """End the process with its parent: after a kill of the parent it would wait forever for room in its queue."""
     multiprocessing.parent_process().join()
     os._exit(1)

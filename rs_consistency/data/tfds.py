@@ -1,7 +1,7 @@
 """Image datasets that tensorflow-datasets (TFDS) has prepared.
 
-A folder prepared as array_record is read without TensorFlow. Decoded arrays are cached, since decoding takes
-seconds and a cached load milliseconds.
+A folder prepared as array_record is read without TensorFlow. Decoded arrays are cached: decoding takes seconds, a load
+from the cache milliseconds.
 """
 
 import hashlib
@@ -9,7 +9,6 @@ import importlib.util
 import io
 import json
 import os
-import sys
 import zipfile
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -17,18 +16,17 @@ from typing import Any
 
 import numpy as np
 from PIL import Image
-from tqdm import tqdm
 
-from rs_consistency.common.errors import UserError, note
-from rs_consistency.common.files import replace_atomically
+from rs_consistency.common.errors import UserError, first_line, note
+from rs_consistency.common.files import cache_folder, replace_atomically
+from rs_consistency.common.progress import progress_bar
 
-_READ_AT_ONCE = 1000
-# Where tensorflow-datasets has another name for a dataset.
-_TFDS_NAMES = {"svhn": "svhn_cropped", "imagenet": "imagenet2012"}
+_READ_AT_ONCE = 1000  # records
+_TFDS_NAMES = {"svhn": "svhn_cropped", "imagenet": "imagenet2012"}  # if different from the names here
 
 
 def read(name: str, split: str, data_dir: str, cache_dir: str) -> tuple[np.ndarray, np.ndarray]:
-    """Images uint8 `[N, H, W, C]` and labels `[N]` of one split, from the cache or else from the prepared folder.
+    """Return images uint8 `[N, H, W, C]` and labels `[N]` of a split, from the cache or the prepared folder.
 
     Raises:
       UserError: when the dataset is not prepared, cannot be read here, or is damaged.
@@ -43,27 +41,25 @@ def read(name: str, split: str, data_dir: str, cache_dir: str) -> tuple[np.ndarr
 
 
 def resolve_data_dir(data_dir: str) -> Path:
-    """The TFDS folder: the argument, else `$TFDS_DATA_DIR`, else TFDS's own default."""
+    """Return the TFDS folder: the argument, else `$TFDS_DATA_DIR`, else TFDS's own default."""
     return Path(data_dir or os.environ.get("TFDS_DATA_DIR") or "~/tensorflow_datasets").expanduser()
 
 
 def resolve_cache_dir(cache_dir: str) -> Path:
-    """The folder of decoded arrays."""
-    if cache_dir:
-        return Path(cache_dir).expanduser()
-    return Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "rs_consistency"
+    """Return the folder of decoded arrays."""
+    return Path(cache_dir).expanduser() if cache_dir else cache_folder()
 
 
 def tfds_name(name: str) -> str:
-    """What tensorflow-datasets calls a dataset."""
+    """Return the name of a dataset in tensorflow-datasets."""
     return _TFDS_NAMES.get(name, name)
 
 
 def find_prepared(name: str, data_dir: Path) -> Path:
-    """The newest prepared version of a dataset below a TFDS folder.
+    """Return the newest prepared version of a dataset below a TFDS folder.
 
     Raises:
-      UserError: when there is none; found from the folder alone, so without a network and at once.
+      UserError: when there is none. It comes at once: the folder is listed, and no network is used.
     """
     versions = prepared_versions(name, data_dir)
     if not versions:
@@ -77,13 +73,13 @@ def find_prepared(name: str, data_dir: Path) -> Path:
 
 
 def prepared_versions(name: str, data_dir: Path) -> list[Path]:
-    """The folders of a dataset's prepared versions, oldest first."""
+    """Return the folders of a dataset's prepared versions, oldest first."""
     versions = [path.parent for path in (data_dir / tfds_name(name)).glob("*/dataset_info.json")]
     return sorted(versions, key=lambda path: [int(n) if n.isdigit() else -1 for n in path.name.split(".")])
 
 
 def file_format(prepared: Path) -> str:
-    """How a prepared folder is stored: `array_record`, `tfrecord`, ...; a `UserError` when it does not say."""
+    """Return the file format of a prepared folder, such as `array_record`. Raise a `UserError` if it is damaged."""
     try:
         return json.loads((prepared / "dataset_info.json").read_text()).get("fileFormat", "tfrecord")
     except (OSError, ValueError, AttributeError) as error:
@@ -91,7 +87,7 @@ def file_format(prepared: Path) -> str:
 
 
 def _fingerprint(prepared: Path) -> str:
-    """Changes when the prepared files do: names, sizes and modification times."""
+    """Return a digest of the prepared files' names, sizes and modification times."""
     sha = hashlib.sha256(str(prepared.resolve()).encode())
     for path in sorted(prepared.iterdir()):
         stat = path.stat()
@@ -104,7 +100,7 @@ def _read_cache(path: Path) -> tuple[np.ndarray, np.ndarray] | None:
         with path.open("rb") as file, np.load(file) as arrays:
             return arrays["images"], arrays["labels"]
     except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile):
-        return None  # absent or damaged: it will be made again
+        return None  # absent or damaged: it is made again
 
 
 def _write_cache(path: Path, images: np.ndarray, labels: np.ndarray) -> None:
@@ -127,22 +123,18 @@ def _decode(name: str, split: str, prepared: Path) -> tuple[np.ndarray, np.ndarr
 
     try:
         builder = tfds.builder_from_directory(prepared)
-        decoders = {"image": tfds.decode.SkipDecoding()}  # encoded bytes: PIL below is 6 times faster than TFDS
+        decoders = {"image": tfds.decode.SkipDecoding()}  # PIL decodes 6 times faster than TFDS
         if stored_as == "array_record":
             records = _from_array_record(builder.as_data_source(split=split, decoders=decoders))
         else:
             records = list(tfds.as_numpy(builder.as_dataset(split=split, decoders=decoders, shuffle_files=False)))
         with ThreadPoolExecutor() as pool:
             decoded = pool.map(_decode_image, (record["image"] for record in records))
-            bar = tqdm(decoded, f"decoding {name} ({split})", len(records), unit="img", disable=not sys.stderr.isatty())
-            images = np.stack(list(bar))
+            with progress_bar(f"decoding {name} ({split})", len(records), brief=True, iterable=decoded) as bar:
+                images = np.stack(list(bar))
         labels = np.asarray([record["label"] for record in records], np.int32)
-    except Exception as error:  # the readers below raise many kinds for a damaged file
-        first_line = (str(error) or type(error).__name__).splitlines()[0]
-        raise UserError(
-            f"{prepared} ({split}) is unreadable: {first_line}; move it away and prepare it again:"
-            f" {prepare_command(name)}"
-        ) from error
+    except Exception as error:  # the readers raise many kinds for a damaged file
+        raise unreadable(f"{prepared} ({split})", first_line(error), name) from error
     return images, labels
 
 
@@ -158,6 +150,11 @@ def _decode_image(encoded: bytes) -> np.ndarray:
     return image[..., None] if image.ndim == 2 else image  # [H, W, C]
 
 
+def unreadable(source: Path | str, reason: str, name: str) -> UserError:
+    """Return the error for a damaged folder of a dataset."""
+    return UserError(f"{source} is unreadable: {reason}; move it away and prepare it again: {prepare_command(name)}")
+
+
 def prepare_command(name: str) -> str:
-    """The command that prepares a dataset."""
+    """Return the command that prepares a dataset."""
     return f"python -m rs_consistency.data.prepare {name}"

@@ -1,1 +1,1 @@
-"""The devices that compute: how they share work, what their compilers want, and the host they hang on."""
+"""Devices: work on all of them at once, settings of their compilers, and the host."""

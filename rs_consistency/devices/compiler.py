@@ -1,4 +1,4 @@
-"""XLA options, and loops and pieces of a step that suit a platform, each with its measured gain."""
+"""XLA options, loops and pieces of a step that suit a platform, each with its measured gain."""
 
 import functools
 from collections.abc import Callable
@@ -7,22 +7,22 @@ from typing import Any
 import jax
 
 # XLA's YNNPACK fusions make convolution gradients slow on the CPU: a LeNet step ran at 2,780 noisy images/s with
-# them and 5,260 without (2 cores, 256 images). They help a forward pass alone, so only training turns them off. Where
-# there is batch norm, those of reductions and of elementwise operations stay: a ResNet-20 step ran at 270 noisy
-# images/s with these two and 230 without any; LeNet's, whose convolutions are matrix products, at 4,700 and 5,500.
+# them and 5,260 without (2 cores, 256 images). They help a forward pass alone, so only training turns them off. With
+# batch norm, the fusions of reductions and of elementwise operations stay: a ResNet-20 step ran at 270 noisy images/s
+# with these two and 230 without any. A LeNet step, whose convolutions are matrix products, ran at 4,700 and 5,500.
 _YNN_FUSIONS = "xla_cpu_experimental_ynn_fusion_type"
 _CPU_TRAINING = {_YNN_FUSIONS: ""}
 _CPU_TRAINING_CONVOLUTIONS = {_YNN_FUSIONS: "LIBRARY_FUSION_TYPE_REDUCE,LIBRARY_FUSION_TYPE_ELTWISE"}
 _PIECE = 64  # noisy images
-_LEAST_PIECE = 16  # noisy images; in smaller ones a step is mostly the loop over them
+_LEAST_PIECE = 16  # noisy images; with smaller pieces the loop takes most of a step
 
 
 @functools.cache
 def training_compiler_options(platform: str, *, matrix_products: bool) -> dict[str, str] | None:
-    """XLA options for a training step on a platform; None where the installed jaxlib does not know them.
+    """Return the XLA options for a training step on a platform; None if the installed jaxlib does not know them.
 
     Args:
-      platform: of the devices.
+      platform: platform of the devices.
       matrix_products: whether the model's convolutions are matrix products on the CPU: `models.QUICK_IN_LOOPS`.
     """
     if platform != "cpu":
@@ -36,7 +36,7 @@ def training_compiler_options(platform: str, *, matrix_products: bool) -> dict[s
 
 
 def steps_per_call(platform: str) -> int:
-    """Training steps in one call of the device, where all of them can have the same feed.
+    """Return the number of training steps in a call of the device, for steps that can share a feed.
 
     An accelerator takes a LeNet step in less time than the host needs to send it. On the CPU a call costs little, and
     convolution gradients in a compiled loop are slow: see `repeat`.
@@ -45,20 +45,20 @@ def steps_per_call(platform: str) -> int:
 
 
 def pieces_of(examples: int, num_noise: int, platform: str) -> int:
-    """Pieces of a step, computed one after the other without being asked: on the CPU, for the sake of its caches.
+    """Return the number of pieces of a step, computed one after the other: several on the CPU, to suit its caches.
 
-    Pieces of 64 noisy images, in a compiled loop, against the whole (LeNet, two cores of an AMD EPYC, medians of 6
-    rounds): Gaussian 8,900 noisy images a second against 7,800, Consistency 8,900 against 7,900, SmoothAdv 1,610
-    against 1,350; MACER, 4,096 in a step, 3,913 against 2,246 (two cores of an Intel Xeon, where steps of 256 gained
-    nothing and lost nothing). Only for `models.QUICK_IN_LOOPS`.
+    Only for `models.QUICK_IN_LOOPS`. Pieces of 64 noisy images in a compiled loop, against the whole (LeNet, two cores
+    of an AMD EPYC, medians of 6 rounds): Gaussian 8,900 noisy images a second against 7,800, Consistency 8,900 against
+    7,900, SmoothAdv 1,610 against 1,350. MACER, 4,096 in a step: 3,913 against 2,246 (two cores of an Intel Xeon, where
+    steps of 256 gained nothing and lost nothing).
 
     Args:
-      examples: on a device.
+      examples: number of examples on a device.
       num_noise: M, noisy copies of each.
-      platform: of the devices.
+      platform: platform of the devices.
 
     Returns:
-      A divisor of `examples`; 1 where its pieces would be too small, such as those of a prime number of examples.
+      A divisor of `examples`. It is 1 if the pieces would be too small, such as for a prime number of examples.
     """
     if platform != "cpu":
         return 1
@@ -68,16 +68,16 @@ def pieces_of(examples: int, num_noise: int, platform: str) -> int:
 
 
 def repeat(body: Callable[[Any, Any], Any], times: int, start: Any, *, compiled: bool = False) -> Any:
-    """`body(i, ...body(1, body(0, start)))` inside a compiled function.
+    """Return `body(times - 1, ... body(1, body(0, start)))`, inside a compiled function.
 
     On the CPU the loop is unrolled, since XLA's convolution gradients inside a compiled loop ran 5.9 times slower there
-    (the ten attack steps on 64 MNIST images, LeNet, 2 cores). Elsewhere it is compiled once: quick to compile.
+    (the ten attack steps on 64 MNIST images, LeNet, 2 cores). Elsewhere it is a compiled loop, which compiles fast.
 
     Args:
       body: (index, value) -> value, of the same shapes and types.
-      times: how often.
+      times: number of repetitions.
       start: the first value.
-      compiled: a loop on the CPU, too: for LeNet, whose convolutions are matrix products there and lose nothing in it.
+      compiled: whether to compile a loop on the CPU, too. LeNet loses nothing: its convolutions are matrix products.
 
     Returns:
       The last value.
@@ -91,9 +91,9 @@ def repeat(body: Callable[[Any, Any], Any], times: int, start: Any, *, compiled:
 
 
 def memory_of(compiled: Any) -> int | None:
-    """Bytes that a compiled function holds on a device at most; None where its backend does not say."""
-    found = compiled.memory_analysis()
-    if found is None:
+    """Return the most bytes that a compiled function holds on a device; None if its backend does not say."""
+    memory = compiled.memory_analysis()
+    if memory is None:
         return None
-    held = found.argument_size_in_bytes + found.output_size_in_bytes + found.temp_size_in_bytes
-    return held - found.alias_size_in_bytes
+    held = memory.argument_size_in_bytes + memory.output_size_in_bytes + memory.temp_size_in_bytes
+    return held - memory.alias_size_in_bytes

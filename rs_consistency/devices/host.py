@@ -1,4 +1,4 @@
-"""The host of the devices: processor cores, memory, the folder of compiled programs, the processor's name."""
+"""The host of the devices: its processor, its memory, and the cache of compiled programs."""
 
 import contextlib
 import ctypes
@@ -9,65 +9,19 @@ from pathlib import Path
 
 import jax
 
-CPU_DEVICES = 2  # that `use_cores` makes of a CPU
-_M_TRIM_THRESHOLD, _M_MMAP_MAX = -1, -4  # of glibc's malloc.h
+from rs_consistency.common.files import cache_folder
+
+CPU_DEVICES = 2  # number of JAX devices that `use_cores` makes of a CPU
+_M_TRIM_THRESHOLD, _M_MMAP_MAX = -1, -4  # from glibc's malloc.h
 
 
 def available_cores() -> int:
-    """Processor cores that this process may use."""
+    """Return the number of processor cores that this process may use."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
-def use_cores() -> None:
-    """Lets the cores of a CPU share the work as JAX's devices do: two devices where the process may use two cores.
-
-    Many of XLA's operations keep one core busy, above all the gradients of convolutions by their kernels. With two
-    devices on two cores of an Intel Xeon, medians: LeNet trains on 6,110 noisy images a second (one device: 5,470) and
-    counts 30,000 votes (24,000), ResNet-20 trains on 330 (270) and counts as many votes. More were not tried.
-
-    To be called before JAX's first computation, later it does nothing; nor does it where XLA_FLAGS or JAX's own
-    configuration name a number of devices.
-    """
-    named = "xla_force_host_platform_device_count" in os.environ.get("XLA_FLAGS", "")
-    if available_cores() >= CPU_DEVICES and not named and jax.config.jax_num_cpu_devices < 1:
-        with contextlib.suppress(RuntimeError):  # JAX has its devices already
-            jax.config.update("jax_num_cpu_devices", CPU_DEVICES)
-
-
-def keep_memory() -> None:
-    """Lets the C library keep the memory that XLA frees on the CPU, instead of giving it back and asking for it again.
-
-    glibc maps every large buffer anew, and the kernel clears its pages one by one at first use: with each step, or
-    batch of votes. Kept, LeNet trains on 1.36 times as many noisy images a second (2 cores, 256 in a step, medians of
-    3), and counts 1.4 times as many votes at 256 in a batch. The process then holds on to the largest memory that it
-    ever needed. Without effect under other C libraries, and on accelerators. To be called before the first computation.
-    """
-    if jax.default_backend() == "cpu" and platform.libc_ver()[0] == "glibc":
-        mallopt = ctypes.CDLL(None).mallopt
-        mallopt(_M_MMAP_MAX, 0)
-        mallopt(_M_TRIM_THRESHOLD, 2**31 - 1)
-
-
-def keep_compiled() -> None:
-    """Lets JAX keep what it compiles on disk, so that the next program with the same shapes does not compile again.
-
-    In `$XDG_CACHE_HOME/rs_consistency/xla-...`, a folder for each kind of processor, since code for one may not run on
-    another. A `JAX_COMPILATION_CACHE_DIR` in the environment comes first, as does a folder set in the program.
-    """
-    if jax.config.jax_compilation_cache_dir is None:
-        home = Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser()
-        jax.config.update("jax_compilation_cache_dir", str(compiled_folder(home / "rs_consistency")))
-
-
-def compiled_folder(home: Path) -> Path:
-    """Where in a folder, which machines may share, what is compiled for this kind of processor belongs."""
-    features = [line for line in _cpuinfo() if line.startswith(("flags", "Features"))]
-    kind = "\n".join([platform.machine(), *sorted(set(features))])
-    return home / f"xla-{hashlib.sha256(kind.encode()).hexdigest()[:12]}"
-
-
 def processor_name() -> str:
-    """What the processor is called, for records; its architecture where the system does not say."""
+    """Return the processor's name, for records; its architecture if the system does not know the name."""
     names = [line.partition(":")[2].strip() for line in _cpuinfo() if line.startswith("model name")]
     return next(iter(names), "") or platform.processor() or platform.machine()
 
@@ -77,3 +31,50 @@ def _cpuinfo() -> list[str]:
         return Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
     except OSError:
         return []
+
+
+def use_cores() -> None:
+    """Make two JAX devices of a CPU where the process may use two cores, so that the cores share the work.
+
+    Many of XLA's operations keep one core busy, above all the gradients of convolutions by their kernels. With two
+    devices on two cores of an Intel Xeon, medians: LeNet trains on 6,110 noisy images a second (one device: 5,470) and
+    counts 30,000 votes (24,000); ResNet-20 trains on 330 (270) and counts as many votes. More devices were not tried.
+
+    Call it before JAX's first computation. It does nothing later, nor if XLA_FLAGS or JAX's configuration already name
+    a number of devices.
+    """
+    named = "xla_force_host_platform_device_count" in os.environ.get("XLA_FLAGS", "")
+    if available_cores() >= CPU_DEVICES and not named and jax.config.jax_num_cpu_devices < 1:
+        with contextlib.suppress(RuntimeError):  # JAX has its devices already
+            jax.config.update("jax_num_cpu_devices", CPU_DEVICES)
+
+
+def keep_memory() -> None:
+    """Make the C library keep the memory that XLA frees on the CPU, instead of returning it and asking for it again.
+
+    glibc maps every large buffer anew, and the kernel clears its pages at first use, with each step or batch of votes.
+    With the memory kept, LeNet trains on 1.36 times as many noisy images a second (2 cores, 256 in a step, medians of
+    3) and counts 1.4 times as many votes at 256 in a batch. The process then never shrinks below the largest memory
+    that it needed. There is no effect under other C libraries or on accelerators. Call it before the first computation.
+    """
+    if jax.default_backend() == "cpu" and platform.libc_ver()[0] == "glibc":
+        mallopt = ctypes.CDLL(None).mallopt
+        mallopt(_M_MMAP_MAX, 0)
+        mallopt(_M_TRIM_THRESHOLD, 2**31 - 1)
+
+
+def keep_compiled() -> None:
+    """Make JAX keep compiled programs on disk, so that later processes do not compile the same shapes again.
+
+    Each kind of processor has its folder `$XDG_CACHE_HOME/rs_consistency/xla-...`, since code for one kind may not run
+    on another. A `JAX_COMPILATION_CACHE_DIR` in the environment has precedence, as has a folder that the program set.
+    """
+    if jax.config.jax_compilation_cache_dir is None:
+        jax.config.update("jax_compilation_cache_dir", str(compiled_folder(cache_folder())))
+
+
+def compiled_folder(home: Path) -> Path:
+    """Return the subfolder of `home`, which machines may share, for programs compiled for this kind of processor."""
+    features = [line for line in _cpuinfo() if line.startswith(("flags", "Features"))]
+    kind = "\n".join([platform.machine(), *sorted(set(features))])
+    return home / f"xla-{hashlib.sha256(kind.encode()).hexdigest()[:12]}"

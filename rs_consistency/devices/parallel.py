@@ -1,9 +1,9 @@
-"""All devices at once: the only module that knows `pmap`.
+"""Work on all devices at once: the only module that uses `pmap`.
 
-A function that runs here sees replicated arguments (the same on every device), its parts of divided ones, and its
-`shard`, the global number of its part of the work. It takes its slice of the work by that number, and combines what
-it found with `sum_over_devices`. Its results leave the device replicated and without a leading device axis, so that
-neither a checkpoint nor the caller knows how many devices there were.
+A function on a device gets replicated arguments (the same on every device), its part of divided arguments, and its
+`shard`, the number of its part of the work. It takes its slice by that number and combines results with
+`sum_over_devices`. Results leave the devices replicated and without a device axis, so neither a checkpoint nor the
+caller knows the number of devices.
 """
 
 from collections.abc import Callable, Sequence
@@ -19,7 +19,7 @@ AXIS = "devices"
 
 
 def choose_devices(count: int = 0) -> list[jax.Device]:
-    """The first `count` local devices; 0 means all.
+    """Return the first `count` local devices; 0 means all.
 
     Raises:
       UserError: when there are fewer.
@@ -34,17 +34,17 @@ def choose_devices(count: int = 0) -> list[jax.Device]:
 
 
 def describe(devices: Sequence[jax.Device]) -> str:
-    """Number, kind and platform, such as `8 x TPU v2 (tpu)`."""
+    """Return number, kind and platform as text, such as `8 x TPU v2 (tpu)`."""
     return f"{len(devices)} x {devices[0].device_kind} ({devices[0].platform})"
 
 
 def replicate(tree: Any, devices: Sequence[jax.Device]) -> Any:
-    """Copies the arrays of a tree to every device, once; `spread` then uses them in place."""
+    """Copy the arrays of a tree to every device, once; `spread` then uses them in place."""
     return jax.device_put(tree, replicated_sharding(devices))
 
 
 def replicated_sharding(devices: Sequence[jax.Device]) -> NamedSharding:
-    """The placement of `replicate`."""
+    """Return the sharding of `replicate`."""
     return NamedSharding(_mesh(devices), PartitionSpec())
 
 
@@ -53,12 +53,12 @@ def _mesh(devices: Sequence[jax.Device]) -> Mesh:
 
 
 def divide(tree: Any, devices: Sequence[jax.Device]) -> Any:
-    """Cuts host arrays `[D, ...]` along their first axis, a part for each of the D devices; for `spread`'s `parts`."""
+    """Cut host arrays `[D, ...]` along their first axis, a part for each of the D devices: the `parts` of `spread`."""
     return jax.device_put(tree, NamedSharding(_mesh(devices), PartitionSpec(AXIS)))
 
 
 def sum_over_devices(tree: Any) -> Any:
-    """The sum over all devices, on every device. Only inside a function that `spread` runs."""
+    """Return the sum over all devices, on every device. It works only inside a function that `spread` runs."""
     return jax.lax.psum(tree, AXIS)
 
 
@@ -69,15 +69,15 @@ def spread(
     donate: tuple[int, ...] = (),
     compiler_options: dict[str, str] | None = None,
 ) -> Callable[..., Any]:
-    """Compiles `fn(shard, *args, **parts)` to run on all devices at once.
+    """Compile `fn(shard, *args, **parts)` to run on all devices at once.
 
     Args:
-      fn: called on every device with its `shard` (int32 scalar, 0..len(devices)-1), the replicated `args`, and its
-        parts, without their first axis, of the trees of arrays `[D, ...]` that are given by name.
-        What it returns must be equal on all devices: made from `args` and `sum_over_devices` alone.
-      devices: the local devices to use.
+      fn: function of `shard` (int32 scalar, 0..len(devices)-1), the replicated `args`, and the device's parts, without
+        their first axis, of the trees of arrays `[D, ...]` that are passed by name. It must return the same values on
+        all devices, so it may use only `args` and `sum_over_devices` for them.
+      devices: local devices to use.
       donate: positions in `args` whose buffers may be reused for the results.
-      compiler_options: XLA options of this function alone.
+      compiler_options: XLA options for this function alone.
 
     Returns:
       `compiled(*args, **parts)`, with replicated results.
@@ -95,7 +95,7 @@ def spread(
         lambda *args, **parts: mapped(shards, args, parts), donate_argnums=donate, compiler_options=compiler_options
     )
     if devices[0].platform == "cpu" and len(devices) > 1:
-        # Simulated devices share one pool of threads. With several calls in flight, sums over devices that wait for
-        # each other can fill it, and XLA aborts the process; so one call at a time.
+        # Simulated devices share a pool of threads. With several calls in flight, sums over devices that wait for each
+        # other can fill it, and XLA aborts the process. So there is only one call at a time.
         return lambda *args, **parts: jax.block_until_ready(compiled(*args, **parts))
     return compiled

@@ -1,8 +1,8 @@
 """Training methods by name.
 
-A method turns a batch and its noise into named loss terms. A new one is a module of this package and a line in
-`METHODS`; the trainer knows none of them by name. The consistency term is no method: it is added to every method
-that hands back the logits of M noisy copies.
+A method turns a batch and its noise into named loss terms. A new method is a module of this package and a line in
+`METHODS`; the trainer knows no method by name. The consistency term is no method: it is added to every method, on the
+logits of the M noisy copies that the method returns.
 """
 
 from collections.abc import Callable, Mapping
@@ -27,7 +27,7 @@ METHODS: dict[str, Method] = {
 
 
 class Objective(NamedTuple):
-    """What `make_objective` returns for one batch.
+    """The loss of one batch.
 
     Attributes:
       loss: `[B]`, the sum of the terms.
@@ -39,7 +39,7 @@ class Objective(NamedTuple):
 
 
 def make_objective(config: ConfigDict) -> Callable[[Classifier, Batch], Objective]:
-    """Builds the per-example objective of `config.method`, with the consistency term where its weight is positive.
+    """Build the per-example objective of `config.method`, with the consistency term where its weight is positive.
 
     Returns:
       `objective(classifier, batch)`, to be called inside a compiled step.

@@ -1,14 +1,10 @@
-"""What a training method is, receives and returns."""
+"""The interface of a training method: its arguments, its result, its entry in `METHODS`."""
 
 from collections.abc import Callable, Mapping
-from pathlib import Path
 from typing import Any, NamedTuple, Protocol
 
 import jax
-import numpy as np
 from ml_collections import ConfigDict
-
-from rs_consistency.data import Split
 
 
 class Batch(NamedTuple):
@@ -18,9 +14,9 @@ class Batch(NamedTuple):
       images: `[B, H, W, C]` float32 in [0, 1].
       labels: `[B]` int32.
       noise: `[M, B, H, W, C]` float32, scaled by sigma.
-      keys: `[B]` random keys of the examples, for whatever else a method draws; independent of the noise.
+      keys: `[B]` random keys of the examples, for all other draws of a method; independent of the noise.
       epoch: int32 scalar, the number of whole epochs before this step.
-      extra: what the method's `prepare` made, the rows `[B, ...]` of these examples.
+      extra: for a method with a teacher, `smoothed`: the teacher's smoothed predictions `[B, K]` of the examples.
     """
 
     images: jax.Array
@@ -32,21 +28,21 @@ class Batch(NamedTuple):
 
 
 class Classifier(Protocol):
-    """The model, as a method sees it."""
+    """The model, as methods use it."""
 
     def noisy(self, images: jax.Array, noise: jax.Array) -> jax.Array:
-        """Logits `[M, B, K]` of images `[B, H, W, C]` under noise `[M, B, H, W, C]`, in training mode.
+        """Return logits `[M, B, K]` of images `[B, H, W, C]` under noise `[M, B, H, W, C]`, in training mode.
 
-        Batch statistics are those of all copies of all examples of this call, on all devices.
+        Batch statistics are over all copies of all examples of this call, on all devices.
         """
         ...
 
     def clean(self, images: jax.Array) -> jax.Array:
-        """Logits `[B, K]` of the images themselves, in training mode."""
+        """Return logits `[B, K]` of the images themselves, in training mode."""
         ...
 
     def frozen(self, images: jax.Array) -> jax.Array:
-        """Logits `[N, K]` in inference mode, with constant parameters: for attacks."""
+        """Return logits `[N, K]` in inference mode, with constant parameters: for attacks."""
         ...
 
 
@@ -69,29 +65,42 @@ def _nothing(config: ConfigDict) -> None:
     del config
 
 
+class Teacher(NamedTuple):
+    """Another run, on the same dataset, from whose smoothed predictions a method learns.
+
+    The run must be there when training starts. Its smoothed predictions of the training images are computed first, and
+    reach the method as `Batch.extra["smoothed"]`.
+
+    Attributes:
+      workdir_key: key of the config with the run's workdir.
+      num_votes_key: key of the config with the number of votes for each training image.
+      description: kind of run, for messages.
+    """
+
+    workdir_key: str
+    num_votes_key: str
+    description: str
+
+
 class Method(NamedTuple):
     """An entry of `METHODS`.
 
     Attributes:
       build: config -> the function that computes the terms of a batch.
       check: raises a `UserError` for a setting in this method's block of the config that cannot work.
-      sources: keys of the config that name workdirs of other runs on the same dataset, and what these runs are. They
-        must be there when a run starts.
-      prepare: what has to be known of every training example before the first step, name -> `[N, ...]`; called with
-        (config, training split, devices, workdir), and expected to keep what it finds in the workdir. None: nothing.
+      teacher: the run that the method learns from; None for most methods.
     """
 
     build: Callable[[ConfigDict], Terms]
     check: Callable[[ConfigDict], None] = _nothing
-    sources: Mapping[str, str] = {}
-    prepare: Callable[[ConfigDict, Split, list[jax.Device], Path], Mapping[str, np.ndarray]] | None = None
+    teacher: Teacher | None = None
 
 
 def warmup(epoch: jax.Array, warmup_epochs: int) -> jax.Array:
-    """The factor that grows linearly over the first epochs: `min(1, (epoch + 1) / warmup_epochs)`; 0 epochs: 1."""
+    """Return `min(1, (epoch + 1) / warmup_epochs)`, which grows linearly over the first epochs; 1 for 0 epochs."""
     return jax.numpy.minimum(1.0, (epoch + 1) / max(warmup_epochs, 1))
 
 
 def pick(keys: jax.Array, draw: Callable[[jax.Array], Any]) -> Any:
-    """`draw(key)` for every example's key `[B]`."""
+    """Return `draw(key)` for every example's key `[B]`."""
     return jax.vmap(draw)(keys)

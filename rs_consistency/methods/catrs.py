@@ -1,21 +1,16 @@
 """CAT-RS: confidence-aware training. Jeong, Kim, Shin (AAAI 2023)."""
 
-from collections.abc import Mapping
-from pathlib import Path
-
 import jax
 import jax.numpy as jnp
-import numpy as np
 from ml_collections import ConfigDict
 
 from rs_consistency import attacks, losses
 from rs_consistency.common.checks import LARGEST, count, number_from
-from rs_consistency.data import Split
-from rs_consistency.methods.base import Batch, Classifier, Method, MethodOutput, Terms, pick
+from rs_consistency.methods.base import Batch, Classifier, Method, MethodOutput, Teacher, Terms, pick
 
 
 def build(config: ConfigDict) -> Terms:
-    """The sum of a term for examples of low and one for examples of high confidence.
+    """Return the sum of a term for examples of low and one for examples of high confidence.
 
     With w the share of the M copies whose top class is the label, and K ~ Binomial(M, w), at least 1:
 
@@ -49,7 +44,7 @@ def build(config: ConfigDict) -> Terms:
 
 
 def check(config: ConfigDict) -> None:
-    """Checks `config.catrs`."""
+    """Check `config.catrs`."""
     settings = config.catrs
     number_from("catrs.lbd", settings.lbd, at_least=0, at_most=LARGEST)
     number_from("catrs.epsilon", settings.epsilon, at_least=0, at_most=LARGEST)
@@ -57,17 +52,8 @@ def check(config: ConfigDict) -> None:
     count("catrs.num_votes", settings.num_votes, at_most=10**8)
 
 
-def prepare(config: ConfigDict, split: Split, devices: list[jax.Device], workdir: Path) -> Mapping[str, np.ndarray]:
-    """The teacher's smoothed predictions `[N, K]`."""
-    from rs_consistency.training import teacher
-
-    settings = config.catrs
-    shares = teacher.smoothed_predictions(
-        config, split, settings.teacher, num_votes=settings.num_votes, devices=devices, workdir=workdir
-    )
-    return {"smoothed": shares}
-
-
 METHOD = Method(
-    build, check, {"catrs.teacher": "a Gaussian model on the same data (published: at sigma 0.25)"}, prepare
+    build,
+    check,
+    Teacher("catrs.teacher", "catrs.num_votes", "a Gaussian model on the same data (published: at sigma 0.25)"),
 )

@@ -7,7 +7,7 @@ from rs_consistency.methods.base import Batch, Classifier, Method, MethodOutput,
 
 
 def build(config: ConfigDict) -> Terms:
-    """Mean over the M copies of CE(f(x + d_i), y)."""
+    """Return the mean over the M copies of CE(f(x + d_i), y)."""
     del config
 
     def terms(model: Classifier, batch: Batch) -> MethodOutput:

@@ -9,7 +9,7 @@ from rs_consistency.methods.base import Batch, Classifier, Method, MethodOutput,
 
 
 def build(config: ConfigDict) -> Terms:
-    """The two terms of `losses.macer`, the second times lbd.
+    """Return the two terms of `losses.macer`, the second times lbd.
 
     With `deferred`, lbd is 0 until after the first drop of the learning rate: up to and including the epoch (from 0)
     number lr_step_size.
@@ -27,7 +27,7 @@ def build(config: ConfigDict) -> Terms:
 
 
 def check(config: ConfigDict) -> None:
-    """Checks `config.macer`."""
+    """Check `config.macer`."""
     number_from("macer.lbd", config.macer.lbd, at_least=0, at_most=LARGEST)
     number_above("macer.beta", config.macer.beta, 0, at_most=LARGEST)
     number_from("macer.gamma", config.macer.gamma, at_least=0, at_most=LARGEST)

@@ -8,7 +8,7 @@ from rs_consistency.methods.base import Batch, Classifier, Method, MethodOutput,
 
 
 def build(config: ConfigDict) -> Terms:
-    """Mean over the M copies of CE(f(x + a + d_i), y), a from `attacks.smooth_adv` with the same noise.
+    """Return the mean over the M copies of CE(f(x + a + d_i), y), a from `attacks.smooth_adv` with the same noise.
 
     The attack's radius grows over the first epochs: `min(epsilon, (epoch + 1) * epsilon / warmup_epochs)`.
     """
@@ -30,7 +30,7 @@ def build(config: ConfigDict) -> Terms:
 
 
 def check(config: ConfigDict) -> None:
-    """Checks `config.smoothadv`."""
+    """Check `config.smoothadv`."""
     number_from("smoothadv.epsilon", config.smoothadv.epsilon, at_least=0, at_most=LARGEST)
     count("smoothadv.num_steps", config.smoothadv.num_steps, at_most=1000)
     count("smoothadv.warmup_epochs", config.smoothadv.warmup_epochs, at_least=0)

@@ -10,11 +10,11 @@ from rs_consistency.methods.base import Batch, Classifier, Method, MethodOutput,
 
 
 def build(config: ConfigDict) -> Terms:
-    """Cross entropy at the clean side x', and eta * w * KL(y_mix || F(x_mix + d_i)) where Fbar(x') is right.
+    """Return the cross entropy at the clean side x', and eta * w * KL(y_mix || F(x_mix + d_i)) where Fbar(x') is right.
 
-    x' is iterate number `clean_step` of the attack, at most `step_size * clean_step * w` away from x; x_adv the last
-    one. `x_mix = (1 - u) x' + u x_adv` and `y_mix = (1 - u) Fbar(x') + u / K` with u uniform on [0, 1/2]. w grows over
-    the first epochs. The noise is the same throughout, and the gradient flows through Fbar(x').
+    x' is iterate number `clean_step` of the attack, at most `step_size * clean_step * w` away from x; x_adv is the last
+    iterate. `x_mix = (1 - u) x' + u x_adv` and `y_mix = (1 - u) Fbar(x') + u / K` with u uniform on [0, 1/2]. w grows
+    over the first epochs. The noise is the same throughout, and the gradient flows through Fbar(x').
     """
     settings = config.smoothmix
     step_size, num_steps, clean_step = settings.step_size, settings.num_steps, settings.clean_step
@@ -54,7 +54,7 @@ def build(config: ConfigDict) -> Terms:
 
 
 def check(config: ConfigDict) -> None:
-    """Checks `config.smoothmix`."""
+    """Check `config.smoothmix`."""
     settings = config.smoothmix
     number_above("smoothmix.step_size", settings.step_size, 0, at_most=LARGEST)
     count("smoothmix.num_steps", settings.num_steps, at_most=1000)

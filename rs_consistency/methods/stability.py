@@ -9,9 +9,10 @@ from rs_consistency.methods.base import Batch, Classifier, Method, MethodOutput,
 
 
 def build(config: ConfigDict) -> Terms:
-    """CE(f(x), y) + lbd * CE(target = F(x), prediction = f(x + d)), the second a mean over the M copies (published: 1).
+    """Return CE(f(x), y) + lbd * CE(target = F(x), prediction = f(x + d)).
 
-    As published, the clean and the noisy images go through the model one after the other: batch norm sees two batches.
+    The second term is a mean over the M copies (published: 1). As published, the clean and the noisy images go through
+    the model one after the other: batch norm sees two batches.
     """
     lbd = config.stability.lbd
 
@@ -27,7 +28,7 @@ def build(config: ConfigDict) -> Terms:
 
 
 def check(config: ConfigDict) -> None:
-    """Checks `config.stability`."""
+    """Check `config.stability`."""
     number_from("stability.lbd", config.stability.lbd, at_least=0, at_most=LARGEST)
 
 

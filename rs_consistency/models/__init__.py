@@ -27,8 +27,7 @@ MODELS: dict[str, Callable[..., nn.Module]] = {
     "resnet50": functools.partial(ResNet, blocks=(3, 4, 6, 3)),
 }
 
-
-# Models that XLA leaves fast inside a compiled loop on the CPU, and whose examples do not depend on each other: LeNet's
+# Models that stay fast inside a compiled loop on the CPU, and whose examples do not depend on each other. LeNet's
 # convolutions are matrix products there (`convolution.py`).
 QUICK_IN_LOOPS = frozenset({"lenet"})
 
@@ -42,16 +41,16 @@ def create_model(
     dtype: Any = jnp.float32,
     axis_name: Sequence[str] = (),
 ) -> nn.Module:
-    """A flax linen module: `init(key, images)`, `apply(variables, images, train=False)` -> float32 logits `[N, K]`.
+    """Return a flax module: `init(key, images)`, `apply(variables, images, train=False)` -> float32 logits `[N, K]`.
 
     With `train=True` a model with batch normalization needs `mutable=["batch_stats"]` and uses the statistics of its
-    batch, averaged over the axes `axis_name`. Images of a shape that a model cannot take are a ValueError.
+    batch, averaged over the axes `axis_name`. The model raises a ValueError for images of a shape that it cannot take.
 
     Args:
       name: a key of `MODELS`.
       num_classes: K.
-      mean: per-channel mean of the normalization that is part of the model; empty for none.
-      std: per-channel standard deviation of it.
+      mean: per-channel mean of the normalization inside the model; empty for none.
+      std: per-channel standard deviation, likewise.
       dtype: float32 or bfloat16, for the activations; parameters, batch statistics and logits are float32.
       axis_name: names of the vmap and pmap axes that share batch statistics in training; empty for none.
 
@@ -66,5 +65,5 @@ def create_model(
 
 
 def count_parameters(variables: Any) -> int:
-    """Parameters of a model, without batch statistics."""
+    """Return the number of a model's parameters, without batch statistics."""
     return sum(int(np.prod(leaf.shape)) for leaf in jax.tree.leaves(variables["params"]))

@@ -21,7 +21,7 @@ class CifarResNet(ImageClassifier):
 
     @nn.compact
     def __call__(self, images: jax.Array, *, train: bool = False) -> jax.Array:
-        """Images `[N, H, W, C]`, float in [0, 1] plus noise, of any size, to logits `[N, K]`."""
+        """Return logits `[N, K]` of images `[N, H, W, C]`, float in [0, 1] plus noise, of any size."""
         norm = self.batch_norm(train)
         x = conv(self.prepare(images), 16, 3, name="conv1")
         x = nn.relu(norm(name="bn1")(x))
@@ -33,7 +33,7 @@ class CifarResNet(ImageClassifier):
 
 
 class BasicBlock(nn.Module):
-    """ReLU(shortcut + two 3x3 convolutions with batch normalization)."""
+    """Residual block: ReLU(shortcut + two 3x3 convolutions with batch normalization)."""
 
     features: int
     stride: int
@@ -41,7 +41,7 @@ class BasicBlock(nn.Module):
 
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
-        """`[N, H, W, C]` to `[N, ceil(H/stride), ceil(W/stride), features]`."""
+        """Map `[N, H, W, C]` to `[N, ceil(H/stride), ceil(W/stride), features]`."""
         y = conv(x, self.features, 3, stride=self.stride, name="conv1")
         y = nn.relu(self.norm(name="bn1")(y))
         y = conv(y, self.features, 3, name="conv2")

@@ -1,7 +1,7 @@
 """Convolutions in other forms, where XLA's own is slow: on the CPU, and on a GPU in small batches.
 
-All of them take `[N, H, W, C]` and `[kh, kw, C, F]` and give the sums of `jax.lax.conv_general_dilated` up to the
-order of their terms.
+All of them take `[N, H, W, C]` and `[kh, kw, C, F]` and return the sums of `jax.lax.conv_general_dilated`, up to the
+order of the terms.
 """
 
 import functools
@@ -14,15 +14,15 @@ import numpy as np
 
 
 def convolution(columns: int) -> Callable[..., jax.Array]:
-    """What convolves in a `flax.linen.Conv(conv_general_dilated=...)`, chosen by platform.
+    """Return the convolution for a `flax.linen.Conv(conv_general_dilated=...)`, chosen by platform.
 
-    On CPUs and GPUs a matrix product that computes `columns` neighbouring output pixels at once: `as_matrix_product`.
+    On CPUs and GPUs it is a matrix product for up to `columns` neighbouring output pixels at once: `as_matrix_product`.
     LeNet, one core of an Intel Xeon, medians: forward 1.5 times as many images a second as XLA's convolution, gradient
     of the parameters 1.9 times, gradient of the images 2.7 times. On one NVIDIA H100, 256 noisy images in a step: 1.5
-    times as many Gaussian steps a second, 1.6 times as many of SmoothAdv. Elsewhere XLA's convolution.
+    times as many Gaussian steps a second, 1.6 times as many of SmoothAdv. Elsewhere it is XLA's convolution.
 
     Args:
-      columns: at most so many output pixels of a row at once.
+      columns: largest number of output pixels of a row at once.
     """
     if jax.default_backend() not in ("cpu", "gpu"):
         return jax.lax.conv_general_dilated
@@ -38,7 +38,7 @@ def convolution(columns: int) -> Callable[..., jax.Array]:
 
 
 def _is_plain(settings: Mapping[str, Any]) -> bool:
-    """Whether there is neither dilation nor groups in the settings of `jax.lax.conv_general_dilated`."""
+    """Return whether settings of `jax.lax.conv_general_dilated` have neither dilation nor groups."""
     plain = all(settings.get(name) in (None, 1, (1, 1)) for name in ("lhs_dilation", "rhs_dilation"))
     return plain and settings.get("feature_group_count", 1) == settings.get("batch_group_count", 1) == 1
 
@@ -46,22 +46,19 @@ def _is_plain(settings: Mapping[str, Any]) -> bool:
 def as_matrix_product(
     images: jax.Array, kernel: jax.Array, *, strides: Sequence[int], padding: Any, columns: int
 ) -> jax.Array:
-    """A convolution `[N, H, W, C]` * `[kh, kw, C, F]` -> `[N, H', W', F]` as one matrix product.
+    """Return a convolution `[N, H, W, C]` * `[kh, kw, C, F]` -> `[N, H', W', F]`, computed as one matrix product.
 
-    A row of the left matrix is a window that `c` neighbouring output pixels see, c being the largest divisor of W'
-    up to `columns`; the right matrix `[kh * window, c * F]` holds the kernel c times, shifted, and zeros elsewhere.
-    Compared with one window for each pixel (c = 1), less is copied and the product has more columns, at the price
-    of multiplications by those zeros.
+    A row of the left matrix is a window that `c` neighbouring output pixels see; c is the largest divisor of W' up to
+    `columns`. The right matrix `[kh * window, c * F]` holds the kernel c times, shifted, and zeros elsewhere. Compared
+    with a window for each pixel (c = 1), less is copied and the product has more columns, at the price of
+    multiplications by these zeros.
 
     Args:
       images: `[N, H, W, C]`.
       kernel: `[kh, kw, C, F]`, of the same type.
-      strides: of rows and columns.
+      strides: strides of rows and columns.
       padding: `VALID`, `SAME`, or (before, after) for rows and columns.
-      columns: at most so many output pixels at once.
-
-    Returns:
-      The sums of `jax.lax.conv_general_dilated`, up to the order of their terms.
+      columns: largest number of output pixels at once.
     """
     padding = _pads(images, kernel, strides, padding)
     if any(amount for side in padding for amount in side):
@@ -91,7 +88,7 @@ def as_matrix_product(
 
 
 def _pads(images: jax.Array, kernel: jax.Array, strides: Sequence[int], padding: Any) -> tuple[tuple[int, int], ...]:
-    """(before, after) for rows and columns, whatever the padding is given as."""
+    """Return (before, after) for rows and columns, from any form of padding."""
     if isinstance(padding, str):
         padding = jax.lax.padtype_to_pads(images.shape[1:3], kernel.shape[:2], strides, padding)
     return tuple((int(before), int(after)) for before, after in padding)
@@ -100,12 +97,12 @@ def _pads(images: jax.Array, kernel: jax.Array, strides: Sequence[int], padding:
 def inference_convolution(
     images: jax.Array, kernel: jax.Array, strides: Sequence[int], padding: Any, **settings: Any
 ) -> jax.Array:
-    """What convolves in inference, for `flax.linen.Conv(conv_general_dilated=...)`, chosen by platform and shape.
+    """Convolve in inference, as `flax.linen.Conv(conv_general_dilated=...)`, in a form that suits platform and shape.
 
     On the CPU, float32 5 x 5 convolutions of stride 1 take another form, `winograd_rows` or `as_matrix_product`: LeNet
     classifies 1.6 times as many images a second as with XLA's convolution alone (one core of an Intel Xeon, batches of
-    32 to 128). All else is XLA's convolution: ResNet-20 ran 1.6 to 1.8 times slower with `winograd_rows` (two cores),
-    LeNet on an H100 in batches of 16,384 0.4 to 0.7 times as fast with `as_matrix_product`.
+    32 to 128). All others are XLA's: ResNet-20 ran 1.6 to 1.8 times slower with `winograd_rows` (two cores), LeNet on
+    an H100 in batches of 16,384 0.4 to 0.7 times as fast with `as_matrix_product`.
     """
     channels, size = images.shape[-1], kernel.shape[:2]
     simple = _is_plain(settings) and images.dtype == jnp.float32 and tuple(strides) == (1, 1)
@@ -125,10 +122,10 @@ _POINTS = (0, 1, -1, 2, -2, 0.5, -0.5)  # and infinity
 
 
 def winograd_rows(images: jax.Array, kernel: jax.Array, *, padding: Sequence[Sequence[int]]) -> jax.Array:
-    """A 5 x 5 convolution of stride 1, four output rows at a time with 2/5 of the multiplications.
+    """Return a 5 x 5 convolution of stride 1, four output rows at a time with 2/5 of the multiplications.
 
-    Along the height Winograd's F(4, 5): eight 1 x 5 convolutions of sums of rows instead of twenty of rows. Along the
-    width it stays a convolution, so that all sums are of whole rows, which lie side by side in memory.
+    Along the height it is Winograd's F(4, 5): eight 1 x 5 convolutions of sums of rows instead of twenty of rows. Along
+    the width it stays a convolution, so that all sums are of whole rows, which are contiguous in memory.
 
     Args:
       images: `[N, H, W, C]`.
@@ -136,7 +133,7 @@ def winograd_rows(images: jax.Array, kernel: jax.Array, *, padding: Sequence[Seq
       padding: (before, after) for rows and columns; the number of output rows H' must be a multiple of 4.
 
     Returns:
-      `[N, H', W', F]`. Its rounding errors are a few times those of the plain sum.
+      `[N, H', W', F]`, with a few times the rounding errors of the plain sum.
 
     Source: Lavin and Gray, Fast algorithms for convolutional neural networks (CVPR 2016).
     """
@@ -155,7 +152,7 @@ def winograd_rows(images: jax.Array, kernel: jax.Array, *, padding: Sequence[Seq
 
 
 class _Transforms(NamedTuple):
-    """What Winograd's algorithm multiplies tiles `[T]`, kernels `[R]` and products `[T]` with; T = 4 + R - 1."""
+    """Winograd's matrices for tiles `[T]`, kernels `[R]` and products `[T]`; T = 4 + R - 1."""
 
     images: np.ndarray  # [T, T]
     kernel: np.ndarray  # [T, R]
@@ -164,14 +161,14 @@ class _Transforms(NamedTuple):
 
 @functools.cache
 def _cook_toom(taps: int, points: tuple[float, ...]) -> _Transforms:
-    """F(4, taps) from interpolation at the points and at infinity: the transposed product of two polynomials.
+    """Return F(4, taps), from interpolation at the points and at infinity: the transposed product of two polynomials.
 
     `outputs @ ((kernel @ k) * (images @ x))` is the correlation of x with k.
     """
     size = len(points) + 1
 
     def evaluate(count: int) -> np.ndarray:
-        """Polynomials of `count` coefficients at the points; at infinity, their leading coefficient."""
+        """Return polynomials of `count` coefficients at the points and, at infinity, their leading coefficient."""
         return np.vstack([np.vander(points, count, increasing=True), np.eye(count)[-1:]])
 
     images = np.linalg.inv(evaluate(size)).T
@@ -180,7 +177,7 @@ def _cook_toom(taps: int, points: tuple[float, ...]) -> _Transforms:
 
 
 def _sum(weights: Sequence[float], arrays: Sequence[jax.Array]) -> jax.Array:
-    """The weighted sum, without the terms of weight 0."""
+    """Return the weighted sum, without the terms of weight 0."""
     pairs = zip(map(float, weights), arrays, strict=True)
     terms = [array if weight == 1 else weight * array for weight, array in pairs if weight]
     return sum(terms[1:], start=terms[0])

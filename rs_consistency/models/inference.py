@@ -1,4 +1,4 @@
-"""A trained model made ready for inference: all that depends on its variables alone is computed once."""
+"""A trained model prepared for inference: everything that depends on its variables alone is computed once."""
 
 from collections import defaultdict
 from collections.abc import Callable, Sequence
@@ -15,43 +15,43 @@ from rs_consistency.models import convolution
 from rs_consistency.models.convolution import inference_convolution
 from rs_consistency.models.layers import ImageClassifier
 
-Path = tuple[str, ...]  # of a layer in the model, such as ("layer1_0", "bn1")
+Path = tuple[str, ...]  # path of a layer in the model, such as ("layer1_0", "bn1")
 
-AFFINE = "affine"  # the collection of variables with what is left of batch normalization
+AFFINE = "affine"  # collection of the variables that replace batch normalization
 
 
 def for_inference(
     model: nn.Module, variables: Any, *, image_shape: Sequence[int]
 ) -> tuple[Callable[[Any, jax.Array], jax.Array], dict[str, Any]]:
-    """The model in inference mode as a function with variables of its own; do it once, before many passes.
+    """Return the model in inference mode as a function with its own variables. Call it once, before many passes.
 
-    - Batch normalization of the output of an `nn.Conv` without bias that nothing else uses is folded: its
-      factors go into the kernel, and a shift, the bias of the convolution, is added in its place.
-    - Any other batch normalization becomes one multiplication and one addition.
-    - The input normalization of an `ImageClassifier` becomes one multiplication and one addition.
+    - Batch normalization after an `nn.Conv` without bias is folded if nothing else uses the output of the convolution:
+      the factors go into the kernel, and a shift, the bias of the convolution, is added in its place.
+    - Any other batch normalization becomes a multiplication and an addition.
+    - The input normalization of an `ImageClassifier` becomes a multiplication and an addition.
     - An `nn.Conv` computes by `convolution.inference_convolution`.
     - Parameters of `nn.Conv` and `nn.Dense` are cast to the type that the layer computes in.
 
-    The new numbers are computed in float64 and rounded once. Model, layers and types of the activations are those
-    of `model.apply`. Which convolution a batch normalization follows is read from a trace of the model, so a new
-    model declares nothing.
+    The new numbers are computed in float64 and rounded once. Model, layers and types of the activations stay as in
+    `model.apply`. A trace of the model shows which convolution a batch normalization follows, so a new model declares
+    nothing.
 
-    *Guarantee.* Logits are those of `model.apply(variables, images, train=False)` up to rounding in the type that
-    the model computes in. So a vote can differ only where the two largest logits are as close as that.
+    *Guarantee.* The logits equal `model.apply(variables, images, train=False)` up to rounding in the model's type. So a
+    vote can differ only where the two largest logits differ by no more than this rounding.
 
     Args:
-      model: takes `(images, train=False)`; any module of flax linen.
-      variables: of `model.init`, or trained; not changed.
-      image_shape: `(H, W, C)` of the images to come.
+      model: any module of flax linen that takes `(images, train=False)`.
+      variables: variables of `model.init`, or trained; not changed.
+      image_shape: `(H, W, C)` of the images.
 
     Returns:
-      `(apply_fn, variables)`: `apply_fn(variables, images [N, H, W, C])` gives the logits `[N, K]`, and raises a
-      ValueError for images of another shape or variables of before. The variables are `params`, without those of
-      batch normalization, and `affine`.
+      `(apply_fn, variables)`: `apply_fn(variables, images [N, H, W, C])` returns logits `[N, K]`. It raises a
+      ValueError for images of another shape or the original variables. The new variables are `params`, without batch
+      normalization, and `affine`.
 
     Raises:
-      ValueError: when batch statistics are used other than as running averages in an `nn.BatchNorm` over the last
-        axis, or when the model does not take the images.
+      ValueError: when batch statistics have another use than running averages in an `nn.BatchNorm` over the last axis,
+        or when the model does not take the images.
     """
     image_shape = tuple(image_shape)
     trace = _trace(model, variables, image_shape)
@@ -67,17 +67,14 @@ def for_inference(
     return apply_fn, ready
 
 
-# --- what runs -------------------------------------------------------------------------------------------------------
-
-
 def _replace(next_fun: Callable[..., Any], args: Any, kwargs: Any, context: Any) -> Any:
-    """A flax interceptor that puts multiply-adds in the place of normalizations."""
+    """Replace normalizations by multiply-adds, and convolutions by faster forms: a flax interceptor."""
     module, method = context.module, context.method_name
     if method == "normalize" and isinstance(module, ImageClassifier) and module.mean:
         mean, std = np.float64(module.mean), np.float64(module.std)
         return _multiply_add(args[0], jnp.asarray(1 / std, jnp.float32), jnp.asarray(-mean / std, jnp.float32))
     given = module.conv_general_dilated if type(module) is nn.Conv else None
-    # What a model brings itself stays, unless it is this package's own.
+    # A model's own convolution stays, unless it comes from this package.
     ours = given is None or getattr(given, "__module__", None) == convolution.__name__
     if method == "__call__" and type(module) is nn.Conv and ours and given is not inference_convolution:
         faster = module.clone(parent=None, conv_general_dilated=inference_convolution)
@@ -92,7 +89,7 @@ def _replace(next_fun: Callable[..., Any], args: Any, kwargs: Any, context: Any)
 
 
 def _multiply_add(x: jax.Array, scale: jax.Array | None, shift: jax.Array) -> jax.Array:
-    """`x * scale + shift`, for each of the last axis' channels, in float32 or what is wider."""
+    """Return `x * scale + shift` for each channel of the last axis, in float32 or a wider type."""
     if scale is not None:
         x = x * jnp.expand_dims(scale, range(x.ndim - 1))
     return x + jnp.expand_dims(shift, range(x.ndim - 1))
@@ -101,15 +98,12 @@ def _multiply_add(x: jax.Array, scale: jax.Array | None, shift: jax.Array) -> ja
 def _batch_norm_arguments(
     x: jax.Array, use_running_average: bool | None = None, *, mask: jax.Array | None = None
 ) -> tuple[jax.Array, bool | None]:
-    del mask  # concerns batch statistics alone
+    del mask  # used for batch statistics alone
     return x, use_running_average
 
 
-# --- what is computed once -------------------------------------------------------------------------------------------
-
-
 class _Trace(NamedTuple):
-    """What a model does with one image.
+    """The layers that a model calls for an image.
 
     Attributes:
       layers: path -> the `nn.BatchNorm`, `nn.Conv` or `nn.Dense` there, for each of its calls.
@@ -121,7 +115,7 @@ class _Trace(NamedTuple):
 
 
 def _trace(model: nn.Module, variables: Any, image_shape: tuple[int, ...]) -> _Trace:
-    """Runs the model abstractly, with a tag on every input of a batch normalization and output of a convolution."""
+    """Run the model abstractly, with a tag on every input of a batch normalization and output of a convolution."""
     layers: dict[Path, list[nn.Module]] = defaultdict(list)
     tags: dict[str, nn.Module] = {}
 
@@ -132,7 +126,7 @@ def _trace(model: nn.Module, variables: Any, image_shape: tuple[int, ...]) -> _T
 
     def interceptor(next_fun: Callable[..., Any], args: Any, kwargs: Any, context: Any) -> Any:
         module = context.module
-        # A subclass may do anything: it is left alone, and if it has batch statistics, `_transform` raises.
+        # A subclass may compute anything: it stays, and if it has batch statistics, `_transform` raises.
         if context.method_name != "__call__" or type(module) not in (nn.BatchNorm, nn.Conv, nn.Dense):
             return next_fun(*args, **kwargs)
         layers[module.path].append(module)
@@ -149,7 +143,7 @@ def _trace(model: nn.Module, variables: Any, image_shape: tuple[int, ...]) -> _T
         images = jax.ShapeDtypeStruct((1, *image_shape), jnp.float32)
         jaxpr = jax.make_jaxpr(lambda *args: model.apply(*args, train=False))(variables, images).jaxpr
 
-    users = defaultdict(list)  # of a variable: the modules that it is tagged for, and None for any other use
+    users = defaultdict(list)  # variable -> the modules that it is tagged for, and None for any other use
     for equation in jaxpr.eqns:
         for variable in equation.invars:
             users[id(variable)].append(tags.get(equation.params.get("name")))
@@ -161,13 +155,13 @@ def _trace(model: nn.Module, variables: Any, image_shape: tuple[int, ...]) -> _T
         conv, used_by = tags.get(equation.params.get("name")), users[id(equation.outvars[0])]
         if type(conv) is nn.Conv and not conv.use_bias and [type(user) for user in used_by] == [nn.BatchNorm]:
             norm = used_by[0]
-            if len(layers[conv.path]) == len(layers[norm.path]) == 1:  # shared layers could not be folded separately
+            if len(layers[conv.path]) == len(layers[norm.path]) == 1:  # shared layers cannot be folded separately
                 folds[norm.path] = conv.path
     return _Trace(dict(layers), folds)
 
 
 def _transform(trace: _Trace, variables: Any) -> dict[str, Any]:
-    """The variables of `for_inference`."""
+    """Return the variables of `for_inference`."""
     params, stats = (flatten_dict(variables.get(name, {})) for name in ("params", "batch_stats"))
     affine, factors = {}, {}
     for path, (layer, *_) in trace.layers.items():
@@ -198,4 +192,4 @@ def _transform(trace: _Trace, variables: Any) -> dict[str, Any]:
     return {**others, "params": unflatten_dict(params), AFFINE: unflatten_dict(affine)}
 
 
-_STARTS = (("scale", 1.0), ("bias", 0.0))  # of batch normalization, also where it has no such parameter
+_STARTS = (("scale", 1.0), ("bias", 0.0))  # parameters of batch normalization, and their values if it has none

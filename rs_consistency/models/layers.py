@@ -9,19 +9,19 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-# `norm(name="bn1")` makes a batch normalization layer; blocks get it ready for training or inference.
+# `norm(name="bn1")` makes a batch normalization layer, ready for training or inference.
 Norm = Callable[..., nn.BatchNorm]
 
 
 class ImageClassifier(nn.Module):
-    """Attributes and the first and last steps that the models share.
+    """The attributes and the first and last layers that the models share.
 
     A name such as `layer1_0` stands for PyTorch's `layer1.0`.
 
     Attributes:
       num_classes: K.
       mean: per-channel mean of the input normalization; empty for none.
-      std: per-channel standard deviation of it.
+      std: per-channel standard deviation, likewise.
       dtype: float32 or bfloat16, for the activations. Parameters, batch statistics, input normalization, the last
         layer and the logits are float32.
       axis_name: vmap and pmap axes over which batch statistics are averaged in training; empty for none.
@@ -34,7 +34,7 @@ class ImageClassifier(nn.Module):
     axis_name: Sequence[str] = ()
 
     def prepare(self, images: jax.Array, *, min_size: int = 1) -> jax.Array:
-        """Checks and normalizes images `[N, H, W, C]`, and casts them to `dtype`.
+        """Return checked and normalized images `[N, H, W, C]` in `dtype`.
 
         Raises:
           ValueError: for another rank, another number of channels than `mean` has, or a side below `min_size`.
@@ -49,11 +49,24 @@ class ImageClassifier(nn.Module):
         return self.normalize(images.astype(jnp.float32)).astype(self.dtype)
 
     def normalize(self, images: jax.Array) -> jax.Array:
-        """`normalize` with the model's numbers; a method, for which `for_inference` puts a multiply-add."""
-        return normalize(images, self.mean, self.std)
+        """Return `(images - mean) / std` per channel, or the images if `mean` is empty.
+
+        Normalization is part of the model because noise and radii are in units of the [0, 1] image. `for_inference`
+        replaces this method by a multiply-add.
+
+        Raises:
+          ValueError: when `mean` or `std` does not have a number for each channel.
+        """
+        mean, std = tuple(self.mean), tuple(self.std)
+        if not mean:
+            return images
+        if not len(mean) == len(std) == images.shape[-1]:  # a grey image would silently broadcast to three channels
+            raise ValueError(f"mean={mean} and std={std} do not fit images of {images.shape[-1]} channels")
+        mean, std = (jnp.asarray(values, images.dtype)[None, None, None] for values in (mean, std))
+        return (images - mean) / std
 
     def batch_norm(self, train: bool) -> Norm:
-        """Batch normalization: batch statistics in training, running averages (0.9 old + 0.1 new) in inference."""
+        """Return batch normalization: batch statistics in training, running averages (0.9 old + 0.1 new) otherwise."""
         return functools.partial(
             nn.BatchNorm,
             use_running_average=not train,
@@ -64,31 +77,14 @@ class ImageClassifier(nn.Module):
         )
 
     def pool_and_classify(self, x: jax.Array) -> jax.Array:
-        """Mean over the pixels of `[N, H, W, C]`, then the dense layer `fc`: float32 logits `[N, K]`."""
-        # In float32: it costs nothing beside the convolutions, and bfloat16 logits would tie or change the top class.
+        """Return float32 logits `[N, K]`: the mean over the pixels of `[N, H, W, C]`, then the dense layer `fc`."""
+        # float32 costs nothing beside the convolutions, and bfloat16 logits would tie or change the top class.
         x = jnp.mean(x.astype(jnp.float32), axis=(1, 2))
         return dense(x, self.num_classes, name="fc")
 
 
-def normalize(images: jax.Array, mean: Sequence[float], std: Sequence[float]) -> jax.Array:
-    """`(images - mean) / std` per channel; an empty mean leaves the images alone.
-
-    Normalization is part of the model because noise and radii are in units of the [0, 1] image.
-
-    Raises:
-      ValueError: when `mean` or `std` does not have one number for each channel.
-    """
-    if not mean:
-        return images
-    if not len(mean) == len(std) == images.shape[-1]:  # a grey image would silently broadcast to three channels
-        raise ValueError(f"mean={tuple(mean)} and std={tuple(std)} do not fit images of {images.shape[-1]} channels")
-    return (images - jnp.asarray(mean, images.dtype)[None, None, None]) / jnp.asarray(std, images.dtype)[
-        None, None, None
-    ]
-
-
 def fan_in_uniform(fan_in: int) -> Callable[..., jax.Array]:
-    """Initializer: uniform in +-1/sqrt(fan_in), PyTorch's default for weights and biases alike."""
+    """Return an initializer, uniform in +-1/sqrt(fan_in): PyTorch's default for weights and biases."""
     bound = 1 / math.sqrt(fan_in)
 
     def init(key: jax.Array, shape: Sequence[int], dtype: jnp.dtype = jnp.float32) -> jax.Array:
@@ -98,17 +94,18 @@ def fan_in_uniform(fan_in: int) -> Callable[..., jax.Array]:
 
 
 def dense(x: jax.Array, features: int, *, name: str | None = None) -> jax.Array:
-    """A dense layer in the type of x, `[N, C]` to `[N, features]`, that starts as PyTorch's."""
+    """Apply a dense layer in the type of x, `[N, C]` to `[N, features]`, initialized as PyTorch's."""
     init = fan_in_uniform(x.shape[-1])
     return nn.Dense(features, dtype=x.dtype, kernel_init=init, bias_init=init, name=name)(x)
 
 
 def conv(x: jax.Array, features: int, size: int, *, stride: int = 1, name: str) -> jax.Array:
-    """A convolution without bias in the type of x, `[N, H, W, C]` to `[N, ceil(H/stride), ceil(W/stride), features]`.
+    """Apply a convolution without bias in the type of x.
 
-    Its kernel, `size` x `size` with an odd size, starts normal with variance 2 / (size * size * features).
+    It maps `[N, H, W, C]` to `[N, ceil(H/stride), ceil(W/stride), features]`. Its kernel, `size` x `size` with an odd
+    size, starts normal with variance 2 / (size * size * features).
     """
-    # As PyTorch pads; with a stride of 2 and even H, flax's "SAME" pads less on the left and shifts the output.
+    # PyTorch's padding. With a stride of 2 and even H, flax's "SAME" pads less on the left and shifts the output.
     padding = (size - 1) // 2
     return nn.Conv(
         features,
@@ -123,16 +120,16 @@ def conv(x: jax.Array, features: int, size: int, *, stride: int = 1, name: str) 
 
 
 def max_pool_2x2(x: jax.Array) -> jax.Array:
-    """2x2 maximum with stride 2 over `[N, H, W, C]`; an odd last row or column is left out.
+    """Return the 2x2 maximum with stride 2 over `[N, H, W, C]`. An odd last row or column is left out.
 
-    A reshape and a reduction instead of `flax.linen.max_pool`: XLA's backward pass of `reduce_window` on the
-    CPU made a LeNet training step 2.1 times slower (5,260 against 2,470 images/s on 2 cores).
+    It is a reshape and a reduction instead of `flax.linen.max_pool`: XLA's backward pass of `reduce_window` on the CPU
+    made a LeNet training step 2.1 times slower (5,260 against 2,470 images/s on 2 cores).
     """
     return _windows_2x2(x).max(axis=(2, 4))
 
 
 def average_pool_2x2(x: jax.Array) -> jax.Array:
-    """2x2 mean with stride 2 over `[N, H, W, C]`; an odd last row or column is left out."""
+    """Return the 2x2 mean with stride 2 over `[N, H, W, C]`. An odd last row or column is left out."""
     return _windows_2x2(x).mean(axis=(2, 4))
 
 

@@ -18,7 +18,7 @@ class LeNet(ImageClassifier):
 
     @nn.compact
     def __call__(self, images: jax.Array, *, train: bool = False) -> jax.Array:
-        """Images `[N, H, W, C]`, float in [0, 1] plus noise, at least 16 x 16, to logits `[N, K]`."""
+        """Return logits `[N, K]` of images `[N, H, W, C]`, float in [0, 1] plus noise, at least 16 x 16."""
         del train  # no layer of this model behaves differently in training
         x = self.prepare(images, min_size=16)
         for features, columns in ((20, 4), (50, 2)):
@@ -32,7 +32,7 @@ class LeNet(ImageClassifier):
                 bias_init=fan_in_uniform(fan_in),
                 conv_general_dilated=convolution(columns),
             )(x)
-            # ReLU and maximum commute; on the pooled array it costs a quarter.
+            # ReLU and maximum commute; on the pooled array ReLU costs a quarter.
             x = nn.relu(max_pool_2x2(x))
         x = jnp.reshape(x, (x.shape[0], -1))  # [N, H, W, C] -> [N, H*W*C]
         x = nn.relu(dense(x, 500))

@@ -15,14 +15,14 @@ class ResNet(ImageClassifier):
     has 3, 4, 6 and 3 blocks: with K = 1000 25,557,032 parameters.
 
     Attributes:
-      blocks: in each of the four stages.
+      blocks: number of blocks in each of the four stages.
     """
 
     blocks: Sequence[int] = (3, 4, 6, 3)
 
     @nn.compact
     def __call__(self, images: jax.Array, *, train: bool = False) -> jax.Array:
-        """Images `[N, H, W, C]`, float in [0, 1] plus noise, at least 32 x 32, to logits `[N, K]`."""
+        """Return logits `[N, K]` of images `[N, H, W, C]`, float in [0, 1] plus noise, at least 32 x 32."""
         norm = self.batch_norm(train)
         x = conv(self.prepare(images, min_size=32), 64, 7, stride=2, name="conv1")
         x = nn.relu(norm(name="bn1")(x))
@@ -35,7 +35,7 @@ class ResNet(ImageClassifier):
 
 
 class Bottleneck(nn.Module):
-    """ReLU(shortcut + 1x1, 3x3 and 1x1 convolutions with batch normalization)."""
+    """Residual block: ReLU(shortcut + 1x1, 3x3 and 1x1 convolutions with batch normalization)."""
 
     features: int
     stride: int
@@ -43,7 +43,7 @@ class Bottleneck(nn.Module):
 
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
-        """`[N, H, W, C]` to `[N, ceil(H/stride), ceil(W/stride), 4 * features]`."""
+        """Map `[N, H, W, C]` to `[N, ceil(H/stride), ceil(W/stride), 4 * features]`."""
         y = conv(x, self.features, 1, name="conv1")
         y = nn.relu(self.norm(name="bn1")(y))
         y = conv(y, self.features, 3, stride=self.stride, name="conv2")

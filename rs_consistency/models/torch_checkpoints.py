@@ -1,28 +1,29 @@
 """Checkpoints of the published PyTorch repositories, read into this library's models and written from them.
 
-The published training scripts save `{"arch": ..., "epoch": ..., "state_dict": ...}`, where the state dictionary is that
-of `Sequential(layer, model)`, so that names begin with `1.`; ImageNet's model is in a `DataParallel` (`1.module.`). The
-layer in front is not in the file: with most repositories it normalizes, subtracts mean and divides by standard
-deviation; with the first release of Salman et al. (NeurIPS 2019) it subtracts the mean alone. See `INPUT_LAYERS`.
-Names and shapes of the models are those of Cohen et al. (ICML 2019) and Jeong and Shin (NeurIPS 2020): LeNet, ResNet-20
-and ResNet-110, DenseNet-40, and torchvision's ResNet-50. Only reading and writing the files needs PyTorch.
+The published training scripts save `{"arch": ..., "epoch": ..., "state_dict": ...}`. The state dictionary belongs to
+`Sequential(layer, model)`, so names begin with `1.`, and with `1.module.` for ImageNet, whose model is in a
+`DataParallel`. The layer in front is usually not in the file. Most repositories subtract the mean and divide by the
+standard deviation there; the first release of Salman et al. (NeurIPS 2019) subtracts the mean alone: `INPUT_LAYERS`.
+Names and shapes are from Cohen et al. (ICML 2019) and Jeong and Shin (NeurIPS 2020): LeNet, ResNet-20 and ResNet-110,
+DenseNet-40, and torchvision's ResNet-50. Only reading and writing the files needs PyTorch.
 """
 
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from flax.traverse_util import flatten_dict, unflatten_dict
 
 from rs_consistency import data, models
 from rs_consistency.common.checks import one_of
-from rs_consistency.common.errors import UserError
+from rs_consistency.common.errors import UserError, first_line
 from rs_consistency.common.files import replace_atomically
 
-# Name here -> `arch` of the published checkpoints.
+# Model -> `arch` of the published checkpoints.
 ARCHITECTURES = {
     "lenet": "lenet",
     "resnet20": "cifar_resnet20",
@@ -32,20 +33,22 @@ ARCHITECTURES = {
 }
 _LEAVES = {"kernel": "weight", "scale": "weight", "bias": "bias", "mean": "running_mean", "var": "running_var"}
 _LENET = {"Conv_0": "conv1", "Conv_1": "conv2", "Dense_0": "fc1", "Dense_1": "fc2"}
-_IGNORED = "num_batches_tracked"  # of PyTorch's batch norm; nothing depends on it at a fixed momentum
-_NORMALIZATION = {"means": "mean", "sds": "std"}  # of the layer in front, where it saved them
+_LENET_CHANNELS = 50  # in front of its first dense layer
+_KERNEL_AXES = {2: (1, 0), 4: (3, 2, 0, 1)}  # [I, O] to [O, I], [H, W, I, O] to [O, I, H, W]
+_IGNORED = "num_batches_tracked"  # in PyTorch's batch norm; nothing depends on it at a fixed momentum
+_NORMALIZATION = {"means": "mean", "sds": "std"}  # tensor of the layer in front -> field of `DatasetInfo`
 
-# What stands in front of the model -> which of these it has.
+# Layer in front of the model -> its tensors.
 INPUT_LAYERS = {"normalize": ("means", "sds"), "center": ("means",), "none": ()}
 _TOLERANCE = 1e-4
 
 
 class TorchCheckpoint(NamedTuple):
-    """What a checkpoint file holds.
+    """The content of a checkpoint file.
 
     Attributes:
-      arch: as the file names it; empty where it does not.
-      epoch: likewise; None.
+      arch: architecture; empty if the file does not name it.
+      epoch: finished epochs; None if the file does not say.
       tensors: name -> array, as in the file.
     """
 
@@ -55,10 +58,10 @@ class TorchCheckpoint(NamedTuple):
 
 
 def read_torch_checkpoint(path: Path) -> TorchCheckpoint:
-    """Reads a checkpoint file with weights only: nothing that is pickled in it is executed.
+    """Read a checkpoint file with weights only: pickled code is never executed.
 
     Raises:
-      UserError: without PyTorch, or for a file that is not there, is damaged, or holds anything but data.
+      UserError: without PyTorch, or for a file that is missing, damaged, or holds more than data.
     """
     torch = _torch()
     if not path.is_file():
@@ -66,10 +69,9 @@ def read_torch_checkpoint(path: Path) -> TorchCheckpoint:
     try:
         content = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # many kinds: pickle's, zip's, torch's own
-        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise UserError(
-            f"torch_checkpoint={path} cannot be read as weights alone ({reason}); code in a checkpoint is never"
-            " executed: save its state_dict by itself and give that"
+            f"torch_checkpoint={path} cannot be read as weights alone ({first_line(error)}); code in a checkpoint is"
+            " never executed: save its state_dict by itself and give that"
         ) from None
     state = content.get("state_dict", content) if isinstance(content, Mapping) else None
     if not isinstance(state, Mapping) or not all(
@@ -77,9 +79,9 @@ def read_torch_checkpoint(path: Path) -> TorchCheckpoint:
     ):
         raise UserError(f"torch_checkpoint={path} holds no state dictionary; give a file of the published train.py")
     tensors = {name: value.detach().to(torch.float32).numpy() for name, value in state.items()}
-    about = content if "state_dict" in content else {}
-    epoch = about.get("epoch")
-    return TorchCheckpoint(str(about.get("arch", "")), epoch if isinstance(epoch, int) else None, tensors)
+    header = content if "state_dict" in content else {}
+    epoch = header.get("epoch")
+    return TorchCheckpoint(str(header.get("arch", "")), epoch if isinstance(epoch, int) else None, tensors)
 
 
 def from_torch(
@@ -90,22 +92,22 @@ def from_torch(
     input_layer: str = "normalize",
     name: str = "torch_checkpoint",
 ) -> dict[str, Any]:
-    """The variables of a model of this library from a published state dictionary.
+    """Return the variables of a model of this library from a published state dictionary.
 
     Args:
       tensors: name -> array; `1.`, `module.` and `1.module.` in front of all names are left out.
       model: a key of `ARCHITECTURES`.
-      dataset: whose image shape, classes and normalization the model has.
-      input_layer: a key of `INPUT_LAYERS`: what stood in front of the model when it was trained. Where the file has
-        its numbers (`0.means`, `0.sds`), they are checked. The variables are those for `with_input_layer(...)`.
-      name: what to call the dictionary in an error.
+      dataset: name of the dataset with the model's image shape, classes and normalization.
+      input_layer: a key of `INPUT_LAYERS`: the layer in front of the model during training. If the file has its numbers
+        (`0.means`, `0.sds`), they are checked. The variables fit `with_input_layer(...)`.
+      name: name of the dictionary in errors.
 
     Returns:
-      `params`, and `batch_stats` where the model has them, float32.
+      `params`, and `batch_stats` if the model has them, float32.
 
     Raises:
-      UserError: naming the first tensor that is missing, unexpected, not finite or of another shape, or a normalization
-        that is not the one inside the model here.
+      UserError: for a tensor that is missing, unexpected, not finite or of another shape, with its name, or for another
+        normalization than the model's here.
     """
     info = data.dataset_info(dataset)
     one_of("torch_input", input_layer, INPUT_LAYERS)
@@ -124,39 +126,37 @@ def from_torch(
         theirs = tuple(float(value) for value in values.ravel())
         if len(ours) != len(theirs) or not np.allclose(ours, theirs, atol=_TOLERANCE):
             raise UserError(f"{name}: normalization {key}={theirs} is not that of {dataset}, {ours}; use its dataset")
-    template = _template(model, dataset)
-    found = {}
-    for path, shape in template.items():
-        place = _place(model, path)
-        if place.name not in given:
+    variables = {}
+    for path, shape in _shapes(model, dataset).items():
+        tensor = _counterpart(model, path, shape)
+        if tensor.name not in given:
             raise UserError(
-                f"{name} has no {place.name}, which {model} needs; it has {', '.join(sorted(given)[:3])}, ...: is it of"
-                " another model? (--config.model)"
+                f"{name} has no {tensor.name}, which {model} needs; it has {', '.join(sorted(given)[:3])}, ...: is it"
+                " of another model? (--config.model)"
             )
-        wanted = place.to_torch(np.broadcast_to(np.float32(0), shape)).shape
-        array = given.pop(place.name)
-        if array.shape != wanted:
+        array = given.pop(tensor.name)
+        if array.shape != tensor.shape:
             raise UserError(
-                f"{name}: {place.name} has shape {array.shape}, {model} for {dataset} needs {wanted}; use the model and"
-                " the dataset that it was trained with"
+                f"{name}: {tensor.name} has shape {array.shape}, {model} for {dataset} needs {tensor.shape}; use the"
+                " model and the dataset that it was trained with"
             )
         if not np.isfinite(array).all():
-            raise UserError(f"{name}: {place.name} is not finite; give another checkpoint")
-        found[path] = jnp.asarray(place.from_torch(np.asarray(array, np.float32)).reshape(shape))
+            raise UserError(f"{name}: {tensor.name} is not finite; give another checkpoint")
+        variables[path] = jnp.asarray(tensor.from_torch(np.asarray(array, np.float32)).reshape(shape))
     if given:
         raise UserError(f"{name}: {min(given)} is unknown to {model}; is it of another model? (--config.model)")
-    return _nested(found)
+    return unflatten_dict(variables)
 
 
 def with_input_layer(network: Any, input_layer: str) -> Any:
-    """A model whose normalization is another layer of `INPUT_LAYERS`: `center` divides by 1, `none` does nothing.
+    """Return a model with another layer of `INPUT_LAYERS` as normalization: `center` divides by 1, `none` is no layer.
 
     Args:
-      network: from `models.create_model`, with the mean and standard deviation of its dataset.
+      network: model of `models.create_model`, with the mean and standard deviation of its dataset.
       input_layer: a key of `INPUT_LAYERS`.
 
     Raises:
-      UserError: where there is no mean to subtract.
+      UserError: for `center` without a mean to subtract.
     """
     one_of("torch_input", input_layer, INPUT_LAYERS)
     if input_layer == "none":
@@ -169,10 +169,10 @@ def with_input_layer(network: Any, input_layer: str) -> Any:
 
 
 def to_torch(variables: Mapping[str, Any], model: str) -> dict[str, np.ndarray]:
-    """The published names and layouts of a model's variables: the inverse of `from_torch`, with its prefixes.
+    """Return a model's variables with the published names and layouts: the inverse of `from_torch`, with prefixes.
 
     Args:
-      variables: `params`, and `batch_stats` where the model has them.
+      variables: `params`, and `batch_stats` if the model has them.
       model: a key of `ARCHITECTURES`.
 
     Returns:
@@ -183,23 +183,23 @@ def to_torch(variables: Mapping[str, Any], model: str) -> dict[str, np.ndarray]:
     """
     _check_model(model)
     prefix = "1.module." if model == "resnet50" else "1."
-    found: dict[str, np.ndarray] = {}
-    for path, leaf in _flat(variables).items():
-        place = _place(model, path)
-        found[prefix + place.name] = np.ascontiguousarray(place.to_torch(np.asarray(leaf, np.float32)))
-        if place.name.endswith("running_var"):
-            found[prefix + place.name.replace("running_var", _IGNORED)] = np.asarray(0, np.int64)
-    return found
+    state: dict[str, np.ndarray] = {}
+    for path, leaf in sorted(flatten_dict(dict(variables)).items()):
+        tensor = _counterpart(model, path, leaf.shape)
+        state[prefix + tensor.name] = np.ascontiguousarray(tensor.to_torch(np.asarray(leaf, np.float32)))
+        if tensor.name.endswith("running_var"):
+            state[prefix + tensor.name.replace("running_var", _IGNORED)] = np.asarray(0, np.int64)
+    return state
 
 
 def export_torch(variables: Mapping[str, Any], model: str, path: Path, *, epoch: int = 0) -> None:
-    """Writes a checkpoint that the published PyTorch code loads; replaces a file that is there.
+    """Write a checkpoint that the published PyTorch code loads. An existing file is replaced.
 
     Args:
-      variables: `params`, and `batch_stats` where the model has them.
+      variables: `params`, and `batch_stats` if the model has them.
       model: a key of `ARCHITECTURES`.
-      path: of the file, such as checkpoint.pth.tar.
-      epoch: finished epochs, for its record.
+      path: path of the file, such as checkpoint.pth.tar.
+      epoch: finished epochs, recorded in the file.
 
     Raises:
       UserError: without PyTorch, or for a model without a published counterpart.
@@ -210,76 +210,57 @@ def export_torch(variables: Mapping[str, Any], model: str, path: Path, *, epoch:
         torch.save({"arch": ARCHITECTURES[model], "epoch": epoch, "state_dict": state}, temporary)
 
 
-class _Place(NamedTuple):
-    """Where a leaf is in a state dictionary, and how its layout changes."""
+class _Tensor(NamedTuple):
+    """The counterpart of a variable in a state dictionary.
+
+    Attributes:
+      name: its name.
+      shape: its shape.
+      parts: shape of the variable, with all axes apart that change places.
+      order: for each axis of the tensor its number in `parts`.
+    """
 
     name: str
-    to_torch: Callable[[np.ndarray], np.ndarray]
-    from_torch: Callable[[np.ndarray], np.ndarray]
+    shape: tuple[int, ...]
+    parts: tuple[int, ...]
+    order: tuple[int, ...]
+
+    def to_torch(self, variable: np.ndarray) -> np.ndarray:
+        return variable.reshape(self.parts).transpose(self.order).reshape(self.shape)
+
+    def from_torch(self, tensor: np.ndarray) -> np.ndarray:
+        return tensor.reshape([self.parts[axis] for axis in self.order]).transpose(np.argsort(self.order))
 
 
-def _place(model: str, path: tuple[str, ...]) -> _Place:
-    """Of a leaf such as ("params", "layer1_0", "conv1", "kernel")."""
+def _counterpart(model: str, path: tuple[str, ...], shape: tuple[int, ...]) -> _Tensor:
+    """Return the tensor for a variable, such as ("params", "layer1_0", "conv1", "kernel")."""
     *modules, leaf = path[1:]
     if model == "lenet":
-        modules = [_LENET[modules[0]]]
+        module = _LENET[modules[0]]
     elif model == "densenet40":
-        modules = _densenet_modules(modules)
+        module = _densenet_module(*modules)
     else:
-        modules = [re.sub(r"^(layer\d+|downsample)_(\d+)$", r"\1.\2", module) for module in modules]
-    name = ".".join([*modules, _LEAVES[leaf]])
-    if leaf != "kernel":
-        return _Place(name, _same, _same)
-    if model == "lenet" and modules == ["fc1"]:
-        return _Place(name, _dense_after_convolution, _dense_after_convolution_back)
-    return _Place(name, _kernel_to_torch, _kernel_from_torch)
+        module = re.sub(r"(layer\d+|downsample)_(\d+)", r"\1.\2", ".".join(modules))
+    name = f"{module}.{_LEAVES[leaf]}"
+    if name == "fc1.weight":  # LeNet flattens [H, W, C] here and [C, H, W] in PyTorch
+        inputs, outputs = shape
+        return _Tensor(name, (outputs, inputs), (inputs // _LENET_CHANNELS, _LENET_CHANNELS, outputs), (2, 1, 0))
+    order = _KERNEL_AXES[len(shape)] if leaf == "kernel" else tuple(range(len(shape)))
+    return _Tensor(name, tuple(shape[axis] for axis in order), shape, order)
 
 
-def _densenet_modules(modules: list[str]) -> list[str]:
-    outer = {"conv1": ["features", "conv0"], "bn": ["features", "norm_last"], "fc": ["classifier"]}
-    if len(modules) == 1:
-        return outer[modules[0]]
-    block, layer = re.fullmatch(r"dense(\d+)_(\d+)", modules[0]).groups()
-    kind, number = modules[1][:-1], modules[1][-1]
-    part = {"bn": "norm", "conv": "conv"}[kind]
-    return ["features", f"block{block}", f"layer{int(layer) + 1}", f"brc_{number}", part]
-
-
-def _same(array: np.ndarray) -> np.ndarray:
-    return array
-
-
-def _kernel_to_torch(array: np.ndarray) -> np.ndarray:
-    """`[H, W, I, O]` to `[O, I, H, W]`, or `[I, O]` to `[O, I]`."""
-    return array.transpose(3, 2, 0, 1) if array.ndim == 4 else array.T
-
-
-def _kernel_from_torch(array: np.ndarray) -> np.ndarray:
-    return array.transpose(2, 3, 1, 0) if array.ndim == 4 else array.T
-
-
-_LENET_CHANNELS = 50  # in front of its first dense layer
-
-
-def _dense_after_convolution(array: np.ndarray) -> np.ndarray:
-    """`[H*W*C, O]` to `[O, C*H*W]`: flax flattens channels last, PyTorch channels first."""
-    inputs, outputs = array.shape
-    return (
-        array.reshape(inputs // _LENET_CHANNELS, _LENET_CHANNELS, outputs).transpose(2, 1, 0).reshape(outputs, inputs)
-    )
-
-
-def _dense_after_convolution_back(array: np.ndarray) -> np.ndarray:
-    outputs, inputs = array.shape
-    return (
-        array.reshape(outputs, _LENET_CHANNELS, inputs // _LENET_CHANNELS).transpose(2, 1, 0).reshape(inputs, outputs)
-    )
+def _densenet_module(outer: str, inner: str = "") -> str:
+    if not inner:
+        return {"conv1": "features.conv0", "bn": "features.norm_last", "fc": "classifier"}[outer]
+    block, layer = re.fullmatch(r"dense(\d+)_(\d+)", outer).groups()
+    kind, number = inner[:-1].replace("bn", "norm"), inner[-1]
+    return f"features.block{block}.layer{int(layer) + 1}.brc_{number}.{kind}"
 
 
 def _without_prefixes(
     tensors: Mapping[str, np.ndarray], origin: str
 ) -> tuple[dict[str, np.ndarray], dict[str, np.ndarray]]:
-    """The model's tensors, and those of the normalization in front of it."""
+    """Return the tensors of the model, and the tensors of the normalization in front of it."""
     given, normalization = dict(tensors), {}
     for _ in range(3):  # DataParallel around, Sequential, DataParallel inside
         if given and all(name.startswith("module.") for name in given):
@@ -287,7 +268,7 @@ def _without_prefixes(
         elif given and all(name.startswith(("0.", "1.")) for name in given):
             in_front = {name[2:]: value for name, value in given.items() if name.startswith("0.")}
             unknown = sorted(in_front.keys() - _NORMALIZATION.keys())
-            if unknown:  # taken as the model's, it would silently stand for a tensor of the same name under `1.`
+            if unknown:  # without its prefix it could silently replace a tensor of the model
                 raise UserError(
                     f"{origin} has 0.{unknown[0]}: what stands in front of the model is no layer with"
                     f" {' and '.join(_NORMALIZATION)}; save the model's own state_dict by itself and give that"
@@ -297,8 +278,8 @@ def _without_prefixes(
     return {name: value for name, value in given.items() if not name.endswith(_IGNORED)}, normalization
 
 
-def _template(model: str, dataset: str) -> dict[tuple[str, ...], tuple[int, ...]]:
-    """Path -> shape of every leaf of a model's variables."""
+def _shapes(model: str, dataset: str) -> dict[tuple[str, ...], tuple[int, ...]]:
+    """Return the shape of each of a model's variables, by its path."""
     _check_model(model)
     info = data.dataset_info(dataset)
     network = models.create_model(model, num_classes=info.num_classes, mean=info.mean, std=info.std)
@@ -307,27 +288,12 @@ def _template(model: str, dataset: str) -> dict[tuple[str, ...], tuple[int, ...]
         variables = jax.eval_shape(network.init, jax.random.key(0), images)
     except (TypeError, ValueError, ZeroDivisionError) as error:
         raise UserError(f"model={model!r} cannot take the images of {dataset} ({error}); use another") from None
-    return {path: leaf.shape for path, leaf in _flat(variables).items()}
+    return {path: leaf.shape for path, leaf in flatten_dict(variables).items()}
 
 
 def _check_model(model: str) -> None:
     if model not in ARCHITECTURES:
         raise UserError(f"model={model!r} has no published PyTorch counterpart; use one of {', '.join(ARCHITECTURES)}")
-
-
-def _flat(variables: Mapping[str, Any]) -> dict[tuple[str, ...], Any]:
-    leaves = jax.tree.leaves_with_path(dict(variables))
-    return {tuple(entry.key for entry in path): leaf for path, leaf in leaves}
-
-
-def _nested(flat: Mapping[tuple[str, ...], Any]) -> dict[str, Any]:
-    found: dict[str, Any] = {}
-    for path, leaf in flat.items():
-        inner = found
-        for key in path[:-1]:
-            inner = inner.setdefault(key, {})
-        inner[path[-1]] = leaf
-    return found
 
 
 def _torch() -> Any:

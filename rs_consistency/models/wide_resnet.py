@@ -14,7 +14,7 @@ class WideResNet(ImageClassifier):
 
     Attributes:
       depth: 6n + 4.
-      widen: how many times wider than a ResNet.
+      widen: width, as a multiple of a ResNet's.
     """
 
     depth: int = 28
@@ -22,7 +22,7 @@ class WideResNet(ImageClassifier):
 
     @nn.compact
     def __call__(self, images: jax.Array, *, train: bool = False) -> jax.Array:
-        """Images `[N, H, W, C]`, float in [0, 1] plus noise, of any size, to logits `[N, K]`."""
+        """Return logits `[N, K]` of images `[N, H, W, C]`, float in [0, 1] plus noise, of any size."""
         norm = self.batch_norm(train)
         x = conv(self.prepare(images), 16, 3, name="conv1")
         for stage, features in enumerate((16, 32, 64), start=1):
@@ -34,7 +34,7 @@ class WideResNet(ImageClassifier):
 
 
 class PreActivationBlock(nn.Module):
-    """Shortcut + (batch norm, ReLU, 3x3 convolution) twice."""
+    """Residual block: shortcut + (batch norm, ReLU, 3x3 convolution) twice."""
 
     features: int
     stride: int
@@ -42,9 +42,9 @@ class PreActivationBlock(nn.Module):
 
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
-        """`[N, H, W, C]` to `[N, ceil(H/stride), ceil(W/stride), features]`."""
+        """Map `[N, H, W, C]` to `[N, ceil(H/stride), ceil(W/stride), features]`."""
         y = nn.relu(self.norm(name="bn1")(x))
-        if x.shape[-1] != self.features:  # the authors' code: a projection sees the activated input
+        if x.shape[-1] != self.features:  # as in the authors' code, a projection gets the activated input
             x = conv(y, self.features, 1, stride=self.stride, name="shortcut")
         y = conv(y, self.features, 3, stride=self.stride, name="conv1")
         y = nn.relu(self.norm(name="bn2")(y))

@@ -1,4 +1,4 @@
-"""What a report is about: certificate files, and where they lie in a run's folder, its records."""
+"""The contents of a report: certificate files with the records beside them, and comparisons of two files."""
 
 import itertools
 from collections.abc import Sequence
@@ -9,11 +9,12 @@ import numpy as np
 
 from rs_consistency.certificates.proof import Evidence
 from rs_consistency.certificates.read import Certificates, certificate_path
+from rs_consistency.certificates.record import Record
 from rs_consistency.common.errors import UserError
 from rs_consistency.common.files import read_json
 from rs_consistency.statistics.intervals import Interval, PairedDifference, bootstrap_interval, paired_difference
 
-_NAMED = 5  # images that gained most, and lost most
+_NAMED = 5  # images that gained most, and as many that lost most
 
 
 class Subject(NamedTuple):
@@ -23,13 +24,13 @@ class Subject(NamedTuple):
       label: short name in tables and figures.
       path: as the user named it.
       certificates: its lines.
-      evidence: the votes behind them; None for a file of another program.
-      record: how it was made; empty where that is not known.
-      config: of the training; empty where that is not known.
+      evidence: the votes behind the lines; None for a file of another program.
+      record: of certify.py; empty for a file of another program.
+      config: of the training; empty where it is not known.
       metrics: a dictionary for each epoch; empty outside a run's folder.
-      workdir: of the run that it lies in; None elsewhere.
-      interval: 95 % of the ACR over images of the kind, by the bootstrap; None for a single image.
-      notes: what could not be read, a line each.
+      workdir: folder of the run around the file; None where there is none.
+      interval: 95 % bootstrap interval of the ACR over images; None for a single image.
+      notes: errors of the files that could not be read, a line each.
     """
 
     label: str
@@ -51,8 +52,8 @@ class Comparison(NamedTuple):
       first: label.
       second: label.
       difference: of radius times correct, `first` minus `second`.
-      images: `[M]`, their numbers.
-      labels: `[M]`, their true classes.
+      images: `[M]`, numbers of the images.
+      labels: `[M]`, true classes.
       radii: `[2, M]`, radius times correct of `first` and `second`.
     """
 
@@ -64,28 +65,32 @@ class Comparison(NamedTuple):
     radii: np.ndarray
 
     def order(self) -> np.ndarray:
-        """`[M]`, places of the images, those that gained most first."""
+        """Return the positions `[M]` of the images, the largest gain first."""
         return np.argsort(self.radii[1] - self.radii[0], kind="stable")
 
     def gained(self) -> list[int]:
-        """Places of the images that gained most, at most five, the most first."""
+        """Return the positions of at most five images that gained most, the largest gain first."""
         return [int(place) for place in self.order()[:_NAMED] if self.radii[0, place] > self.radii[1, place]]
 
     def lost(self) -> list[int]:
-        """Likewise, of those that lost most."""
+        """Return the positions of at most five images that lost most, the largest loss first."""
         return [int(place) for place in self.order()[::-1][:_NAMED] if self.radii[0, place] < self.radii[1, place]]
 
 
 def subject(label: str, path: Path, certificates: Certificates, evidence: Evidence | None) -> Subject:
-    """Reads what lies beside a certificate file; what is not there, or cannot be read, leaves its field empty.
+    """Read the files beside a certificate file. A file that is missing or damaged leaves its field empty.
 
-    Only a record of certify.py counts as one: another program's file may have any file beside it.
+    Only a record of certify.py counts as a record: another program's file may have any file beside it.
     """
     file = certificate_path(path)
     folder, notes = file.parent, []
-    record = _read(file.with_name(file.name.removesuffix(".gz")).with_suffix(".json"), notes)
-    if "parameter_digest" not in record:
+    beside = file.with_name(file.name.removesuffix(".gz")).with_suffix(".json")
+    record = _read(beside, notes)
+    try:
+        record = Record.from_json(beside, record).to_json() if "parameter_digest" in record else {}
+    except UserError as error:
         record = {}
+        notes.append(str(error))
     config = _read(folder / "config.json", notes)
     workdir = folder if config else None
     if not config and isinstance(record.get("config"), dict):
@@ -97,7 +102,7 @@ def subject(label: str, path: Path, certificates: Certificates, evidence: Eviden
 
 
 def compare(subjects: Sequence[Subject]) -> tuple[list[Comparison], list[str]]:
-    """Every two subjects on their common images; and of those that cannot be compared, why, a line each."""
+    """Return the comparison of every two subjects on their common images, and a line for each two without one."""
     found, apart = [], []
     for one, other in itertools.combinations(subjects, 2):
         common, mine, theirs = np.intersect1d(one.certificates.idx, other.certificates.idx, return_indices=True)
@@ -115,7 +120,7 @@ def compare(subjects: Sequence[Subject]) -> tuple[list[Comparison], list[str]]:
 
 
 def _read(path: Path, notes: list[str]) -> dict[str, Any]:
-    """A JSON object; empty where there is none, with a note where it is damaged."""
+    """Read a JSON object; an empty one where there is no file, or, with a note, where the file is damaged."""
     try:
         return read_json(path) if path.is_file() else {}
     except UserError as error:

@@ -2,14 +2,15 @@
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from matplotlib.axes import Axes
+from matplotlib.ticker import MaxNLocator
 
 from rs_consistency.certificates.measures import acr
 from rs_consistency.report.contents import Comparison, Subject
-from rs_consistency.report.plots import COLOURS, STYLES, plain, plt, save
+from rs_consistency.report.plots import COLOURS, line_style, plain, plt, save
 from rs_consistency.statistics.bounds import ABSTAIN
 
 if TYPE_CHECKING:  # JAX, slow to import, which most figures have no use for
@@ -23,22 +24,16 @@ _CLASSES_SHOWN = 4  # with most votes
 
 
 def save_acr(subjects: Sequence[Subject], path: Path) -> None:
-    """ACR of each subject, with its 95 % interval over images."""
+    """Draw the ACR of each subject with its 95 % interval over images."""
     figure, axes = plt.subplots(figsize=(6.4, 1.2 + 0.5 * len(subjects)), layout="constrained")
     for place, one in enumerate(subjects):
         value = acr(one.certificates)
         low, high = one.interval or (value, value)
-        axes.errorbar(
-            value,
-            place,
-            xerr=[[max(value - low, 0)], [max(high - value, 0)]],
-            fmt=_MARKERS[place % len(_MARKERS)],
-            color=COLOURS[place % len(COLOURS)],
-            capsize=4,
-        )
-        axes.annotate(
-            f"{value:.4f}", (value, place), xytext=(0, 7), textcoords="offset points", ha="center", fontsize=9
-        )
+        error = [[max(value - low, 0)], [max(high - value, 0)]]
+        style = {"marker": _marker(place), "color": line_style(place)["color"], "capsize": 4}
+        axes.errorbar(value, place, xerr=error, **style)
+        above = {"xytext": (0, 7), "textcoords": "offset points", "ha": "center", "fontsize": 9}
+        axes.annotate(f"{value:.4f}", (value, place), **above)
     axes.set_yticks(range(len(subjects)), [plain(one.label, _NAME_WIDTH) for one in subjects])
     axes.set(xlabel="average certified radius (bar: 95 %, bootstrap over images)", ylim=(len(subjects) - 0.5, -0.8))
     axes.margins(x=0.15)
@@ -47,12 +42,11 @@ def save_acr(subjects: Sequence[Subject], path: Path) -> None:
 
 
 def save_comparisons(comparisons: Sequence[Comparison], path: Path) -> None:
-    """Radius times correct of two subjects, a point for each common image and a panel for each comparison."""
+    """Draw radius times correct of two subjects, a point for each common image and a panel for each comparison."""
     columns = min(_IN_A_ROW, len(comparisons))
     rows = -(-len(comparisons) // columns)
-    figure, panels = plt.subplots(
-        rows, columns, figsize=(max(3.4 * columns, 4.6), 3.9 * rows), squeeze=False, layout="constrained"
-    )
+    size = max(3.4 * columns, 4.6), 3.9 * rows
+    figure, panels = plt.subplots(rows, columns, figsize=size, squeeze=False, layout="constrained")
     for axes, one in zip(panels.flat, comparisons, strict=False):
         first, second = one.radii
         largest = max(one.radii.max() * 1.05, 0.1)
@@ -62,64 +56,41 @@ def save_comparisons(comparisons: Sequence[Comparison], path: Path) -> None:
             (first < second, "lost", "v", COLOURS[1]),
             (first == second, "equal", "o", "0.5"),
         ):
-            axes.scatter(
-                second[chosen],
-                first[chosen],
-                marker=marker,
-                s=18,
-                alpha=0.6,
-                linewidths=0.6,
-                edgecolors=colour,
-                facecolors=colour if name == "gained" else "none",
-                label=f"{name}: {chosen.sum()}",
-                clip_on=False,
-            )
+            style = {"s": 18, "alpha": 0.6, "linewidths": 0.6, "edgecolors": colour, "clip_on": False}
+            face = colour if name == "gained" else "none"
+            label = f"{name}: {chosen.sum()}"
+            axes.scatter(second[chosen], first[chosen], marker=marker, facecolors=face, label=label, **style)
         axes.set(xlim=(0, largest), ylim=(0, largest), aspect="equal")
+        ticks = MaxNLocator(5).tick_values(0, largest)
+        axes.set(xticks=ticks[ticks <= largest], yticks=ticks[ticks <= largest])
         axes.set_xlabel("radius x correct of\n" + plain(one.second, _NAME_WIDTH))
         axes.set_ylabel("radius x correct of\n" + plain(one.first, _NAME_WIDTH))
         axes.grid(alpha=0.3)
-        axes.legend(
-            fontsize=8,
-            loc="upper center",
-            bbox_to_anchor=(0.5, 1.14),
-            ncols=3,
-            frameon=False,
-            handletextpad=0.1,
-            columnspacing=0.8,
-        )
+        above = {"loc": "upper center", "bbox_to_anchor": (0.5, 1.14), "ncols": 3, "frameon": False, "fontsize": 8}
+        axes.legend(handletextpad=0.1, columnspacing=0.8, **above)
     for axes in panels.flat[len(comparisons) :]:
         axes.axis("off")
     save(figure, path)
 
 
 def save_gained_lost(pictures: Sequence[tuple[Comparison, np.ndarray, np.ndarray]], path: Path) -> None:
-    """The images that gained most and lost most, two rows for each comparison.
+    """Draw the images that gained most and lost most, two rows for each comparison.
 
     Args:
-      pictures: comparisons, with the images `[G, H, W, C]` of `gained()` and `[L, H, W, C]` of `lost()`.
+      pictures: comparisons, with the images `[G, H, W, C]` of `gained()` and `[L, H, W, C]` of `lost()`, float32 in
+        [0, 1].
       path: of the PNG.
     """
     columns = max(max(len(gained), len(lost)) for _, gained, lost in pictures)
-    figure, panels = plt.subplots(
-        2 * len(pictures),
-        columns,
-        figsize=(1 + 1.3 * columns, 1.75 * 2 * len(pictures)),
-        squeeze=False,
-        layout="constrained",
-    )
-    for row, (one, gained, lost) in enumerate(pictures):
-        for offset, name, places, images in ((0, "gained", one.gained(), gained), (1, "lost", one.lost(), lost)):
-            line = panels[2 * row + offset]
-            line[0].annotate(
-                f"{name}\n{plain(one.first, 16)}\nminus\n{plain(one.second, 16)}",
-                (-0.12, 0.5),
-                xycoords="axes fraction",
-                ha="right",
-                va="center",
-                fontsize=8,
-            )
-            for axes in line:
-                axes.axis("off")
+    rows, size = 2 * len(pictures), (1 + 1.3 * columns, 1.75 * 2 * len(pictures))
+    figure, panels = plt.subplots(rows, columns, figsize=size, squeeze=False, layout="constrained")
+    for axes in panels.flat:
+        axes.axis("off")
+    lines = iter(panels)
+    for one, *both in pictures:
+        for name, places, images in zip(("gained", "lost"), (one.gained(), one.lost()), both, strict=True):
+            line = next(lines)
+            _beside(line[0], f"{name}\n{plain(one.first, 16)}\nminus\n{plain(one.second, 16)}")
             for axes, place, image in zip(line, places, images, strict=False):
                 first, second = one.radii[:, place]
                 _picture(axes, image)
@@ -131,7 +102,7 @@ def save_gained_lost(pictures: Sequence[tuple[Comparison, np.ndarray, np.ndarray
 
 
 def save_training(subjects: Sequence[Subject], path: Path) -> None:
-    """Loss and accuracy on noisy test images by epoch, a curve for each run's folder."""
+    """Draw loss and accuracy on noisy test images by epoch, a curve for each run's folder."""
     figure, panels = plt.subplots(1, 2, figsize=(7.4, 3.3), layout="constrained")
     names = {"loss": "loss (sum of its terms)", "noisy_test_accuracy": "accuracy on noisy test images"}
     handles, drawn = {}, set()
@@ -142,14 +113,8 @@ def save_training(subjects: Sequence[Subject], path: Path) -> None:
         for axes, key in zip(panels, names, strict=True):
             points = [(line["epoch"], line[key]) for line in one.metrics if isinstance(line.get(key), int | float)]
             if points:
-                marker = _MARKERS[place % len(_MARKERS)] if len(points) < 20 else None
-                (handles[plain(one.label)],) = axes.plot(
-                    *zip(*points, strict=True),
-                    color=COLOURS[place % len(COLOURS)],
-                    marker=marker,
-                    markersize=4,
-                    linestyle=STYLES[place % len(STYLES)],
-                )
+                style = line_style(place) | {"marker": _marker(place) if len(points) < 20 else None, "markersize": 4}
+                (handles[plain(one.label)],) = axes.plot(*zip(*points, strict=True), **style)
     for axes, name in zip(panels, names.values(), strict=True):
         axes.set(xlabel="epoch", ylabel=name)
         axes.xaxis.get_major_locator().set_params(integer=True)
@@ -160,32 +125,29 @@ def save_training(subjects: Sequence[Subject], path: Path) -> None:
 
 
 def save_margins(samples: "Mapping[str, Samples]", path: Path) -> None:
-    """Histograms of the logit margin of clean and noisy images, a panel for each run, on common axes."""
-    figure, panels = plt.subplots(
-        len(samples),
-        1,
-        figsize=(6.4, 1 + 2.3 * len(samples)),
-        sharex=True,
-        sharey=True,
-        squeeze=False,
-        layout="constrained",
-    )
+    """Draw histograms of the logit margin of clean and noisy images, a panel for each run, on common axes."""
+    rows, size = len(samples), (6.4, 1 + 2.3 * len(samples))
+    shared = {"sharex": True, "sharey": True, "squeeze": False}
+    figure, panels = plt.subplots(rows, 1, figsize=size, layout="constrained", **shared)
     everything = [values.ravel() for one in samples.values() for values in (one.clean_margins, one.noisy_margins)]
     low, high = np.quantile(np.concatenate(everything), [0.001, 0.999])
     number = int(np.clip(2 * np.sqrt(max(map(len, everything))), _LEAST_BINS, _MOST_BINS))
-    bins = np.linspace(min(low, -1), max(high, 1), number + 1)  # what lies outside is drawn at the ends
+    bins = np.linspace(min(low, -1), max(high, 1), number + 1)  # values outside are drawn at the ends
+    filled = {"histtype": "stepfilled", "facecolor": COLOURS[5], "edgecolor": "0.35", "hatch": "////", "alpha": 0.6}
+    line = {"histtype": "step", "color": "black", "linewidth": 1.6}
     for axes, (label, one) in zip(panels[:, 0], samples.items(), strict=True):
-        for values, name, style in (
+        for values, name, more, style in (
             (
-                one.noisy_margins.ravel(),
+                one.noisy_margins,
                 f"noisy, sigma {one.sigma:g}",
-                {"histtype": "stepfilled", "facecolor": COLOURS[5], "edgecolor": "0.35", "hatch": "////", "alpha": 0.6},
+                f"\namong copies of an image: deviation {one.within():.2f}",
+                filled,
             ),
-            (one.clean_margins, "clean", {"histtype": "step", "color": "black", "linewidth": 1.6}),
+            (one.clean_margins, "clean", "", line),
         ):
-            told = f"{name}: mean {values.mean():.2f}, deviation {values.std():.2f}, wrong {np.mean(values < 0):.1%}"
-            told += f"\namong copies of an image: deviation {one.within():.2f}" if name != "clean" else ""
-            axes.hist(np.clip(values, bins[0], bins[-1]), bins=bins, density=True, label=told, **style)
+            text = f"{name}: mean {values.mean():.2f}, deviation {values.std():.2f}, wrong {np.mean(values < 0):.1%}"
+            inside = np.clip(values.ravel(), bins[0], bins[-1])
+            axes.hist(inside, bins=bins, density=True, label=text + more, **style)
         axes.axvline(0, color="0.2", linewidth=0.8, linestyle=":")
         axes.set(ylabel="density")
         axes.set_title(plain(label), fontsize=10)
@@ -197,35 +159,25 @@ def save_margins(samples: "Mapping[str, Samples]", path: Path) -> None:
 
 
 def save_strip(label: str, one: "Samples", path: Path) -> None:
-    """The least and the most robust images, noisy copies of each with their classes, and the votes."""
+    """Draw the least and the most robust images, noisy copies of each with their classes, and the votes.
+
+    Pixels of noisy copies outside [0, 1] are drawn as 0 or 1.
+    """
     rows, copies = one.copies.shape[:2]
     widths = [1.0] * (1 + copies) + [1.8]
-    figure, panels = plt.subplots(
-        rows,
-        copies + 2,
-        figsize=(1.1 * sum(widths) + 0.6, 1.28 * rows + 0.6),
-        width_ratios=widths,
-        squeeze=False,
-        layout="constrained",
-    )
-    for row in range(rows):
+    size = 1.1 * sum(widths) + 0.6, 1.28 * rows + 0.6
+    grid = {"width_ratios": widths, "squeeze": False, "layout": "constrained"}
+    figure, panels = plt.subplots(rows, copies + 2, figsize=size, **grid)
+    for row, (image, *noisy, bars) in enumerate(panels):
         certified = one.predictions[row]
         verdict = "abstains" if certified == ABSTAIN else f"class {certified}, radius {one.radii[row]:.2f}"
         kind = "least" if row < one.least else "most"
-        _picture(panels[row, 0], one.images[row])
-        panels[row, 0].annotate(
-            f"{kind} robust\n#{one.shown[row]}, label {one.labels[row]}\n{verdict}",
-            (-0.1, 0.5),
-            xycoords="axes fraction",
-            ha="right",
-            va="center",
-            fontsize=8,
-        )
-        for copy in range(copies):
-            _picture(panels[row, 1 + copy], one.copies[row, copy])
-            right = one.classes[row, copy] == one.labels[row]
-            panels[row, 1 + copy].set_title(f"{'' if right else 'wrong: '}{one.classes[row, copy]}", fontsize=8)
-        _bars(panels[row, -1], one.votes[row], int(one.labels[row]))
+        _picture(image, one.images[row])
+        _beside(image, f"{kind} robust\n#{one.shown[row]}, label {one.labels[row]}\n{verdict}")
+        for axes, pixels, number in zip(noisy, one.copies[row], one.classes[row], strict=True):
+            _picture(axes, np.clip(pixels, 0, 1))
+            axes.set_title(f"{'' if number == one.labels[row] else 'wrong: '}{number}", fontsize=8)
+        _bars(bars, one.votes[row], int(one.labels[row]))
     panels[0, 0].set_title("image", fontsize=8)
     panels[0, -1].set_title(f"share of {one.votes[0].sum()} votes", fontsize=8)
     figure.suptitle(f"{plain(label)}, noise of sigma {one.sigma:g}", fontsize=10)
@@ -233,12 +185,12 @@ def save_strip(label: str, one: "Samples", path: Path) -> None:
 
 
 def _bars(axes: Axes, votes: np.ndarray, label: int) -> None:
-    """The shares of the classes with most votes; that of the label is filled, the others hatched."""
+    """Draw the shares of the classes with most votes, filled for the label and hatched for the others."""
     order = [number for number in np.argsort(-votes, kind="stable")[:_CLASSES_SHOWN] if votes[number]]
     for place, number in enumerate(order):
         share = votes[number] / votes.sum()
-        style = {"color": COLOURS[2]} if number == label else {"facecolor": "0.85", "hatch": "///", "edgecolor": "0.5"}
-        axes.barh(place, share, **style)
+        style: dict[str, Any] = {"facecolor": "0.85", "hatch": "///", "edgecolor": "0.5"}
+        axes.barh(place, share, **({"color": COLOURS[2]} if number == label else style))
         axes.text(1.04, place, _percent(share), ha="left", va="center", fontsize=7)
     axes.set_yticks(range(len(order)), [str(number) for number in order], fontsize=7)
     axes.set(xlim=(0, 1.3), ylim=(_CLASSES_SHOWN - 0.4, -0.6))
@@ -247,12 +199,28 @@ def _bars(axes: Axes, votes: np.ndarray, label: int) -> None:
 
 
 def _percent(share: float) -> str:
-    """A share above 0 in whole per cent, which neither 0 nor 100 stands for."""
+    """Return a share above 0 in whole per cent; only shares of 0 and 1 become 0 and 100."""
     return "<1%" if share < 0.005 else ">99%" if 0.995 <= share < 1 else f"{share:.0%}"
 
 
+def _marker(place: int) -> str:
+    return _MARKERS[place % len(_MARKERS)]
+
+
+def _beside(axes: Axes, text: str) -> None:
+    """Write text to the left of a picture."""
+    axes.annotate(text, (-0.1, 0.5), xycoords="axes fraction", ha="right", va="center", fontsize=8)
+
+
 def _picture(axes: Axes, image: np.ndarray) -> None:
-    """An image `[H, W, C]`, what lies outside [0, 1] cut off."""
+    """Draw an image `[H, W, C]` of floats in [0, 1].
+
+    Raises:
+      ValueError: for other pixels, such as stored ones in 0..255.
+    """
+    if not np.issubdtype(image.dtype, np.floating) or image.min() < 0 or image.max() > 1:
+        pixels = f"{image.dtype} pixels from {image.min():g} to {image.max():g}"
+        raise ValueError(f"{pixels} cannot be drawn: give floats in [0, 1], such as `samples.read_images` returns")
     grey = image.shape[-1] == 1
-    axes.imshow(np.clip(image[..., 0] if grey else image, 0, 1), cmap="gray" if grey else None, vmin=0, vmax=1)
+    axes.imshow(image[..., 0] if grey else image, cmap="gray" if grey else None, vmin=0, vmax=1)
     axes.axis("off")

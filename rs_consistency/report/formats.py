@@ -1,7 +1,7 @@
 """Tables as text: aligned for a terminal, Markdown, LaTeX, CSV.
 
-A table is a list of lines of cells, the first of which is its header. The first column holds names and is aligned to
-the left, the others to the right.
+A table is a list of lines of cells. The first line is the header. The first column holds names and is aligned to the
+left, the others to the right.
 """
 
 import csv
@@ -14,24 +14,23 @@ Cells = Sequence[Sequence[str]]
 _LATEX = str.maketrans(
     {
         "\\": r"\textbackslash{}",
-        "{": r"\{",
-        "}": r"\}",
-        "$": r"\$",
-        "%": r"\%",
-        "_": r"\_",
-        "#": r"\#",
-        "&": r"\&",
         "~": r"\textasciitilde{}",
         "^": r"\textasciicircum{}",
         "<": r"\textless{}",
         ">": r"\textgreater{}",
         "|": r"\textbar{}",
+        **{character: f"\\{character}" for character in "{}$%_#&"},
     }
 )
 
 
+def cells(records: Sequence[Mapping[str, str]]) -> list[list[str]]:
+    """Return the table of records with the same keys, the keys as its header; an empty table for no records."""
+    return [list(records[0]), *(list(record.values()) for record in records)] if records else []
+
+
 def aligned(cells: Cells) -> str:
-    """For a terminal; ends with a newline."""
+    """Return a table for a terminal, which ends with a newline."""
     widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
     lines = []
     for first, *rest in cells:
@@ -41,14 +40,14 @@ def aligned(cells: Cells) -> str:
 
 
 def markdown(cells: Cells) -> str:
-    """A Markdown table; ends with a newline."""
+    """Return a Markdown table, which ends with a newline."""
     header, *rest = ([_one_line(cell).replace("|", r"\|") for cell in line] for line in cells)
     lines = [header, ["---", *("---:" for _ in header[1:])], *rest]
     return "".join(f"| {' | '.join(line)} |\n" for line in lines)
 
 
 def latex(cells: Cells) -> str:
-    """A LaTeX `tabular` with the rules of the package booktabs; ends with a newline."""
+    """Return a LaTeX `tabular` with the rules of the package booktabs, which ends with a newline."""
     header, *rest = (" & ".join(map(latex_text, line)) + r" \\" for line in cells)
     columns = "l" + "r" * (len(cells[0]) - 1)
     lines = [rf"\begin{{tabular}}{{{columns}}}", r"\toprule", header, r"\midrule", *rest, r"\bottomrule"]
@@ -56,14 +55,14 @@ def latex(cells: Cells) -> str:
 
 
 def latex_text(text: str) -> str:
-    """Text that LaTeX prints as it is; `+-` becomes the sign."""
+    """Return LaTeX that prints the text as it is; `+-` becomes the sign."""
     return _one_line(text).translate(_LATEX).replace("+-", r"$\pm$")
 
 
 def csv_text(records: Sequence[Mapping[str, Any]]) -> str:
-    """Records with the same keys as CSV, in full precision; a map within one becomes a column `NAME_KEY` for each key.
+    """Return records with the same keys as CSV, in full precision.
 
-    None is an empty cell.
+    A map in a record becomes a column `NAME_KEY` for each of its keys. None becomes an empty cell.
     """
     flat = []
     for record in records:

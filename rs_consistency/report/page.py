@@ -1,29 +1,29 @@
-"""Writes a report: figures, tables, and the page that holds all of them."""
+"""The page of a report: its sections, the captions of its figures, and all files that are written."""
 
 import base64
 from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import jinja2
+import numpy as np
 from PIL import Image
-from tqdm import tqdm
 
 from rs_consistency.common.errors import UserError, note
 from rs_consistency.common.files import write_text
+from rs_consistency.common.progress import progress_bar
 from rs_consistency.report import figures, formats, tables
 from rs_consistency.report.contents import Comparison, Subject, compare
 from rs_consistency.report.plots import DPI, save_curves, save_p_a
 
 if TYPE_CHECKING:  # JAX, slow to import, which is not needed where no network is asked
-    from rs_consistency.data import OpenSplit
     from rs_consistency.report.samples import Samples
 
 PAGE = "report.html"
 _CSS_DPI = 96  # pixels of an inch, in style sheets
 _MOST_PANELS = 12  # of comparisons in a figure
 _MOST_PICTURED = 6  # comparisons whose images are shown
-_SECONDS_BEFORE_BAR = 2
 _MEANING = (
     "A certified radius says: the smoothed classifier gives this class at every point within that l2 distance of the"
     " image (pixels in [0, 1]). It is made from random votes, and wrong with probability at most alpha, for each image"
@@ -41,12 +41,7 @@ _MEANING = (
 
 
 class Table(NamedTuple):
-    """A table of a report.
-
-    Attributes:
-      title: what it shows.
-      cells: its lines, the header first.
-    """
+    """A table of a report: its title, and its lines of cells, the header first."""
 
     title: str
     cells: list[list[str]]
@@ -57,9 +52,9 @@ class Figure(NamedTuple):
 
     Attributes:
       name: of its files, without ending.
-      alt: what can be seen, for those who do not see it.
+      alt: description for readers who do not see the figure.
       caption: how to read it.
-      draw: writes the PNG of a path, and the PDF beside it.
+      draw: writes the PNG at a path, and the PDF beside it.
     """
 
     name: str
@@ -69,30 +64,24 @@ class Figure(NamedTuple):
 
 
 class Section(NamedTuple):
-    """A part of a report, which is left out when it holds nothing.
-
-    Attributes:
-      title: of the part.
-      tables: in their order.
-      figures: in their order.
-    """
+    """A part of a report: its title, tables and figures, in their order."""
 
     title: str
-    tables: Sequence[Table]
-    figures: Sequence[Figure]
+    tables: Sequence[Table] = ()
+    figures: Sequence[Figure] = ()
 
 
 class Asked(NamedTuple):
-    """What networks and datasets said.
+    """The answers of networks and datasets.
 
     Attributes:
-      samples: label -> what its network said.
-      splits: label -> its images.
-      missing: what is not there, and why, a line each.
+      samples: label -> answers of the run's network.
+      readers: label -> function that reads images `[N, H, W, C]` float32 in [0, 1], and labels, by number.
+      missing: answers that are missing, with the reason, a line each.
     """
 
     samples: "dict[str, Samples]"
-    splits: "dict[str, OpenSplit]"
+    readers: dict[str, Callable[[np.ndarray], tuple[np.ndarray, np.ndarray]]]
     missing: list[str]
 
 
@@ -105,20 +94,20 @@ def write_report(
     ask_networks: bool = True,
     data_dir: str = "",
 ) -> Path:
-    """Writes `report.html`, the figures, and the tables: `tables.md`, `tables.tex` and three CSV files.
+    """Write `report.html`, the figures, and the tables: `tables.md`, `tables.tex` and three CSV files.
 
-    `measures.csv` has a line for each file. `comparisons.csv` has one for each two files with common images, and
-    `differences.csv` one for each of those images, those that gained most first. All files are replaced atomically, and
-    a function of the arguments: the same report is the same bytes. A note on stderr tells what could not be had of
-    which run; without it, the report is as good.
+    `measures.csv` has a line for each file. `comparisons.csv` has a line for each two files with common images, and
+    `differences.csv` a line for each of these images, the largest gain first. All files are replaced atomically, and
+    are a function of the arguments: the same report is the same bytes. A note on stderr names everything that is
+    missing of a run; the rest of the report is as good without it.
 
     Args:
-      subjects: from `contents.subject`, with labels of their own.
+      subjects: from `contents.subject`, with different labels.
       summaries: from `measures.summarize`, `measures.summarize_votes` and `joint.joint_statement`, one for each.
-      folder: where to; exists.
-      recomputed: with what the radii were computed again from the counts; empty for those of the files.
+      folder: an existing folder.
+      recomputed: settings that the radii were recomputed with; empty for the radii of the files.
       ask_networks: restore networks and read datasets, for logit margins and images.
-      data_dir: folder of prepared datasets; empty for those that the runs name.
+      data_dir: folder of prepared datasets; empty for the folders that the runs name.
 
     Returns:
       The path of the page.
@@ -126,23 +115,25 @@ def write_report(
     comparisons, apart = compare(subjects)
     asked = _ask(subjects, data_dir) if ask_networks else Asked({}, {}, [])
     named = [{**summary, "path": one.label} for one, summary in zip(subjects, summaries, strict=True)]
-    sections = [
-        _results(subjects, named),
-        _votes(subjects, named),
-        _compared(comparisons, asked),
-        _training(subjects),
-        *_networks(asked),
-        Section("Settings", [Table("How the files were made", tables.settings(subjects))], []),
-    ]
-    sections = [section for section in sections if section.tables or section.figures]
-    drawn = [figure for section in sections for figure in section.figures]
-    embedded: dict[str, dict[str, Any]] = {}
-    for figure in tqdm(drawn, desc="drawing", unit="figure", leave=False, delay=_SECONDS_BEFORE_BAR):
-        path = folder / f"{figure.name}.png"
-        figure.draw(path)
-        embedded[figure.name] = _embed(path)
-    _write_tables(sections, folder)
-    _write_csv(subjects, summaries, comparisons, folder)
+    sections = [_results(subjects, named)]
+    if any(one.evidence for one in subjects):
+        sections.append(_votes(subjects, named))
+    if comparisons:
+        sections.append(_compared(comparisons, asked))
+    if any(one.metrics for one in subjects):
+        sections.append(_training(subjects))
+    if asked.samples:
+        sections += [_margins(asked.samples), _strips(asked.samples)]
+    sections.append(Section("Settings", [Table("How the files were made", tables.settings(subjects))]))
+    drawn, embedded = [figure for section in sections for figure in section.figures], {}
+    with progress_bar("drawing", len(drawn), unit="figure", brief=True) as bar:
+        for figure in drawn:
+            path = folder / f"{figure.name}.png"
+            figure.draw(path)
+            embedded[figure.name] = _embed(path)
+            bar.update()
+    write_tables([table for section in sections for table in section.tables], folder)
+    write_csv(subjects, summaries, comparisons, folder)
     unread = [f"{one.label}: {line}" for one in subjects for line in one.notes]
     for line in unread:
         note(line)
@@ -165,19 +156,51 @@ def write_report(
     return folder / PAGE
 
 
+def write_tables(found: Sequence[Table], folder: Path) -> None:
+    """Write all tables as Markdown and as LaTeX."""
+    write_text(folder / "tables.md", "\n".join(f"{one.title}:\n\n{formats.markdown(one.cells)}" for one in found))
+    needs = "% The tables of report.html; \\usepackage{booktabs}.\n\n"
+    parts = (f"% {' '.join(one.title.split())}\n{formats.latex(one.cells)}" for one in found)
+    write_text(folder / "tables.tex", needs + "\n".join(parts))
+
+
+def write_csv(
+    subjects: Sequence[Subject], summaries: Sequence[dict[str, Any]], comparisons: Sequence[Comparison], folder: Path
+) -> None:
+    """Write measures and, where there are any, comparisons as CSV in full precision."""
+    measured = []
+    for one, summary in zip(subjects, summaries, strict=True):
+        low, high = one.interval or (None, None)
+        measured.append({"run": one.label, **summary, "acr_low": low, "acr_high": high})
+    write_text(folder / "measures.csv", formats.csv_text(measured))
+    if not comparisons:
+        return
+    compared, images = [], []
+    for one in comparisons:
+        pair = {"first": one.first, "second": one.second}
+        compared.append(pair | one.difference._asdict() | {"interval": one.difference.interval._asdict()})
+        for place in one.order():
+            first, second = one.radii[:, place]
+            image = {"image": one.images[place], "label": one.labels[place]}
+            radii = {"radius_first": first, "radius_second": second, "difference": first - second}
+            images.append(pair | image | radii)
+    write_text(folder / "comparisons.csv", formats.csv_text(compared))
+    write_text(folder / "differences.csv", formats.csv_text(images))
+
+
 def _embed(path: Path) -> dict[str, Any]:
-    """A PNG as part of a page, in its natural size, as fonts are meant to be read."""
+    """Return a PNG as part of a page, in its natural size, in which its fonts are legible."""
     with Image.open(path) as picture:
         width, height = (round(_CSS_DPI * pixels / DPI) for pixels in picture.size)
     return {"data": base64.b64encode(path.read_bytes()).decode("ascii"), "width": width, "height": height}
 
 
 def _ask(subjects: Sequence[Subject], data_dir: str) -> Asked:
-    """Asks the network of every subject that has one; of the others, says why not."""
+    """Ask the network of every subject that has a record; note why an answer is missing."""
     asked, opened = Asked({}, {}, []), {}
     for one in subjects:
         lacks = f"no logit margins and no image strip of {one.label}"
-        if not one.record:  # another program's file, of which nobody expects them
+        if not one.record:  # another program's file, whose reader expects no images
             asked.missing.append(f"{lacks}: {one.path} has no record of certify.py")
             continue
         from rs_consistency.report import samples  # JAX, slow to import
@@ -186,7 +209,7 @@ def _ask(subjects: Sequence[Subject], data_dir: str) -> Asked:
         try:
             if data not in opened:
                 opened[data] = samples.open_images(one, data_dir=data_dir)
-            asked.splits[one.label] = opened[data]
+            asked.readers[one.label] = partial(samples.read_images, opened[data])
             asked.samples[one.label] = samples.ask(one, opened[data])
         except UserError as error:
             asked.missing.append(f"{lacks}: {error}")
@@ -195,139 +218,115 @@ def _ask(subjects: Sequence[Subject], data_dir: str) -> Asked:
 
 
 def _results(subjects: Sequence[Subject], named: Sequence[dict[str, Any]]) -> Section:
-    """Certified accuracy and ACR."""
+    """Return certified accuracy and ACR."""
     intervals = [one.interval for one in subjects]
-    told = "; ".join(f"{one['path']}: ACR {one['acr']:.3f}, accuracy {one['accuracy']:.3f}" for one in named)
-    parts = [Table("Average certified radius and certified accuracy", _of_runs(tables.measures(named, intervals)))]
+    summary = "; ".join(f"{one['path']}: ACR {one['acr']:.3f}, accuracy {one['accuracy']:.3f}" for one in named)
+    found = [Table("Average certified radius and certified accuracy", _of_runs(tables.measures(named, intervals)))]
     if "wrong_at_most" in named[0]:
         title = "Lower bounds of the certified accuracy, with probability 1 - delta each"
-        parts.append(Table(title, _of_runs(tables.joint(named))))
-    curves = {one.label: one.certificates for one in subjects}
-    return Section(
-        "Certified accuracy",
-        parts,
-        [
-            Figure(
-                "certified_accuracy",
-                f"Falling step curves of certified accuracy against the l2 radius. {told}.",
-                "Certified accuracy against radius. The band around a curve is its 95 % confidence band over images, at"
-                " each radius by itself.",
-                lambda path: save_curves(curves, path),
-            ),
-            Figure(
-                "acr",
-                f"A point with a bar for each run. {told}.",
-                "Average certified radius, with its 95 % bootstrap interval over images. Runs on the same images are"
-                " told apart better by their differences than by these bars.",
-                lambda path: figures.save_acr(subjects, path),
-            ),
-        ],
+        found.append(Table(title, _of_runs(tables.joint(named))))
+    curves = Figure(
+        "certified_accuracy",
+        f"Falling step curves of certified accuracy against the l2 radius. {summary}.",
+        "Certified accuracy against radius. The band around a curve is its 95 % confidence band over images, at"
+        " each radius by itself.",
+        partial(save_curves, {one.label: one.certificates for one in subjects}),
     )
+    points = Figure(
+        "acr",
+        f"A point with a bar for each run. {summary}.",
+        "Average certified radius, with its 95 % bootstrap interval over images. Runs on the same images are"
+        " told apart better by their differences than by these bars.",
+        partial(figures.save_acr, subjects),
+    )
+    return Section("Certified accuracy", found, [curves, points])
 
 
 def _votes(subjects: Sequence[Subject], named: Sequence[dict[str, Any]]) -> Section:
-    """p_A, of the files that have counts."""
-    evidences = {one.label: one.evidence for one in subjects}
-    if not any(evidences.values()):
-        return Section("", [], [])
-    told = "; ".join(
+    """Return p_A of the files with counts, of which there is at least one."""
+    summary = "; ".join(
         f"{one['path']}: median count / n {one['p_a']['0.5']:.4f}, at the ceiling {one['at_ceiling']:.3f}"
         for one in named
         if one["n"]
     )
-    return Section(
-        "Votes",
-        [Table("What the votes said", _of_runs(tables.votes(named)))],
-        [
-            Figure(
-                "p_a",
-                f"Rising step curves: the share of images whose p_A is at most the value on the axis. {told}.",
-                "Distribution of p_A, the probability of the certified class under noise, over images. Bold: its lower"
-                " confidence bound, which the radius follows from; thin: the share of the votes. The bound cannot pass"
-                " the ceiling, where all votes agree.",
-                lambda path: save_p_a(evidences, path),
-            )
-        ],
+    curves = Figure(
+        "p_a",
+        f"Rising step curves: the share of images whose p_A is at most the value on the axis. {summary}.",
+        "Distribution of p_A, the probability of the certified class under noise, over images. Bold: its lower"
+        " confidence bound, which the radius follows from; thin: the share of the votes. The bound cannot pass"
+        " the ceiling, where all votes agree.",
+        partial(save_p_a, {one.label: one.evidence for one in subjects}),
     )
+    return Section("Votes", [Table("What the votes said", _of_runs(tables.votes(named)))], [curves])
 
 
 def _compared(comparisons: Sequence[Comparison], asked: Asked) -> Section:
-    """Differences on the same images."""
-    if not comparisons:
-        return Section("", [], [])
-    told = "; ".join(
+    """Return the differences on the same images, of at least one comparison."""
+    summary = "; ".join(
         f"{one.first} minus {one.second}: {one.difference.mean:+.3f}, {one.difference.gained} gained,"
         f" {one.difference.lost} lost"
         for one in comparisons
     )
     left_out = len(comparisons) - _MOST_PANELS
     more = f" {left_out} more comparisons are in the table only." if left_out > 0 else ""
-    found = [
-        Figure(
-            "comparison",
-            f"Scatter plots of the radii of two runs against each other. {told}.",
-            "A point is an image, at its radius for both runs, 0 where the class is wrong. Above the line it gained"
-            f" from the run on the vertical axis, below it lost.{more}",
-            lambda path: figures.save_comparisons(comparisons[:_MOST_PANELS], path),
-        )
-    ]
-    pictures = []
+    points = Figure(
+        "comparison",
+        f"Scatter plots of the radii of two runs against each other. {summary}.",
+        "A point is an image, at its radius for both runs, 0 where the class is wrong. Above the line it gained"
+        f" from the run on the vertical axis, below it lost.{more}",
+        partial(figures.save_comparisons, comparisons[:_MOST_PANELS]),
+    )
+    pictured = []
     for one in comparisons[:_MOST_PICTURED]:
-        split = asked.splits.get(one.first, asked.splits.get(one.second))
-        if split is not None and (one.gained() or one.lost()):
-            pictures.append((one, *(split.read(one.images[places])[0] for places in (one.gained(), one.lost()))))
-    if pictures:
-        found.append(
-            Figure(
-                "gained_lost",
-                "The images that gained most and that lost most; the table names them.",
-                "The images that gained most and that lost most: number, label, and the radius for the first run minus"
-                " that for the second, 0 where the class is wrong.",
-                lambda path: figures.save_gained_lost(pictures, path),
-            )
-        )
+        read = asked.readers.get(one.first, asked.readers.get(one.second))
+        if read and (one.gained() or one.lost()):
+            pictured.append((one, *(read(one.images[places])[0] for places in (one.gained(), one.lost()))))
+    pictures = Figure(
+        "gained_lost",
+        "The images that gained most and that lost most; the table names them.",
+        "The images that gained most and that lost most: number, label, and the radius for the first run minus"
+        " that for the second, 0 where the class is wrong.",
+        partial(figures.save_gained_lost, pictured),
+    )
     title = "ACR differences on common images, and the numbers of the images that gained and lost most"
-    return Section("The same images compared", [Table(title, tables.compared(comparisons))], found)
+    found = [Table(title, tables.compared(comparisons))]
+    return Section("The same images compared", found, [points, pictures] if pictured else [points])
 
 
 def _training(subjects: Sequence[Subject]) -> Section:
-    """Training curves, of the runs that have records of it."""
+    """Return the training curves of the runs with metrics, of which there is at least one."""
     trained = [one.label for one in subjects if one.metrics]
-    if not trained:
-        return Section("", [], [])
-    return Section(
-        "Training",
-        [],
-        [
-            Figure(
-                "training",
-                f"Loss, and accuracy on noisy test images, by epoch, of {', '.join(trained)}.",
-                "Losses of different methods have different terms: their heights do not compare. The accuracy is that"
-                " of the network on single noisy images, not of the smoothed classifier.",
-                lambda path: figures.save_training(subjects, path),
-            )
-        ],
+    curves = Figure(
+        "training",
+        f"Loss, and accuracy on noisy test images, by epoch, of {', '.join(trained)}.",
+        "Losses of different methods have different terms: their heights do not compare. The accuracy is that"
+        " of the network on single noisy images, not of the smoothed classifier.",
+        partial(figures.save_training, subjects),
     )
+    return Section("Training", figures=[curves])
 
 
-def _networks(asked: Asked) -> list[Section]:
-    """Logit margins and image strips, of the runs whose networks were asked."""
-    if not asked.samples:
-        return []
-    told = "; ".join(
+def _margins(samples: "dict[str, Samples]") -> Section:
+    """Return the logit margins of the runs whose networks answered."""
+    summary = "; ".join(
         f"{label}: clean {one.clean_margins.mean():.2f} +- {one.clean_margins.std():.2f},"
         f" noisy {one.noisy_margins.mean():.2f} +- {one.noisy_margins.std():.2f}, among copies of an image"
         f" {one.within():.2f}"
-        for label, one in asked.samples.items()
+        for label, one in samples.items()
     )
-    margins = Figure(
+    histograms = Figure(
         "margins",
-        f"Histograms of the logit margin of clean and noisy images, a panel for each run. {told}.",
+        f"Histograms of the logit margin of clean and noisy images, a panel for each run. {summary}.",
         "The logit of the true class minus the largest other one, for the network without smoothing: positive where it"
         " is right. Consistency regularization asks the noisy copies of an image to agree: the deviation among them,"
         " beside the mean, says how far they do.",
-        lambda path: figures.save_margins(asked.samples, path),
+        partial(figures.save_margins, samples),
     )
+    return Section("Logit margins", figures=[histograms])
+
+
+def _strips(samples: "dict[str, Samples]") -> Section:
+    """Return the image strips of the runs whose networks answered."""
     strips = [
         Figure(
             f"images_{number}",
@@ -337,64 +336,13 @@ def _networks(asked: Asked) -> list[Section]:
             f"{label}: the least robust images, wrong ones with a large radius first, and the most robust ones; noisy"
             " copies with the network's class for each; and votes, filled for the label. The votes are new ones, for"
             " illustration: no certificate rests on them.",
-            lambda path, label=label, one=one: figures.save_strip(label, one, path),
+            partial(figures.save_strip, label, one),
         )
-        for number, (label, one) in enumerate(asked.samples.items(), start=1)
+        for number, (label, one) in enumerate(samples.items(), start=1)
     ]
-    return [Section("Logit margins", [], [margins]), Section("Least and most robust images", [], strips)]
+    return Section("Least and most robust images", figures=strips)
 
 
 def _of_runs(cells: list[list[str]]) -> list[list[str]]:
-    """A table of files, whose first column says `path`, as one of runs by their labels."""
+    """Return a table of files, whose first column is `path`, as a table of runs by their labels."""
     return [["run", *cells[0][1:]], *cells[1:]]
-
-
-def _write_tables(sections: Sequence[Section], folder: Path) -> None:
-    """All tables as Markdown and as LaTeX."""
-    found = [table for section in sections for table in section.tables]
-    write_text(folder / "tables.md", "\n".join(f"{one.title}:\n\n{formats.markdown(one.cells)}" for one in found))
-    needs = "% The tables of report.html; \\usepackage{booktabs}.\n\n"
-    parts = (f"% {' '.join(one.title.split())}\n{formats.latex(one.cells)}" for one in found)
-    write_text(folder / "tables.tex", needs + "\n".join(parts))
-
-
-def _write_csv(
-    subjects: Sequence[Subject], summaries: Sequence[dict[str, Any]], comparisons: Sequence[Comparison], folder: Path
-) -> None:
-    """What a spreadsheet, or another program, goes on with; in full precision."""
-    measured = [
-        {
-            "run": one.label,
-            **summary,
-            "acr_low": one.interval and one.interval.low,
-            "acr_high": one.interval and one.interval.high,
-        }
-        for one, summary in zip(subjects, summaries, strict=True)
-    ]
-    write_text(folder / "measures.csv", formats.csv_text(measured))
-    if not comparisons:
-        return
-    differences = [
-        {
-            "first": one.first,
-            "second": one.second,
-            **one.difference._asdict(),
-            "interval": one.difference.interval._asdict(),
-        }
-        for one in comparisons
-    ]
-    write_text(folder / "comparisons.csv", formats.csv_text(differences))
-    images = [
-        {
-            "first": one.first,
-            "second": one.second,
-            "image": one.images[place],
-            "label": one.labels[place],
-            "radius_first": one.radii[0, place],
-            "radius_second": one.radii[1, place],
-            "difference": one.radii[0, place] - one.radii[1, place],
-        }
-        for one in comparisons
-        for place in one.order()
-    ]
-    write_text(folder / "differences.csv", formats.csv_text(images))

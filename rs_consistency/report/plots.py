@@ -1,4 +1,4 @@
-"""Pictures of certificates."""
+"""Curves of certificates: certified accuracy and p_A; the styles, labels and files of all figures."""
 
 import os
 import textwrap
@@ -30,11 +30,16 @@ _TICKS = (0.01, 0.1, 0.3, 0.5, 0.7, 0.9, 0.99, 0.999, 0.9999, 0.99999, 0.9999999
 DPI = 200  # of a PNG
 _ROUNDING = 1e-9  # of a count that is whole but for rounding
 _LEGEND_WIDTH = 72  # characters
-_LEFTMOST = 0.01  # what has a smaller p_A is far from any certificate, and drawn as if it were here
+_LEFTMOST = 0.01  # an image with a smaller p_A is far from any certificate, and drawn as if it had this one
+
+
+def line_style(place: int) -> dict[str, Any]:
+    """Return colour and line style of the run at a position; every figure shows a run in the same style."""
+    return {"color": COLOURS[place % len(COLOURS)], "linestyle": STYLES[place % len(STYLES)]}
 
 
 def save(figure: Figure, path: Path) -> None:
-    """Writes a figure as the PNG of that path and as a PDF beside it, replacing what is there, and closes it."""
+    """Write a figure as the PNG of that path and as a PDF beside it, replace older files, and close the figure."""
     # Fonts as they are, which journals ask for; no date, so that the same figure is the same file.
     formats = {path: {"dpi": DPI}, path.with_suffix(".pdf"): {"metadata": {"CreationDate": None}}}
     with plt.rc_context({"pdf.fonttype": 42}), warnings.catch_warnings():
@@ -48,7 +53,7 @@ def save(figure: Figure, path: Path) -> None:
 
 
 def plain(text: str, width: int = _LEGEND_WIDTH) -> str:
-    """Text that a figure shows as it is, in lines of at most so many characters.
+    """Return text that a figure shows as it is, in lines of at most `width` characters.
 
     Matplotlib would take dollars as mathematics, and leave a name that begins with an underscore out of a legend.
     """
@@ -57,12 +62,12 @@ def plain(text: str, width: int = _LEGEND_WIDTH) -> str:
 
 
 def save_curves(tables: Mapping[str, Certificates], path: Path) -> None:
-    """Draws certified accuracy against radius, one curve for each table, with its 95 % band, as PNG and PDF.
+    """Draw certified accuracy against radius, one curve for each table, with its 95 % band, as PNG and PDF.
 
-    The band is that of Clopper and Pearson at each radius by itself: for the certified accuracy on all images of the
-    kind that these were drawn from. Where a table holds an image several times, as several seeds are put together,
-    the curve is the mean over its lines, and the band takes a mean over images for a count of them, rounded outwards:
-    no narrower than it must be, since a mean of shares varies no more than a count.
+    The band is the Clopper-Pearson interval at each radius by itself, for the certified accuracy on all images of the
+    kind that these were drawn from. A table of several seeds holds an image several times: its curve is the mean over
+    the lines. Its band then takes a mean over images for a count of images, rounded outwards: no narrower than it must
+    be, since a mean of shares varies no more than a count.
 
     Args:
       tables: label -> certificates; see `short_labels`.
@@ -77,18 +82,11 @@ def save_curves(tables: Mapping[str, Certificates], path: Path) -> None:
         hits = images * counts / len(table.idx)
         low, _ = binomial_interval(np.floor(hits + _ROUNDING).astype(int), images)
         _, high = binomial_interval(np.ceil(hits - _ROUNDING).astype(int), images)
-        colour, style = COLOURS[i % len(COLOURS)], STYLES[i % len(STYLES)]
-        axes.fill_between(
-            x, low, high, step="post", facecolor=(colour, 0.15), edgecolor=(colour, 0.6), linestyle=style, linewidth=0.6
-        )
-        axes.step(
-            x,
-            counts / len(table.radius),
-            where="post",
-            color=colour,
-            linestyle=style,
-            label=plain(f"{label}: ACR {acr(table):.3f}, {images} images"),
-        )
+        style = line_style(i)
+        band = {"facecolor": (style["color"], 0.15), "edgecolor": (style["color"], 0.6), "linewidth": 0.6}
+        axes.fill_between(x, low, high, step="post", linestyle=style["linestyle"], **band)
+        legend = plain(f"{label}: ACR {acr(table):.3f}, {images} images")
+        axes.step(x, counts / len(table.radius), where="post", label=legend, **style)
     axes.set(xlabel="l2 radius (bands: 95 % over images)", ylabel="certified accuracy", ylim=(0, 1.01))
     axes.set_xlim(left=0)
     axes.grid(alpha=0.3)
@@ -97,16 +95,16 @@ def save_curves(tables: Mapping[str, Certificates], path: Path) -> None:
 
 
 def save_p_a(evidences: Mapping[str, Evidence | None], path: Path) -> None:
-    """Draws the distribution of p_A over the images, an empirical distribution function a file, as PNG and PDF.
+    """Draw the distribution of p_A over the images, an empirical distribution function a file, as PNG and PDF.
 
-    The axis is Phi^-1(p_A), the radius in units of sigma, since p_A itself is close to 1 for most images. Bold: the
-    lower confidence bound, whose largest value, where all votes agree, is the ceiling. Thin: the estimate count / n,
-    which shows what the confidence costs; it ends below 1 where images have all votes. Shaded, unless a file is of the
-    bound `two_class`: where a lower bound means abstention.
+    The axis is Phi^-1(p_A), the radius in units of sigma, since p_A itself is close to 1 for most images. The bold
+    curve is the lower confidence bound. Its largest value, where all votes agree, is the ceiling. The thin curve is the
+    estimate count / n, which shows what the confidence costs. It ends below 1 where images have all votes. The area
+    where a lower bound means abstention is shaded, unless a file is of the bound `two_class`.
 
     Args:
-      evidences: label -> what `proof.load` returns; see `short_labels`. Files without are left out, and keep their
-        colours for the other figures; one is there at least.
+      evidences: label -> evidence from `proof.load`; see `short_labels`. At least one file has evidence. Files without
+        are left out, and keep their colours for the other figures.
       path: of the PNG; replaced if it exists.
     """
     figure, axes = plt.subplots(figsize=(6.4, 4.8), layout="constrained")
@@ -116,17 +114,15 @@ def save_p_a(evidences: Mapping[str, Evidence | None], path: Path) -> None:
         float(radius_ceiling(settings.n, alpha=settings.alpha, sigma=1.0, bound=settings.bound))
         for settings in (evidence.settings for evidence in evidences.values())
     }
-    estimates = {label: evidence.counts.count / evidence.settings.n for label, evidence in evidences.items()}
+    estimates = {label: evidence.count / evidence.settings.n for label, evidence in evidences.items()}
     smallest = min(min(estimates[label].min(), evidence.lower.min()) for label, evidence in evidences.items())
     left = special.ndtri(np.clip(smallest, _LEFTMOST, 0.45)) - 0.15
     right = max(ceilings) + 0.35
     for label, evidence in evidences.items():
-        i = places[label]
-        colour, style = COLOURS[i % len(COLOURS)], STYLES[i % len(STYLES)]
-        _ecdf(axes, estimates[label], left, right, color=colour, linestyle=style, linewidth=0.8)
-        settings = evidence.settings
+        style, settings = line_style(places[label]), evidence.settings
+        _ecdf(axes, estimates[label], left, right, linewidth=0.8, **style)
         legend = f"{label}: n = {settings.n:,}, alpha = {settings.alpha:.3g}, {settings.bound}"
-        _ecdf(axes, evidence.lower, left, right, color=colour, linestyle=style, linewidth=1.8, label=plain(legend))
+        _ecdf(axes, evidence.lower, left, right, linewidth=1.8, label=plain(legend), **style)
     for ceiling in ceilings:
         axes.axvline(ceiling, color="0.4", linewidth=0.8, linestyle=":")
     axes.set(xlim=(left, right), ylim=(0, 1.01), ylabel="share of images with at most this p_A")
@@ -145,7 +141,7 @@ def save_p_a(evidences: Mapping[str, Evidence | None], path: Path) -> None:
 
 
 def _ecdf(axes: Axes, p: np.ndarray, left: float, right: float, **style: Any) -> None:
-    """The share of p `[N]` that is at most x, over Phi^-1(x)."""
+    """Draw the share of p `[N]` that is at most x, over Phi^-1(x)."""
     x = np.sort(np.clip(special.ndtri(p), left, None))
     share = np.arange(len(x) + 1) / len(x)
     inside = x <= right  # Phi^-1(1) is infinite
@@ -154,9 +150,9 @@ def _ecdf(axes: Axes, p: np.ndarray, left: float, right: float, **style: Any) ->
 
 
 def short_labels(paths: Sequence[Path]) -> list[str]:
-    """Names that tell the paths apart: what is left of them without the folders and endings that they share.
+    """Return names that tell the paths apart: the paths without the folders and endings that they share.
 
-    A path that is there twice has a number behind it the second time. Bytes that are no text are written as escapes.
+    The second name of a path that is given twice ends in a number. Bytes that are no text are written as escapes.
     """
     short = [path.with_suffix("") if path.suffix == ".tsv" else path for path in paths]
     short = [path.parent if path.name == "certificates" and path.parent.name else path for path in short]

@@ -1,14 +1,15 @@
-"""What a report asks a run's network: logits of clean and noisy images, and votes on single ones."""
+"""The answers of a run's network for a report: logits of clean and noisy images, and votes on some images."""
 
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from tqdm import tqdm
 
 from rs_consistency import data, noise
 from rs_consistency.common.errors import UserError
+from rs_consistency.common.progress import progress_bar
 from rs_consistency.models import DTYPES
 from rs_consistency.report.contents import Subject
 from rs_consistency.smoothing.votes import VoteSettings, count_votes, nan_error, to_float
@@ -18,25 +19,24 @@ from rs_consistency.training.checkpoints import digest
 VOTES = 256  # on an image of the strip
 _BATCH = 128
 _MOST_FOR_MARGINS = 500  # images
-_SECONDS_BEFORE_BAR = 2
 
 
 class Samples(NamedTuple):
-    """What a network says about images of its certificate file.
+    """The answers of a network about images of its certificate file.
 
     Attributes:
       sigma: standard deviation of the noise.
-      clean_margins: `[N]`, logit of the true class minus the largest other one, of the images themselves.
-      noisy_margins: `[M, N]`, of M noisy copies of them.
+      clean_margins: `[N]`, logit of the true class minus the largest other logit, for images without noise.
+      noisy_margins: `[M, N]`, the same for M noisy copies of each image.
       shown: `[S]`, numbers of the images in the strip, the least robust first.
-      least: how many of them are the least robust ones; the others are the most robust.
-      images: `[S, H, W, C]` float32 in [0, 1], of those.
+      least: number of them that are the least robust; the others are the most robust.
+      images: `[S, H, W, C]` float32 in [0, 1], the images in the strip.
       labels: `[S]`.
       predictions: `[S]`, certified classes, -1 for abstention.
       radii: `[S]`, certified.
-      copies: `[S, M, H, W, C]`, noisy ones.
-      classes: `[S, M]`, what the network makes of each.
-      votes: `[S, K]` of `VOTES` noisy copies, the M among them: not the votes of the certificate.
+      copies: `[S, M, H, W, C]`, noisy copies.
+      classes: `[S, M]`, the network's class of each copy.
+      votes: `[S, K]` of `VOTES` noisy copies, the M copies among them: not the votes of the certificate.
     """
 
     sigma: float
@@ -53,19 +53,19 @@ class Samples(NamedTuple):
     votes: np.ndarray
 
     def within(self) -> float:
-        """Standard deviation of the margin among the noisy copies of an image, root mean square over images."""
+        """Return the standard deviation of the margin among copies of an image, as root mean square over images."""
         return float(np.sqrt(self.noisy_margins.var(axis=0, ddof=1).mean()))
 
 
 def open_images(subject: Subject, *, data_dir: str = "") -> data.OpenSplit:
-    """The images that a file certifies.
+    """Open the dataset that a file certifies.
 
     Args:
-      subject: of the file.
-      data_dir: folder of the prepared dataset; empty for that of its run.
+      subject: the file.
+      data_dir: folder of the prepared dataset; empty for the folder that its run names.
 
     Raises:
-      UserError: when its record does not name them, or they are not there, or other ones.
+      UserError: when the file's record does not name the dataset, or the dataset is missing or has another content.
     """
     name, split, wanted = (str(subject.record.get(key, "")) for key in ("dataset", "split", "data_digest"))
     if not (name and split and wanted):
@@ -83,20 +83,26 @@ def open_images(subject: Subject, *, data_dir: str = "") -> data.OpenSplit:
     return found
 
 
-def ask(subject: Subject, split: data.OpenSplit, *, images: int = 5, copies: int = 4) -> Samples:
-    """Restores the network that a file certifies and asks it; a function of the network and the file alone.
+def read_images(split: data.OpenSplit, indices: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Read images `[B, H, W, C]` float32 in [0, 1] and labels `[B]` by number."""
+    images, labels = split.read(indices)
+    return to_float(images), labels
 
-    The margins are those of up to 500 images, spread over the file. Noise is that of `Stream.REPORT`, under the seed of
-    the file, addressed by image and copy: no other program's, and for the strip that of its votes.
+
+def ask(subject: Subject, split: data.OpenSplit, *, images: int = 5, copies: int = 4) -> Samples:
+    """Restore the network that a file certifies and return its answers: a function of the network and the file.
+
+    The margins are those of up to 500 images, spread over the file. The noise is that of `Stream.REPORT`, which no
+    other program draws, under the seed of the file, addressed by image and copy. The strip's votes use the same noise.
 
     Args:
-      subject: of the file.
+      subject: the file.
       split: from `open_images`.
-      images: of each kind in the strip, the least and the most robust.
+      images: number of least and of most robust images in the strip.
       copies: M, noisy copies of each image, at least 2.
 
     Raises:
-      UserError: when there is no run around the file, no checkpoint in it, or that of another network.
+      UserError: when there is no run around the file, or the run has no checkpoint, or that of another network.
     """
     record, table = subject.record, subject.certificates
     devices = jax.local_devices()[:1]
@@ -105,28 +111,21 @@ def ask(subject: Subject, split: data.OpenSplit, *, images: int = 5, copies: int
         info, sigma=record.get("sigma"), n=VOTES, seed=record.get("seed"), platform=devices[0].platform
     )
     apply_fn, variables = _network(subject, devices)
-    look = _Look(apply_fn, variables, noise.stream_key(question.seed, noise.Stream.REPORT), question.sigma)
+    look = _look(apply_fn, variables, noise.stream_key(question.seed, noise.Stream.REPORT), question.sigma)
     spread = np.unique(np.linspace(0, len(table.idx) - 1, min(len(table.idx), _MOST_FOR_MARGINS)).astype(int))
     least, most = _extremes(np.where(table.correct == 1, table.radius, -table.radius), images)
     chosen = np.concatenate([least, most])
     shown = table.idx[chosen]
-    bar = tqdm(
-        total=(1 + copies) * len(spread) + (copies + VOTES) * len(shown),
-        desc=f"asking {subject.label}",
-        unit="img",
-        unit_scale=True,
-        leave=False,
-        delay=_SECONDS_BEFORE_BAR,
-    )
-    with bar:
+    total = (1 + copies) * len(spread) + (copies + VOTES) * len(shown)
+    with progress_bar(f"asking {subject.label}", total, brief=True, unit_scale=True) as bar:
         clean, noisy = [], []
         for first in range(0, len(spread), _BATCH):
             indices = table.idx[spread[first : first + _BATCH]]
-            pictures, labels = split.read(indices)
+            pictures, labels = read_images(split, indices)
             clean.append(margins(look(pictures, indices, None)[1], labels))
             noisy.append([margins(look(pictures, indices, copy)[1], labels) for copy in range(copies)])
             bar.update((1 + copies) * len(indices))
-        pictures, labels = split.read(shown)
+        pictures, labels = read_images(split, shown)
         drawn, logits = zip(*(look(pictures, shown, copy) for copy in range(copies)), strict=True)
         bar.update(copies * len(shown))
         counts = []
@@ -141,7 +140,7 @@ def ask(subject: Subject, split: data.OpenSplit, *, images: int = 5, copies: int
         noisy_margins=np.concatenate(noisy, axis=1),
         shown=shown,
         least=len(least),
-        images=to_float(pictures),
+        images=pictures,
         labels=labels,
         predictions=table.predict[chosen],
         radii=table.radius[chosen],
@@ -152,50 +151,50 @@ def ask(subject: Subject, split: data.OpenSplit, *, images: int = 5, copies: int
 
 
 def margins(logits: np.ndarray, labels: np.ndarray) -> np.ndarray:
-    """f_y - max over c != y of f_c of logits `[N, K]` and labels `[N]`: `[N]`, positive where the class is right."""
+    """Return f_y - max over c != y of f_c, `[N]`, of logits `[N, K]` and labels `[N]`: positive for a right class."""
     rows = np.arange(len(labels))
     others = logits.copy()
     others[rows, labels] = -np.inf
     return logits[rows, labels] - others.max(axis=1)
 
 
-class _Look:
-    """A network, asked about images in batches of one size; compiled once."""
+def _look(
+    apply_fn: Any, variables: Any, key: jax.Array, sigma: float
+) -> Callable[[np.ndarray, np.ndarray, int | None], tuple[np.ndarray, np.ndarray]]:
+    """Return a function (images, their numbers, copy) -> (noisy images, logits); copy None is without noise.
 
-    def __init__(self, apply_fn: Any, variables: Any, key: jax.Array, sigma: float) -> None:
-        self._variables, self._sigma = variables, sigma
+    It takes at most `_BATCH` images, and is compiled once, since all its batches are of that size.
+    """
 
-        @jax.jit
-        def noisy_logits(
-            variables: Any, images: jax.Array, indices: jax.Array, copy: jax.Array, sigma: jax.Array
-        ) -> tuple[jax.Array, jax.Array]:
-            # The address of an estimating vote, as `votes.count_votes` has it.
-            address = indices, jnp.ones_like(indices), jnp.full_like(indices, copy)
-            noisy = images + sigma * noise.addressed_noise(key, *address, shape=images.shape[1:])
-            return noisy, apply_fn(variables, noisy)
+    @jax.jit
+    def noisy_logits(
+        variables: Any, images: jax.Array, indices: jax.Array, copy: jax.Array, sigma: jax.Array
+    ) -> tuple[jax.Array, jax.Array]:
+        # The address of an estimating vote, as `votes.count_votes` has it.
+        address = indices, jnp.ones_like(indices), jnp.full_like(indices, copy)
+        noisy = images + sigma * noise.addressed_noise(key, *address, shape=images.shape[1:])
+        return noisy, apply_fn(variables, noisy)
 
-        self._compiled = noisy_logits
-
-    def __call__(self, images: np.ndarray, indices: np.ndarray, copy: int | None) -> tuple[np.ndarray, np.ndarray]:
-        """One noisy copy of at most `_BATCH` images, and its logits; of the images themselves for a copy of None."""
-        number = len(images)
-        rows = np.minimum(np.arange(_BATCH), number - 1)  # filled up with the last one
-        noisy, logits = self._compiled(
-            self._variables,
-            to_float(images)[rows],
+    def look(images: np.ndarray, indices: np.ndarray, copy: int | None) -> tuple[np.ndarray, np.ndarray]:
+        rows = np.minimum(np.arange(_BATCH), len(images) - 1)  # the last image fills the batch
+        noisy, logits = noisy_logits(
+            variables,
+            images[rows],
             indices[rows].astype(np.int32),
             np.int32(copy or 0),
-            np.float32(0 if copy is None else self._sigma),
+            np.float32(0 if copy is None else sigma),
         )
-        logits = np.asarray(logits, np.float32)[:number]
+        noisy, logits = np.asarray(noisy)[: len(images)], np.asarray(logits, np.float32)[: len(images)]
         nan = np.flatnonzero(np.isnan(logits).any(axis=1))
         if len(nan):
             raise nan_error(indices[nan[0]])
-        return np.asarray(noisy)[:number], logits
+        return noisy, logits
+
+    return look
 
 
 def _network(subject: Subject, devices: list[jax.Device]) -> tuple[Any, Any]:
-    """The network that a file certifies, ready for inference: a function and its variables."""
+    """Return the network that a file certifies as an inference function and its variables."""
     record = subject.record
     if subject.workdir is None:
         raise UserError(f"{subject.path} lies in no run's folder")
@@ -211,7 +210,7 @@ def _network(subject: Subject, devices: list[jax.Device]) -> tuple[Any, Any]:
 
 
 def _extremes(robustness: np.ndarray, images: int) -> tuple[np.ndarray, np.ndarray]:
-    """Places of the least and of the most robust images, each ascending; no image in both."""
+    """Return positions of the least and of the most robust images, each ascending; no image is in both."""
     order = np.argsort(robustness, kind="stable")
     half = min(images, (len(order) + 1) // 2)
     return order[:half], order[half:][-images:]

@@ -1,10 +1,12 @@
-"""The tables of analyze.py: lines of text from summaries, comparisons and records; see `report.formats`."""
+"""The tables of analyze.py: cells made from summaries, comparisons and records; `report.formats` writes them."""
 
 import math
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
-if TYPE_CHECKING:  # scipy.stats is slow to import, which most tables have no use for
+from rs_consistency.report.formats import cells
+
+if TYPE_CHECKING:  # slow to import for scipy.stats, which most tables do not need
     from rs_consistency.report.contents import Comparison, Subject
     from rs_consistency.statistics.intervals import Interval
 
@@ -19,136 +21,122 @@ _TRAINED = (
     ("optimizer.lr", "learning rate"),
     ("seed", "training seed"),
 )
-_COMMIT = 12  # characters of a commit
+_COMMIT_DIGITS = 12
 
 
 def measures(summaries: Sequence[dict[str, Any]], intervals: "Sequence[Interval | None]" = ()) -> list[list[str]]:
-    """ACR, accuracy, abstention and certified accuracies, a line for each file.
+    """Return ACR, accuracy, abstention and certified accuracies, a line for each file.
 
     Args:
       summaries: from `measures.summarize`.
-      intervals: of the ACR, one for each file, None where there is none; empty for a table without them.
+      intervals: of the ACR, for each file or None where a file has none; empty for a table without intervals.
     """
-    header = ["path", "images", "ACR", *(["95 % interval"] if intervals else []), "accuracy", "abstention"]
-    lines = [[*header, *(f"r={radius}" for radius in summaries[0]["certified_accuracy"])]]
-    for place, summary in enumerate(summaries):
-        lines.append(
-            [
-                summary["path"],
-                str(summary["n_images"]),
-                f"{summary['acr']:.4f}",
-                *([_range(intervals[place], ".4f")] if intervals else []),
-                f"{summary['accuracy']:.4f}",
-                f"{summary['abstention']:.4f}",
-                *(f"{share:.3f}" for share in summary["certified_accuracy"].values()),
-            ]
-        )
-    return lines
+    return cells(
+        [
+            {
+                "path": summary["path"],
+                "images": str(summary["n_images"]),
+                "ACR": f"{summary['acr']:.4f}",
+                **({"95 % interval": _range(intervals[place], ".4f")} if intervals else {}),
+                "accuracy": f"{summary['accuracy']:.4f}",
+                "abstention": f"{summary['abstention']:.4f}",
+                **{f"r={radius}": f"{share:.3f}" for radius, share in summary["certified_accuracy"].items()},
+            }
+            for place, summary in enumerate(summaries)
+        ]
+    )
 
 
 def votes(summaries: Sequence[dict[str, Any]]) -> list[list[str]]:
-    """What the votes allow, and what they said; files without counts are left out, of which there is one without."""
-    shares = list(summaries[0]["p_a"])[:3]  # the low ones: the others are close to 1
-    header = ["path", "sigma", "n", "alpha", "bound", "ceiling", "at ceiling"]
-    lines = [
+    """Return settings of the votes, ceiling and quantiles of p_A, a line for each file with counts."""
+    return cells(
         [
-            summary["path"],
-            f"{summary['sigma']:g}",
-            str(summary["n"]),
-            f"{summary['alpha']:.4g}",
-            summary["bound"],
-            f"{summary['radius_ceiling']:.4f}",
-            f"{summary['at_ceiling']:.4f}",
-            *(f"{summary['p_a'][share]:.4f}" for share in shares),
+            {
+                "path": summary["path"],
+                "sigma": f"{summary['sigma']:g}",
+                "n": str(summary["n"]),
+                "alpha": f"{summary['alpha']:.4g}",
+                "bound": summary["bound"],
+                "ceiling": f"{summary['radius_ceiling']:.4f}",
+                "at ceiling": f"{summary['at_ceiling']:.4f}",
+                # The low quantiles: the others are close to 1.
+                **{f"p_A {float(share):.0%}": f"{p:.4f}" for share, p in list(summary["p_a"].items())[:3]},
+            }
+            for summary in summaries
+            if summary["n"]
         ]
-        for summary in summaries
-        if summary["n"]
-    ]
-    return [[*header, *(f"p_A {float(share):.0%}" for share in shares)], *lines]
+    )
 
 
 def joint(summaries: Sequence[dict[str, Any]]) -> list[list[str]]:
-    """Lower confidence bounds of the certified accuracy, two lines for each file; from `joint.joint_statement`."""
-    radii = (f"r={radius}" for radius in summaries[0]["certified_accuracy"])
-    lines = [["path", "lower bound for", "delta", "wrong lines", *radii]]
+    """Return lower confidence bounds of the certified accuracy, from `joint.joint_statement`: two lines a file."""
+    lines = []
     for summary in summaries:
         for of, wrong, key in (
             ("these images", f"<= {summary['wrong_at_most']}", "certified_accuracy_lower"),
             ("new images", "-", "population_accuracy_lower"),
         ):
-            # Rounded down; 0.829 for a counted 0.83, which is a little less in binary, would be too much of that.
-            exact = [1000 * share for share in summary[key].values()]
-            whole = [round(share, 6) if key == "certified_accuracy_lower" else share for share in exact]
-            shares = (f"{math.floor(share) / 1000:.3f}" for share in whole)
-            lines.append([summary["path"], of, f"{summary['delta']:g}", wrong, *shares])
-    return lines
+            line = {"path": summary["path"], "lower bound for": of, "delta": f"{summary['delta']:g}"}
+            line["wrong lines"] = wrong
+            for radius, share in summary[key].items():
+                # Rounded down. A counted share such as 0.83 may be a little less in binary, and must not become 0.829.
+                exact = round(1000 * share, 6) if key == "certified_accuracy_lower" else 1000 * share
+                line[f"r={radius}"] = f"{math.floor(exact) / 1000:.3f}"
+            lines.append(line)
+    return cells(lines)
 
 
 def compared(comparisons: "Sequence[Comparison]") -> list[list[str]]:
-    """ACR differences on common images, a line for each two files; the last columns name images."""
-    lines = [
+    """Return ACR differences on common images, a line for each two files; the last columns name images."""
+    return cells(
         [
-            "run",
-            "minus",
-            "images",
-            "ACR difference",
-            "standard error",
-            "95 % interval",
-            "gained",
-            "lost",
-            "gained most",
-            "lost most",
+            {
+                "run": one.first,
+                "minus": one.second,
+                "images": str(one.difference.images),
+                "ACR difference": f"{one.difference.mean:+.4f}",
+                "standard error": f"{one.difference.standard_error:.4f}",
+                "95 % interval": _range(one.difference.interval, "+.4f"),
+                "gained": str(one.difference.gained),
+                "lost": str(one.difference.lost),
+                "gained most": ", ".join(str(one.images[place]) for place in one.gained()) or "-",
+                "lost most": ", ".join(str(one.images[place]) for place in one.lost()) or "-",
+            }
+            for one in comparisons
         ]
-    ]
-    for one in comparisons:
-        found = one.difference
-        lines.append(
-            [
-                one.first,
-                one.second,
-                str(found.images),
-                f"{found.mean:+.4f}",
-                f"{found.standard_error:.4f}",
-                _range(found.interval, "+.4f"),
-                str(found.gained),
-                str(found.lost),
-                ", ".join(str(one.images[place]) for place in one.gained()) or "-",
-                ", ".join(str(one.images[place]) for place in one.lost()) or "-",
-            ]
-        )
-    return lines
+    )
 
 
 def settings(subjects: "Sequence[Subject]") -> list[list[str]]:
-    """How the files were made: a line for each setting that any of them tells, a column for each file.
+    """Return how the files were made: a line for each setting that any file has, a column for each file.
 
-    alpha and bound are those that the radii follow from: recomputed ones, where they were recomputed.
+    alpha and bound are the values that the radii follow from, also where the radii were recomputed.
     """
     names = ["file", *_RECORDED, "alpha", "bound", *(name for _, name in _TRAINED), "device", "code"]
-    told = [_told(one) for one in subjects]
+    known = [_told(one) for one in subjects]
     lines = [
-        [name, *("-" if each.get(name) is None else str(each[name]) for each in told)]
+        [name, *("-" if each.get(name) is None else str(each[name]) for each in known)]
         for name in names
-        if any(each.get(name) is not None for each in told)
+        if any(each.get(name) is not None for each in known)
     ]
     return [["setting", *(one.label for one in subjects)], *lines]
 
 
 def _told(one: "Subject") -> dict[str, Any]:
-    """What is known of a file's making, by the names in the table."""
+    """Return the known settings of a file by their names in the table."""
     told: dict[str, Any] = {"file": one.path}
     told |= {name: one.record.get(name) for name in (*_RECORDED, "alpha", "bound", "device")}
     told |= {name: _inside(one.config, key) for key, name in _TRAINED}
     commit = one.record.get("git_commit")
     if isinstance(commit, str):
-        told["code"] = commit[:_COMMIT] + (" (dirty)" if commit.endswith("(dirty)") else "")
+        told["code"] = commit[:_COMMIT_DIGITS] + (" (dirty)" if commit.endswith("(dirty)") else "")
     if one.evidence is not None:
         told |= {"alpha": f"{one.evidence.settings.alpha:.4g}", "bound": one.evidence.settings.bound}
     return told
 
 
 def _inside(config: Mapping[str, Any], key: str) -> Any:
-    """The value at a dotted key; None where there is none."""
+    """Return the value at a dotted key, None where there is none."""
     value: Any = config
     for part in key.split("."):
         value = value.get(part) if isinstance(value, dict) else None

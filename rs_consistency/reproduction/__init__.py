@@ -1,6 +1,6 @@
 """Published tables, reproduced: `python reproduce.py --table=mnist`.
 
-`published` has the numbers, `plan` the cells and what in them is not as published; `runner` trains and certifies them,
-as `state` finds them on disk; `results` keeps what is finished, `comparison` puts it beside the published numbers, and
-`render` writes tables and pictures.
+`published` has the published numbers, and `plan` the cells with their deviations from the published settings. `runner`
+trains and certifies the cells, whose progress `state` reads from disk. `results` keeps finished cells, `comparison`
+puts them beside the published numbers, and `render` writes tables and pictures.
 """

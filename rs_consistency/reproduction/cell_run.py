@@ -1,4 +1,4 @@
-"""One cell under way in a plan: trained, then certified, and started again where a signal ended it."""
+"""A running cell of a plan: it is trained, then certified, and started again where a signal ended it."""
 
 import contextlib
 import os
@@ -14,16 +14,16 @@ from rs_consistency.reproduction.plan import Cell
 from rs_consistency.reproduction.speeds import Speeds
 from rs_consistency.reproduction.state import State, inspect, record_call
 
-_MOST_CRASHES = 2  # of a run by a signal, such as for want of memory, before its cell counts as failed
+_MOST_CRASHES = 2  # by a signal, such as for lack of memory, before a cell counts as failed
 
 
 class Outcome(NamedTuple):
-    """What became of the cells.
+    """The ends of the cells of a plan.
 
     Attributes:
-      finished: those that are trained and certified, in whatever call.
-      failed: name of a cell -> why, with the log.
-      elsewhere: those that another process is at.
+      finished: cells that are trained and certified, by this call or an earlier call.
+      failed: name of a cell -> reason, with the path of the log.
+      elsewhere: cells that another process runs.
     """
 
     finished: list[Cell]
@@ -31,12 +31,12 @@ class Outcome(NamedTuple):
     elsewhere: list[Cell]
 
     def ended(self) -> set[str]:
-        """Names of all of them."""
+        """Return the names of all cells that ended."""
         return {*self.failed, *(cell.name for cell in (*self.finished, *self.elsewhere))}
 
 
 class Jobs(Protocol):
-    """What a cell under way asks of the runner of its plan; see `runner.Runner`."""
+    """The interface of a plan's runner to its running cells; see `runner.Runner`."""
 
     folder: Path
     machine: Machine
@@ -52,7 +52,7 @@ class Jobs(Protocol):
         ...
 
     def glance(self, cell: Cell) -> State:
-        """Return how far a cell is, by counting lines."""
+        """Return the state of a cell, by counting lines."""
         ...
 
     def done(self, cell: Cell, state: State) -> None:
@@ -69,13 +69,13 @@ class Jobs(Protocol):
 
 
 class CellRun:
-    """A cell under way: what it does now, and what comes next.
+    """A running cell with its current program.
 
     Attributes:
-      cell: which.
-      slot: number of the job that it is.
-      process: that trains or certifies it; None before the first.
-      state: how far it is, when last looked at.
+      cell: the cell.
+      slot: number of its job.
+      process: process that trains or certifies it; None before the first process.
+      state: its last known state.
     """
 
     def __init__(self, runner: Jobs, cell: Cell, slot: int) -> None:
@@ -87,7 +87,7 @@ class CellRun:
         self._stack = contextlib.ExitStack()
 
     def step(self, outcome: Outcome) -> bool:
-        """Looks, and starts what is next; False when there is nothing more to do."""
+        """Check the process and start the next program; return False when the cell has ended."""
         runner, cell = self._runner, self.cell
         try:
             if self.process is None:
@@ -116,7 +116,7 @@ class CellRun:
                     f"{program}: ended without an error, but is not finished (log: {runner.log(cell)})"
                 )
                 return False
-            if cell.needs and not self._program:  # its speed could not be measured before that one was trained
+            if cell.needs and not self._program:  # its speed could not be measured before the needed cell was trained
                 runner.time(cell, slot=self.slot)
             self._program, self._epochs_before = program, self.state.epochs
             device = runner.machine.device(cell.config().num_devices if program == "train" else 0)
@@ -130,7 +130,7 @@ class CellRun:
             return False
 
     def _trains_again(self) -> bool:
-        """Whether the last checkpoint turned out damaged: then training goes on from the one before, once."""
+        """Return whether to train again, once, from the checkpoint before the last, which is damaged."""
         if (self._program, self.process.returncode) != ("certify", EXIT_NOT_FINISHED) or self._trained_again:
             return False
         self._damaged = self._trained_again = True
@@ -138,12 +138,12 @@ class CellRun:
         return True
 
     def _again(self) -> bool:
-        """Whether a run that failed is to be started again: after a signal, but not after many."""
+        """Return whether to start a failed program again: after a signal, but not after many signals."""
         status = self.process.returncode
         if status > 0 or self._crashes >= _MOST_CRASHES:
             return False
         self._crashes += 1
-        self._damaged = self._program == "train" and self._trained_again  # what it had to do is not done
+        self._damaged = self._program == "train" and self._trained_again  # the training was not finished
         note(f"{self.cell.name}: {self._program} ended by signal {-status}; starting it again")
         self._program = ""
         return True
@@ -156,19 +156,19 @@ class CellRun:
         return f"{self._program}: {reason} (log: {log})"
 
     def text(self) -> str:
-        """What it is at, for the bar."""
+        """Return the progress of the cell for the bar."""
         if self._program == "certify":
             return f"{self.cell.name} image {self.state.images}/{self.cell.selection.size}"
         return f"{self.cell.name} epoch {self.state.epochs}/{self.cell.config().num_epochs}"
 
     def close(self) -> None:
-        """Lets others have the cell."""
+        """Release the cell's lock."""
         self._stack.close()
 
 
 @contextlib.contextmanager
 def _locked(path: Path) -> Iterator[None]:
-    """Keeps other plans off a cell; the lock ends with the process, however that ends."""
+    """Lock a cell against other plans; the lock ends with the process, whatever ends it."""
     descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o644)
     try:
         lock(descriptor, str(path), remedy="; give each of several machines a --shard")
@@ -178,7 +178,7 @@ def _locked(path: Path) -> Iterator[None]:
 
 
 def last_line(text: str) -> str:
-    """The last line that says something; of a program's output, its error."""
+    """Return the last error line of a program's output, or its last line that is not blank."""
     lines = [line.strip() for line in text.replace("\r", "\n").splitlines() if line.strip()]
     errors = [line for line in lines[-20:] if line.startswith("error: ")]
     return (errors or lines or ["no message"])[-1].removeprefix("error: ")

@@ -1,6 +1,6 @@
 """Runs a program inside a plan: `python -m ...reproduction.child PARENT CORES MODULE ARGS`.
 
-PARENT is the process that runs the plan: this one ends with it, even when that one is killed, so that a second call
+PARENT is the process that runs the plan. This process ends with it, even when the plan is killed, so that a second call
 finds nothing in use. CORES are the processor cores to stay on, such as 0,1; empty for all. MODULE has the program's
 `main(ARGS)`, such as rs_consistency.cli.train.
 """
@@ -15,7 +15,7 @@ _PR_SET_PDEATHSIG = 1
 
 
 def main() -> None:
-    """The command."""
+    """Run the program."""
     parent, cores, module, *arguments = sys.argv[1:]
     if sys.platform == "linux":
         ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)

@@ -1,9 +1,9 @@
-"""Measured beside published: means over seeds, errors, and differences in units of them."""
+"""Measured beside published ACRs: means over seeds, standard errors, and differences in standard errors."""
 
 import itertools
 import math
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -25,20 +25,20 @@ class Row(NamedTuple):
     """One method at one sigma, over its seeds.
 
     Attributes:
-      method: its name.
+      method: name of the method.
       sigma: standard deviation of the noise.
-      lbd: weight of the consistency term in a table that compares weights; else None.
+      lbd: weight of the consistency term in a table that compares weights; None in other tables.
       acr: mean over the seeds.
-      deviation: standard deviation over the seeds; None for a single one.
-      interval: 95 %, of the ACR over images of the kind, by the bootstrap over the images.
-      accuracy: mean over the seeds of the share that is classified correctly.
-      published: the published ACR; None where there is none of this model and dataset.
+      deviation: standard deviation over the seeds; None for a single seed.
+      interval: 95 % bootstrap interval of the ACR over images.
+      accuracy: share of correctly classified images, mean over the seeds.
+      published: published ACR; None where there is none for this model and dataset.
       difference: measured minus published.
-      error: standard error of that difference; see `difference_error`. None where it is not known.
-      seeds: how many.
-      images: certified for each.
-      epochs: trained.
-      notes: what is not as published, a phrase each.
+      error: standard error of the difference, from `difference_error`; None where it is not known.
+      seeds: number of seeds.
+      images: number of images certified for each seed.
+      epochs: number of epochs trained.
+      notes: deviations from the published settings, a phrase each.
     """
 
     method: str
@@ -67,11 +67,11 @@ class Pair(NamedTuple):
 
     Attributes:
       sigma: standard deviation of the noise.
-      method: a name.
-      baseline: likewise.
-      seeds: how many.
+      method: name of a method.
+      baseline: name of the other method.
+      seeds: number of seeds.
       difference: over the images that all runs have.
-      notes: what in the runs of either is not as published, a phrase each.
+      notes: deviations of either method's runs from the published settings, a phrase each.
     """
 
     sigma: float
@@ -83,10 +83,10 @@ class Pair(NamedTuple):
 
 
 def groups_of(results: Sequence[Result]) -> list[list[Result]]:
-    """The runs that differ in nothing but the seed, by sigma, method and weight.
+    """Return groups of runs that differ only in the seed, ordered by sigma, method and weight.
 
-    Those with different settings (epochs, images, votes, anything that deviates) are in different groups, as are those
-    on images of different content.
+    Runs with different settings (epochs, images, votes, any deviation) are in different groups, and so are runs on
+    images of different content.
     """
 
     def kind(one: Result) -> tuple:
@@ -98,7 +98,7 @@ def groups_of(results: Sequence[Result]) -> list[list[Result]]:
 
 
 def rows_of(results: Sequence[Result], table: Table) -> list[Row]:
-    """A row for each of `groups_of`: the mean over its seeds, beside what was published of it."""
+    """Return a row for each of `groups_of`: the mean over its seeds, beside the published ACR."""
     return [_row(group, table) for group in groups_of(results)]
 
 
@@ -139,23 +139,23 @@ def _row(group: Sequence[Result], table: Table) -> Row:
 def difference_error(
     per_image: np.ndarray, deviation: float | None, seeds: int, published: Published, table: Table
 ) -> float | None:
-    """Standard error of a measured ACR minus the published one of the same method, trained with other seeds.
+    """Return the standard error of a measured ACR minus the published ACR of the same method, from other seeds.
 
-    With k seeds of ours of standard deviation s_1, and K published ones of s_2, the variance is s^2 (1/k + 1/K).
-    Training differs between seeds as much here as there, so both deviations make up one: s^2 = ((k - 1) s_1^2 +
-    (K - 1) s_2^2) / (k + K - 2). A deviation that is not known, as that of a single seed, has no part in it. The
-    variance of the test images is added: of ours as a sample of theirs, 0 where they are all of them; or, where ours
-    and theirs are two samples (`Table.same_images` is False), of both, at our images' standard deviation.
+    With k measured seeds of standard deviation s_1, and K published seeds of s_2, the variance is s^2 (1/k + 1/K).
+    Both are estimates of the same deviation, so they are pooled: s^2 = ((k - 1) s_1^2 + (K - 1) s_2^2) / (k + K - 2).
+    A deviation that is not known, such as that of a single seed, is left out. The variance of the test images is added.
+    It is that of a sample of the published images, 0 for all of them. Where measured and published images are two
+    samples (`Table.same_images` is False), it is that of both, at the measured images' standard deviation.
 
     Args:
-      per_image: `[N]`, radius times correct, averaged over our seeds.
-      deviation: over our seeds; None for a single one.
-      seeds: how many are ours.
-      published: the other number.
-      table: that it is from.
+      per_image: `[N]`, radius times correct, averaged over the measured seeds.
+      deviation: over the measured seeds; None for a single seed.
+      seeds: number of measured seeds.
+      published: published ACR.
+      table: of the published ACR.
 
     Returns:
-      None when no deviation over seeds is known: then the images alone would pass for all the chance there is.
+      None when no deviation over seeds is known: an error from the images alone would be too small.
     """
     known = [(seeds - 1, deviation), (published.seeds - 1, published.deviation)]
     squares = [(freedom, s**2) for freedom, s in known if s is not None and freedom]
@@ -171,26 +171,32 @@ def difference_error(
 
 
 def pairs_of(results: Sequence[Result], baselines: Sequence[str] = ("gaussian", "smoothadv")) -> list[Pair]:
-    """Every method against Gaussian, and those with the consistency term against the method without it.
+    """Compare every method with Gaussian, and a method with the consistency term with the method without it.
 
-    Only runs of the same settings are compared, but for the number of images: those that both have are.
+    Only runs of the same settings are compared. The numbers of images may differ: the common images are compared.
     """
     found = []
     for sigma, group in itertools.groupby(sorted(results, key=lambda one: one.sigma), key=lambda one: one.sigma):
-        runs = {(one.method, *_settings(one), one.seed): one for one in group if one.lbd is None}
-        methods, settings = (dict.fromkeys(key[part] for key in runs) for part in (slice(0, 1), slice(1, 4)))
-        for baseline, (method,), kind in itertools.product(baselines, methods, settings):
+        kinds: dict[Any, dict[str, dict[int, Result]]] = {}  # settings -> method -> seed -> run
+        for one in group:
+            if one.lbd is None:
+                kinds.setdefault(_settings(one), {}).setdefault(one.method, {})[one.seed] = one
+        for baseline, method in itertools.product(
+            baselines, sorted({name for runs in kinds.values() for name in runs})
+        ):
             if method == baseline or (baseline != "gaussian" and method != f"{baseline}+consistency"):
                 continue
-            shared = [key[1:] for key in runs if key[:4] == (method, *kind) and (baseline, *key[1:]) in runs]
-            found += _pair(sigma, method, baseline, [(runs[method, *key], runs[baseline, *key]) for key in shared])
+            for runs in kinds.values():
+                ours, theirs = runs.get(method, {}), runs.get(baseline, {})
+                found += _pair(sigma, method, baseline, [(ours[seed], theirs[seed]) for seed in ours if seed in theirs])
     return found
 
 
 def _settings(one: Result) -> tuple[int, tuple[str, ...], str | None]:
-    """What two methods must have in common to be compared; warm-ups, which not all have, follow the epochs.
+    """Return the settings that two methods must have in common to be compared.
 
-    Images are known by their numbers, so the dataset that they are numbers of belongs to it.
+    Warm-ups, which not all methods have, follow the epochs and are left out. The dataset's content is part of the
+    settings, since images are identified by their numbers.
     """
     texts = [text for text in one.deviations if not is_about_images(text)]
     if any(text.startswith("num_epochs ") for text in texts):
@@ -199,7 +205,7 @@ def _settings(one: Result) -> tuple[int, tuple[str, ...], str | None]:
 
 
 def _pair(sigma: float, method: str, baseline: str, runs: list[tuple[Result, Result]]) -> list[Pair]:
-    """The comparison over seeds, image by image; none where there are fewer than two common images."""
+    """Return the comparison over seeds, image by image; no comparison for fewer than two common images."""
     if not runs:
         return []
     common = sorted(set.intersection(*(set(one.certificates.idx.tolist()) for pair in runs for one in pair)))
@@ -211,15 +217,13 @@ def _pair(sigma: float, method: str, baseline: str, runs: list[tuple[Result, Res
 
 
 def _radii(table: Certificates, images: Sequence[int] | None = None) -> np.ndarray:
-    """Radius times correct, by ascending image number."""
+    """Return radius times correct, by ascending image number."""
     order = np.argsort(table.idx)
     values = (table.radius * table.correct)[order]
     return values if images is None else values[np.isin(table.idx[order], images)]
 
 
 def together(results: Sequence[Result]) -> Certificates:
-    """The lines of several seeds, a group of `groups_of`, as one table, whose curve is the mean of theirs."""
+    """Return the lines of a group of `groups_of` as one table, whose curve is the mean over the seeds."""
     tables = [one.certificates for one in results]
-    return Certificates(
-        *(np.concatenate([getattr(table, name) for table in tables]) for name in Certificates._fields[:-1])
-    )
+    return Certificates(*(np.concatenate([getattr(table, name) for table in tables]) for name in Certificates._fields))

@@ -1,4 +1,4 @@
-"""This machine, as results and measured speeds name it."""
+"""The name of this machine in results and measured speeds."""
 
 import json
 import platform
@@ -20,14 +20,14 @@ print(json.dumps([devices[0].platform, devices[0].device_kind, len(devices)]))
 
 
 class Machine(NamedTuple):
-    """What runs are made on.
+    """The machine of a run.
 
     Attributes:
       platform: of its devices: cpu, gpu or tpu.
-      kind: of device, as JAX names it.
-      devices: how many.
-      processor: name of the host's.
-      host: name in its network, or of a container; to tell machines that share a folder apart.
+      kind: JAX's name of its devices.
+      devices: number of devices.
+      processor: name of the host's processor.
+      host: name of the host or container, which tells machines that share a folder apart.
     """
 
     platform: str
@@ -37,24 +37,24 @@ class Machine(NamedTuple):
     host: str
 
     def device(self, wanted: int = 0) -> str:
-        """As certificates name it, `1 x cpu (cpu)`; of all devices, or so many as a configuration wants."""
+        """Return `1 x cpu (cpu)`, as in certificates, for all devices or the number that a configuration wants."""
         return f"{wanted or self.devices} x {self.kind} ({self.platform})"
 
     def where(self, jobs: int) -> str:
-        """On which speeds depend: host, devices, and how many runs at a time have them between them."""
+        """Return all that speeds depend on: host, devices, and number of runs at a time."""
         return f"{self.host}, {self.device()}, {jobs} at a time:"
 
 
 def this_machine(jobs: int | None = None) -> Machine:
-    """What JAX finds here, asked in a process of its own: this one must not hold an accelerator.
+    """Return the devices that JAX finds here, in a process of its own: this process must not hold an accelerator.
 
     Args:
-      jobs: runs at a time, which have the cores of a CPU between them; None for one on each core.
+      jobs: runs at a time, which share the cores of a CPU; None for one run on each core.
 
     Raises:
       UserError: when JAX finds no device.
     """
-    several = ["cores"] if jobs and available_cores() // jobs >= CPU_DEVICES else []  # of which a run makes devices
+    several = ["cores"] if jobs and available_cores() // jobs >= CPU_DEVICES else []  # a run makes devices of its cores
     done = subprocess.run([sys.executable, "-c", _CODE, *several], capture_output=True, text=True, check=False)
     if done.returncode:
         reason = (done.stderr.strip().splitlines() or ["no message"])[-1]

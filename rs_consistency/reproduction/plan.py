@@ -1,6 +1,7 @@
-"""The cells of a table: which runs there are, what they are called, and what in them is not as published."""
+"""The cells of a table: the runs, their names, and their deviations from the published settings."""
 
 import importlib
+import itertools
 import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -13,18 +14,13 @@ from rs_consistency.certificates.selection import Selection, Shard
 from rs_consistency.common.checks import one_of, whole_number
 from rs_consistency.common.errors import UserError
 from rs_consistency.models import MODELS
-from rs_consistency.reproduction.published import TABLES, Table, table_of
+from rs_consistency.reproduction.published import Table, table_of
 from rs_consistency.statistics.bounds import ALPHA, BOUNDS, N0, N
 from rs_consistency.training.config import PLACE_KEYS, flatten, validate
 
 PUBLISHED_VOTES = {"mode": "certify", "n0": N0, "alpha": ALPHA, "bound": BOUNDS[0]}  # of every certificate
-_TEST_IMAGES = {"mnist_subset": 1_000, "cifar100": 10_000, "fashion_mnist": 10_000, "svhn": 26_032} | {
-    table.dataset: table.test_images for table in TABLES.values()
-}
-_TRAIN_IMAGES = {"mnist_subset": 10_000, "imagenet": 1_281_167}
-_MOST_TRAIN_IMAGES = 60_000  # of the others, or a little less: 50,000 to 73,000
 _NEEDS_TEACHER, _TEACHER_SIGMA = "catrs", 0.25
-_FORWARD_PASSES = 3  # that a gradient takes as long as
+_FORWARD_PASSES = 3  # in the time of a gradient
 _OTHER_ORDER = "images picked in the order of tensorflow-datasets instead of the original one"
 _HAVE_OPTIONS = ("seed", "sigma", "method", "num_epochs", "dataset.name", "model")
 
@@ -34,14 +30,14 @@ class Cell(NamedTuple):
 
     Attributes:
       table: name of its table.
-      method: a name of the config file's published cells.
+      method: name of a row, as in the config file.
       sigma: standard deviation of the noise.
       seed: of training and certification.
-      lbd: weight of the consistency term, where the table compares weights; None elsewhere.
-      overrides: configuration keys that differ from the published cell's, and their values.
+      lbd: weight of the consistency term in a table that compares weights; None in other tables.
+      overrides: configuration keys with values that differ from the published cell's.
       selection: the images that are certified.
       n: votes of an image.
-      needs: name of the cell whose training must be finished first; None: of no other.
+      needs: name of the cell whose training must be finished first; None for no other cell.
     """
 
     table: str
@@ -56,45 +52,45 @@ class Cell(NamedTuple):
 
     @property
     def name(self) -> str:
-        """Of its workdir, and of its folder in the results."""
+        """The name of the cell's workdir, and of its folder in the results."""
         weight = "" if self.lbd is None else f"_lbd{self.lbd:g}"
         return f"{self.method}{weight}_sigma{self.sigma:.2f}_seed{self.seed}"
 
     def config_argument(self, root: Path) -> str:
-        """What `--config=` gets: the file of the published cells, and the cell."""
+        """Return the value of `--config=`: the config file with the cell."""
         return f"{root / 'configs' / table_of(self.table).config}.py:method={self.method},sigma={self.sigma:g}"
 
     def config(self) -> ConfigDict:
-        """The whole configuration, as the training gets it."""
+        """Return the whole configuration, as the training gets it."""
         module = importlib.import_module(f"configs.{table_of(self.table).config}")
         config = module.get_config(f"method={self.method},sigma={self.sigma:g}")
         config.update_from_flattened_dict(dict(self.overrides))
         return config
 
     def train_arguments(self, root: Path, workdir: Path) -> list[str]:
-        """Of train.py."""
+        """Return the arguments of train.py."""
         overrides = [f"--config.{key}={value}" for key, value in self.overrides.items()]
         return [f"--config={self.config_argument(root)}", *overrides, f"--workdir={workdir}"]
 
     def certify_arguments(self, workdir: Path) -> list[str]:
-        """Of certify.py."""
+        """Return the arguments of certify.py."""
         images = [f"--skip={self.selection.skip}", f"--max={self.selection.size}"]
         return [f"--workdir={workdir}", *images, f"--n={self.n}", f"--seed={self.seed}"]
 
 
 class Options(NamedTuple):
-    """What a user can choose about a plan; None for what was published.
+    """A user's choices about a plan. None stands for the published setting.
 
     Attributes:
-      methods: rows of the table; by default those whose deviation over seeds was published, if any were.
+      methods: rows of the table; by default the rows with a published deviation over seeds, or all if none has one.
       sigmas: columns.
-      seeds: how many, from 0 on.
-      images: certified, spread evenly over the test set.
+      seeds: number of seeds: 0, 1, ...
+      images: number of certified images, spread evenly over the test set.
       n: votes of an image.
-      epochs: the schedules shrink with them.
-      dataset: another one, such as mnist_subset.
-      model: another one, such as resnet20.
-      settings: further configuration keys and their values.
+      epochs: number of epochs; the schedules follow it.
+      dataset: another dataset, such as mnist_subset.
+      model: another model, such as resnet20.
+      settings: values of further configuration keys.
     """
 
     methods: Sequence[str] | None = None
@@ -109,15 +105,15 @@ class Options(NamedTuple):
 
 
 def make_plan(table_name: str, options: Options, *, workdir: Path) -> list[Cell]:
-    """All cells of a table in the order they are to be run: the first seed of every cell, then the next.
+    """Return the cells of a table in the order of their runs: the first seed of every cell, then the next seed.
 
     Args:
       table_name: a key of `published.TABLES`.
-      options: what to run of it, and how.
-      workdir: where the cells' workdirs are: CAT-RS needs that of its teacher.
+      options: choice of cells and settings.
+      workdir: folder of the cells' workdirs, for the teacher that CAT-RS needs.
 
     Raises:
-      UserError: for an option that cannot work, or cells of which no published settings are known.
+      UserError: for an option that cannot work, or cells without published settings.
     """
     table = table_of(table_name)
     module = importlib.import_module(f"configs.{table.config}")
@@ -127,30 +123,25 @@ def make_plan(table_name: str, options: Options, *, workdir: Path) -> list[Cell]
     overrides = _overrides(table, options) | _checked(options.settings, flatten(module.get_config()), table_name)
     selection = _selection(table, options)
     whole_number("n", options.n, at_least=1)
-    cells = []
-    for seed in seeds:
-        for method, sigma, lbd in chosen:
-            cell = Cell(table_name, method, sigma, seed, lbd, dict(overrides), selection, options.n)
-            if method == _NEEDS_TEACHER:
-                teacher = Cell(
-                    table_name, "gaussian", _TEACHER_SIGMA, seed, None, dict(overrides), selection, options.n
-                )
-                if teacher.name not in {other.name for other in cells}:
-                    cells.append(_settled(teacher))
-                cell.overrides["catrs.teacher"] = str(workdir / teacher.name)
-                cell = cell._replace(needs=teacher.name)
-            if cell.name not in {other.name for other in cells}:
-                cells.append(_settled(cell))
-    for cell in cells:
+    cells: dict[str, Cell] = {}
+    for seed, (method, sigma, lbd) in itertools.product(seeds, chosen):
+        cell = Cell(table_name, method, sigma, seed, lbd, overrides, selection, options.n)
+        if method == _NEEDS_TEACHER:
+            teacher = cell._replace(method="gaussian", sigma=_TEACHER_SIGMA)
+            cells.setdefault(teacher.name, _settled(teacher))
+            path = {"catrs.teacher": str(workdir / teacher.name)}
+            cell = cell._replace(overrides=overrides | path, needs=teacher.name)
+        cells.setdefault(cell.name, _settled(cell))
+    for cell in cells.values():
         validate(cell.config(), num_devices=1)
-    return cells
+    return list(cells.values())
 
 
 def share_of(cells: list[Cell], shard: Shard | None) -> list[Cell]:
-    """The cells of one of several machines, in the order of the plan.
+    """Return the cells of one of several machines, in the order of the plan.
 
-    Shares take about as long, by `cost`: the longest first, each to the share that has least. A cell stays with the one
-    that it needs. Every machine finds the same shares.
+    The shares take about the same time, by `cost`: each cell, the longest first, goes to the share with the least time.
+    A cell stays with the cell that it needs. Every machine computes the same shares.
     """
     if shard is None:
         return cells
@@ -167,27 +158,28 @@ def share_of(cells: list[Cell], shard: Shard | None) -> list[Cell]:
 
 
 def cost(cell: Cell) -> float:
-    """How long a cell takes, roughly: in images that pass through the model forward."""
+    """Return the rough time of a cell, in forward passes of an image through the model."""
     config = cell.config()
-    images = _TRAIN_IMAGES.get(config.dataset.name, _MOST_TRAIN_IMAGES) * config.num_noise * (1 + attack_steps(config))
-    return config.num_epochs * images * _FORWARD_PASSES + cell.selection.size * votes_of(cell)
+    copies = data.dataset_info(config.dataset.name).train_size * config.num_noise
+    passes = copies * (1 + attack_steps(config)) * _FORWARD_PASSES
+    return config.num_epochs * passes + cell.selection.size * votes_of(cell)
 
 
 def votes_of(cell: Cell) -> int:
-    """On each of a cell's images, those that choose the class among them."""
+    """Return the number of votes on each image of a cell: n0 that select the class, and n."""
     return PUBLISHED_VOTES["n0"] + cell.n
 
 
 def attack_steps(config: ConfigDict) -> int:
-    """Of the method's attack in a training step; 0 where it has none."""
+    """Return the number of attack steps in a training step, 0 for a method without an attack."""
     return config.get(config.method, {}).get("num_steps", 0)
 
 
 def deviations(cell: Cell) -> list[str]:
-    """In what a cell's settings differ from the published ones, a phrase each.
+    """Return a phrase for each difference between a cell's settings and the published settings.
 
-    Where it is computed is none of it: no folder or number of devices is named. Another model or dataset is, as
-    `model resnet20` and `dataset.name svhn`, and other than the published number of images as `500 of 10,000 images`.
+    Folders and numbers of devices are no deviations. Examples of phrases: `model resnet20`, `dataset.name svhn`,
+    `500 of 10,000 images`.
     """
     table, published = table_of(cell.table), flatten(cell._replace(overrides={}).config())
     own = ("seed", "consistency.lbd" if cell.lbd is not None else "", "catrs.teacher")
@@ -199,7 +191,7 @@ def deviations(cell: Cell) -> list[str]:
     size, split_size = cell.selection.size, cell.selection.split_size
     if size != min(table.images, split_size):
         found.append(f"{size:,} of {split_size:,} images")
-    if not table.same_images and cell.selection.size < table.test_images:
+    if not table.same_images and size < split_size:
         found.append(_OTHER_ORDER)
     if cell.n != N:
         found.append(f"n {cell.n:,}")
@@ -207,12 +199,12 @@ def deviations(cell: Cell) -> list[str]:
 
 
 def is_about_images(deviation: str) -> bool:
-    """Whether a phrase of `deviations` says no more than how many images were certified."""
+    """Return whether a phrase of `deviations` gives only the number of certified images."""
     return re.fullmatch("[0-9,]+ of [0-9,]+ images", deviation) is not None
 
 
 def not_available(table_name: str) -> str:
-    """A line on the published cells that cannot be run; empty where there are none."""
+    """Return a line that names the published cells without settings; empty where there are none."""
     table = table_of(table_name)
     settings = importlib.import_module(f"configs.{table.config}").PUBLISHED
     missing: dict[str, list[str]] = {}
@@ -226,7 +218,7 @@ def not_available(table_name: str) -> str:
 def _chosen(
     table_name: str, table: Table, settings: Mapping[str, Any], options: Options
 ) -> list[tuple[str, float, float | None]]:
-    """Method, sigma and weight of the cells, for one seed."""
+    """Return method, sigma and weight of the cells of one seed."""
     if table.lbds:
         for name, value in (("methods", options.methods), ("sigmas", options.sigmas)):
             if value is not None:
@@ -250,7 +242,7 @@ def _chosen(
 
 
 def _overrides(table: Table, options: Options) -> dict[str, Any]:
-    """What all cells of a plan override."""
+    """Return the overrides of all cells of a plan."""
     found: dict[str, Any] = {}
     if options.dataset is not None and options.dataset != table.dataset:
         info, published = data.dataset_info(options.dataset), data.dataset_info(table.dataset)
@@ -266,7 +258,7 @@ def _overrides(table: Table, options: Options) -> dict[str, Any]:
 
 
 def _checked(settings: Mapping[str, Any], known: Mapping[str, Any], table_name: str) -> dict[str, Any]:
-    """Further settings as the configuration takes them, which has the known keys and values."""
+    """Return further settings, checked and converted to the types of the known keys of the configuration."""
     found = {}
     for key, value in settings.items():
         named = f"config={key}={value}"
@@ -284,18 +276,18 @@ def _checked(settings: Mapping[str, Any], known: Mapping[str, Any], table_name: 
         if type(value) is not kind:
             kinds = {int: "a whole number", float: "a number", bool: "True or False"}
             raise UserError(f"{named}: use {kinds[kind]}, such as {known[key]}")
-        # By its absolute path, as train.py writes it down.
+        # An absolute path, as train.py records it.
         found[key] = str(Path(value).expanduser().resolve()) if key == "init_from" and value else value
     return found
 
 
 def _selection(table: Table, options: Options) -> Selection:
-    """Every so-manyth image of the test set: a sample that is spread evenly over it.
+    """Return every kth image of the test set, the number of images that the options ask for.
 
     Raises:
-      UserError: for a number of images that no step between them gives; it names the nearest ones.
+      UserError: for a number of images that no k gives; it names the nearest numbers.
     """
-    total = _TEST_IMAGES[options.dataset or table.dataset]
+    total = data.dataset_info(options.dataset or table.dataset).test_size
     wanted = min(table.images, total)
     if options.images is not None:
         wanted = whole_number("images", options.images, at_least=1, at_most=total)
@@ -308,9 +300,9 @@ def _selection(table: Table, options: Options) -> Selection:
 
 
 def _settled(cell: Cell) -> Cell:
-    """With the overrides that are the cell's own: seed, weight, and schedules that follow the number of epochs.
+    """Return the cell with its own overrides: seed, weight, and schedules that follow the number of epochs.
 
-    Without those that say what is published anyway.
+    Overrides that equal the published setting are left out.
     """
     published = cell._replace(overrides={}).config()
     own: dict[str, Any] = {"seed": cell.seed} if cell.seed else {}

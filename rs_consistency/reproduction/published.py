@@ -1,8 +1,9 @@
 """Published average certified radii, and where they were published.
 
-MNIST: what the authors of consistency regularization reported in their answer to the reviewers: means and standard
-deviations over 5 seeds, 10,000 test images, n = 100,000; beside it what the per-image files give that they released
-later, the only source for SmoothMix and CAT-RS. CIFAR-10 and ImageNet: the papers' tables, one seed.
+MNIST: means and standard deviations over 5 seeds, with 10,000 test images and n = 100,000, which the authors of
+consistency regularization reported in their answer to the reviewers. Beside them stands the ACR of the per-image files
+that the authors released later, the only source for SmoothMix and CAT-RS. CIFAR-10 and ImageNet: the papers' tables,
+one seed.
 """
 
 from collections.abc import Mapping
@@ -15,11 +16,11 @@ class Published(NamedTuple):
     """A published ACR.
 
     Attributes:
-      acr: mean over the seeds: what ours is compared with.
+      acr: mean over the seeds, with which a measured ACR is compared.
       deviation: standard deviation over the seeds; None where it was not published.
-      seeds: how many.
-      released: the ACR of the per-image files that the authors released; None where there are none.
-      reported: whether `acr` stands in a paper or an answer to reviewers; else it is that of the released files.
+      seeds: number of seeds.
+      released: ACR of the per-image files that the authors released; None where there are none.
+      reported: whether `acr` stands in a paper or an answer to reviewers; otherwise it equals `released`.
     """
 
     acr: float
@@ -33,22 +34,20 @@ class Table(NamedTuple):
     """A published table, and how its cells are run.
 
     Attributes:
-      config: file in `configs/` whose published cells they are.
-      dataset: that it trains on.
-      test_images: of that dataset.
+      config: file in `configs/` with the settings of the cells.
+      dataset: name of the dataset.
       images: certified in the published table.
       epochs: published.
       sigmas: columns.
-      cells: (method, sigma) -> number; only those with a published setting in the config can be run.
-      lbds: weights of the consistency term that are compared, for `tradeoff`; else empty.
-      same_images: whether a share of the test set taken here is one of the images that the published number is the mean
-        of. Not for ImageNet: every 100th image in the order of tensorflow-datasets is not every 100th of the original.
-      other_models: of the same table with another model: model -> cells.
+      cells: (method, sigma) -> number; only cells with published settings in the config can be run.
+      lbds: weights of the consistency term that are compared, for `tradeoff`; empty for other tables.
+      same_images: whether test images certified here are among the images of the published mean. Not for ImageNet:
+        every 100th image in the order of tensorflow-datasets is not every 100th of the original.
+      other_models: model -> cells, published beside the table for another model.
     """
 
     config: str
     dataset: str
-    test_images: int
     images: int
     epochs: int
     sigmas: tuple[float, ...]
@@ -110,22 +109,13 @@ _CIFAR10 = _rows(
 
 # ResNet-110 is the table's model; these two were published for sigma 0.5 alone.
 _CIFAR10_OTHER_MODELS = {
-    model: {(method, 0.5): Published(acr) for method, acr in numbers.items()}
+    model: {
+        (method, 0.5): Published(acr)
+        for method, acr in zip(("gaussian", "stability", "smoothadv", "macer", "consistency"), numbers, strict=True)
+    }
     for model, numbers in {
-        "resnet20": {
-            "gaussian": 0.5242,
-            "stability": 0.4992,
-            "smoothadv": 0.6924,
-            "macer": 0.6607,
-            "consistency": 0.6864,
-        },
-        "densenet40": {
-            "gaussian": 0.4937,
-            "stability": 0.4967,
-            "smoothadv": 0.6709,
-            "macer": 0.6413,
-            "consistency": 0.6609,
-        },
+        "resnet20": (0.5242, 0.4992, 0.6924, 0.6607, 0.6864),
+        "densenet40": (0.4937, 0.4967, 0.6709, 0.6413, 0.6609),
     }.items()
 }
 
@@ -148,15 +138,15 @@ TRADEOFF = {
 }
 
 TABLES = {
-    "mnist": Table("mnist", "mnist", 10_000, 10_000, 90, _SIGMAS, _MNIST),
-    "tradeoff": Table("mnist", "mnist", 10_000, 10_000, 90, (1.0,), {}, tuple(TRADEOFF)),
-    "cifar10": Table("cifar10", "cifar10", 10_000, 10_000, 150, _SIGMAS, _CIFAR10, other_models=_CIFAR10_OTHER_MODELS),
-    "imagenet": Table("imagenet", "imagenet", 50_000, 500, 90, _SIGMAS, _IMAGENET, same_images=False),
+    "mnist": Table("mnist", "mnist", 10_000, 90, _SIGMAS, _MNIST),
+    "tradeoff": Table("mnist", "mnist", 10_000, 90, (1.0,), {}, tuple(TRADEOFF)),
+    "cifar10": Table("cifar10", "cifar10", 10_000, 150, _SIGMAS, _CIFAR10, other_models=_CIFAR10_OTHER_MODELS),
+    "imagenet": Table("imagenet", "imagenet", 500, 90, _SIGMAS, _IMAGENET, same_images=False),
 }
 
 
 def table_of(name: str) -> Table:
-    """Looks a table up; a `UserError` lists the known ones."""
+    """Return a table by name; a `UserError` lists the known names."""
     if name not in TABLES:
         raise UserError(f"table={name!r} is unknown; use one of {', '.join(TABLES)}")
     return TABLES[name]
@@ -165,15 +155,15 @@ def table_of(name: str) -> Table:
 def published_acr(
     table: Table, *, method: str, sigma: float, lbd: float | None, dataset: str | None = None, model: str | None = None
 ) -> Published | None:
-    """The number that a measured one of these settings may stand beside; None where there is none.
+    """Return the published number to compare a measured ACR with, None where there is none.
 
     Args:
       table: of the measured number.
-      method: its row.
-      sigma: its column.
-      lbd: weight of the consistency term in a table that compares weights; else None.
-      dataset: where it is another than the table's.
-      model: likewise.
+      method: row.
+      sigma: column.
+      lbd: weight of the consistency term in a table that compares weights; None in other tables.
+      dataset: name of the dataset where it is not the table's.
+      model: name of the model where it is not the table's.
     """
     if dataset is not None:
         return None

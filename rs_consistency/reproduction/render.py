@@ -1,4 +1,4 @@
-"""Tables and pictures of reproduced results: text, Markdown, LaTeX, PNG, PDF; from the results' folder alone."""
+"""Tables and pictures of reproduced results: text, Markdown, LaTeX, PNG, PDF; made from the results' folder alone."""
 
 import itertools
 from collections.abc import Callable, Mapping, Sequence
@@ -18,47 +18,20 @@ _Cells = list[list[str]]
 _Letters = Mapping[tuple[str, ...], str]  # of notes
 _COMMIT_DIGITS = 10
 _ORANGE, _COLOURS = "#D55E00", ("#0072B2", "#009E73", "#CC79A7", "#56B4E9", "#000000")
-_HEAD = [
-    "method",
-    "sigma",
-    "ACR",
-    "95 % over images",
-    "reported",
-    "released files",
-    "difference",
-    "std. errors",
-    "accuracy",
-    "seeds",
-    "images",
-    "epochs",
-    "note",
-]
-_PAIR_HEAD = [
-    "sigma",
-    "method",
-    "minus",
-    "difference +- std. error",
-    "95 % over images",
-    "gained",
-    "lost",
-    "images",
-    "seeds",
-    "note",
-]
 
 
 def render(table_name: str, results: Path) -> str:
-    """Writes `table.md`, `table.tex` and the pictures of a table beside its results.
+    """Write `table.md`, `table.tex` and the pictures of a table beside its results.
 
     Args:
       table_name: a key of `published.TABLES`.
       results: folder of all tables.
 
     Returns:
-      The table as text, for people.
+      The table as text for a terminal.
 
     Raises:
-      UserError: when there are no results of it.
+      UserError: when there are no results of the table.
     """
     folder, table = results / table_name, table_of(table_name)
     found = read_results(folder)
@@ -79,13 +52,13 @@ def render(table_name: str, results: Path) -> str:
 
 
 def _letters(lines: Sequence[Row | Pair]) -> dict[tuple[str, ...], str]:
-    """A letter for every kind of notes: a, b, ..., z, aa, bb, ..."""
+    """Return a letter for every kind of notes: a, b, ..., z, aa, bb, ..."""
     kinds = dict.fromkeys(line.notes for line in lines if line.notes)
     return {kind: chr(ord("a") + number % 26) * (1 + number // 26) for number, kind in enumerate(kinds)}
 
 
 def _made(results: Sequence[Result]) -> list[str]:
-    """On which devices, and with which commits, the cells were made: a line for those that have it in common."""
+    """Return the devices and commits that made the cells, a line for each set of cells that share them."""
     cells: dict[str, list[str]] = {}
     for one in results:
         cells.setdefault(_places(one.made), []).append(one.name)
@@ -95,7 +68,7 @@ def _made(results: Sequence[Result]) -> list[str]:
 
 
 def _places(made: Mapping[str, Any]) -> str:
-    """Of the calls that made a cell; empty where nothing was recorded."""
+    """Return devices, commits and processors of the calls that made a cell; empty where none was recorded."""
     calls = [call for call in made.get("calls", []) if call["program"] == "train"]
     votes = [made.get("certified_with", {}), *made.get("continued_with", [])]
     parts = []
@@ -104,7 +77,9 @@ def _places(made: Mapping[str, Any]) -> str:
         if places:
             parts.append(f"{done} on {' and on '.join(places)}")
     processors = {call.get("processor") or NOT_RECORDED for call in made.get("calls", [])} - {NOT_RECORDED}
-    return "; ".join([*parts, *([f"processor {', '.join(sorted(processors))}"] if processors else [])])
+    if processors:
+        parts.append(f"processor {', '.join(sorted(processors))}")
+    return "; ".join(parts)
 
 
 def _place(call: Mapping[str, Any]) -> str:
@@ -115,66 +90,73 @@ def _place(call: Mapping[str, Any]) -> str:
 
 
 def _curves(groups: Sequence[Sequence[Result]], letters: _Letters) -> dict[str, Certificates]:
-    """A curve for each group, named as in the table."""
+    """Return a curve for each group, named as in the table."""
     curves: dict[str, Certificates] = {}
     for group in groups:
-        letter = letters.get(group[0].deviations)
-        label = name = group[0].method + (f" ({letter})" if letter else "")
+        label = name = _lettered(group[0].method, group[0].deviations, letters)
         number = 1
-        while label in curves:  # other images of the same number
+        while label in curves:  # as many images, but others
             number += 1
             label = f"{name} {number}"
         curves[label] = together(group)
     return curves
 
 
+def _lettered(name: str, notes: tuple[str, ...], letters: _Letters) -> str:
+    return f"{name} ({letters[notes]})" if notes in letters else name
+
+
 def _table(rows: Sequence[Row], letters: _Letters) -> _Cells:
-    """Header and lines; without a column that has nothing in it."""
-    lines = [_HEAD]
-    for row in rows:
-        name = row.method if row.lbd is None else f"{row.method} (lbd {row.lbd:g})"
-        published = row.published
-        lines.append(
-            [
-                name,
-                f"{row.sigma:.2f}",
-                _with_deviation(row.acr, row.deviation),
-                f"{row.interval.low:.4f} to {row.interval.high:.4f}",
-                _with_deviation(published.acr, published.deviation) if published and published.reported else "-",
-                f"{published.released:.4f}" if published and published.released is not None else "-",
-                "-" if row.difference is None else f"{row.difference:+.4f}",
-                "-" if row.errors_apart is None else f"{row.errors_apart:+.1f}",
-                f"{row.accuracy:.4f}",
-                str(row.seeds),
-                f"{row.images:,}",
-                str(row.epochs),
-                letters.get(row.notes, ""),
-            ]
-        )
-    if all(line[_HEAD.index("released files")] == "-" for line in lines[1:]):
-        lines = [[cell for name, cell in zip(_HEAD, line, strict=True) if name != "released files"] for line in lines]
-    return lines
+    """Return the table of methods, without the column of released files where there are none."""
+    lines = [_line(row, letters) for row in rows]
+    if all(line["released files"] == "-" for line in lines):
+        for line in lines:
+            del line["released files"]
+    return formats.cells(lines)
+
+
+def _line(row: Row, letters: _Letters) -> dict[str, str]:
+    published, reported, released = row.published, "-", "-"
+    if published and published.reported:
+        reported = _with_deviation(published.acr, published.deviation)
+    if published and published.released is not None:
+        released = f"{published.released:.4f}"
+    return {
+        "method": row.method if row.lbd is None else f"{row.method} (lbd {row.lbd:g})",
+        "sigma": f"{row.sigma:.2f}",
+        "ACR": _with_deviation(row.acr, row.deviation),
+        "95 % over images": f"{row.interval.low:.4f} to {row.interval.high:.4f}",
+        "reported": reported,
+        "released files": released,
+        "difference": "-" if row.difference is None else f"{row.difference:+.4f}",
+        "std. errors": "-" if row.errors_apart is None else f"{row.errors_apart:+.1f}",
+        "accuracy": f"{row.accuracy:.4f}",
+        "seeds": str(row.seeds),
+        "images": f"{row.images:,}",
+        "epochs": str(row.epochs),
+        "note": letters.get(row.notes, ""),
+    }
 
 
 def _paired(pairs: Sequence[Pair], letters: _Letters) -> _Cells:
-    lines = [_PAIR_HEAD]
-    for pair in pairs:
-        found = pair.difference
-        lines.append(
-            [
-                f"{pair.sigma:.2f}",
-                pair.method,
-                pair.baseline,
-                f"{found.mean:+.4f} +- {found.standard_error:.4f}",
-                f"{found.interval.low:+.4f} to {found.interval.high:+.4f}",
-                f"{found.gained:,}",
-                f"{found.lost:,}",
-                f"{found.images:,}",
-                str(pair.seeds),
-                letters.get(pair.notes, ""),
-            ]
-        )
-    return lines
+    """Return the table of two methods on the same images."""
+    return formats.cells(
+        [
+            {
+                "sigma": f"{pair.sigma:.2f}",
+                "method": pair.method,
+                "minus": pair.baseline,
+                "difference +- std. error": f"{pair.difference.mean:+.4f} +- {pair.difference.standard_error:.4f}",
+                "95 % over images": f"{pair.difference.interval.low:+.4f} to {pair.difference.interval.high:+.4f}",
+                "gained": f"{pair.difference.gained:,}",
+                "lost": f"{pair.difference.lost:,}",
+                "images": f"{pair.difference.images:,}",
+                "seeds": str(pair.seeds),
+                "note": letters.get(pair.notes, ""),
+            }
+            for pair in pairs
+        ]
+    )
 
 
 def _with_deviation(value: float, deviation: float | None) -> str:
@@ -182,16 +164,16 @@ def _with_deviation(value: float, deviation: float | None) -> str:
 
 
 def _document(cells: _Cells, paired: _Cells, notes: Sequence[str], write: Callable[[_Cells], str], between: str) -> str:
-    """The tables that have lines, with the notes below the first, in one of the formats."""
-    tables = [write(lines) for lines in (cells, paired) if len(lines) > 1]
+    """Return the tables that have lines in one of the formats, with the notes below the first table."""
+    tables = [write(lines) for lines in (cells, paired) if lines]
     tables.insert(1, between.join(notes) + "\n" if notes else "")
     return "\n".join(part for part in tables if part)
 
 
 def _save_tradeoff(rows: Sequence[Row], letters: _Letters, path: Path) -> None:
-    """ACR and clean accuracy against the weight of the consistency term, measured and published.
+    """Draw ACR and clean accuracy against the weight of the consistency term, measured and published.
 
-    Runs of different settings are lines of their own, named by the letter of their note.
+    Each kind of settings has a line of its own, named by the letter of its note.
     """
     figure, axes = plt.subplots(1, 2, figsize=(9, 4), layout="constrained")
     weights = sorted(TRADEOFF)
@@ -211,9 +193,8 @@ def _save_tradeoff(rows: Sequence[Row], letters: _Letters, path: Path) -> None:
 
 
 def _lines(rows: Sequence[Row], letters: _Letters) -> dict[str, list[Row]]:
-    """Rows of the same settings: what a line of the picture may connect."""
+    """Return the rows by settings: a line of the picture connects rows of the same settings."""
     lines: dict[str, list[Row]] = {}
     for row in rows:
-        letter = letters.get(row.notes)
-        lines.setdefault("measured" + (f" ({letter})" if letter else ""), []).append(row)
+        lines.setdefault(_lettered("measured", row.notes, letters), []).append(row)
     return lines

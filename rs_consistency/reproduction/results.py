@@ -1,7 +1,7 @@
-"""What stays of a finished cell: certificates, settings, metrics, and how they came about; in a few hundred kilobytes.
+"""The kept files of a finished cell: certificates, settings, metrics and origin, in a few hundred kilobytes.
 
 `RESULTS/TABLE/CELL/` holds `certificates.tsv.gz` and `certificates.json` (as certify.py wrote them), `config.json`,
-`metrics.jsonl` and `run.json`. Folders of this machine are left out of them.
+`metrics.jsonl` and `run.json`. They name no folders of this machine.
 """
 
 import gzip
@@ -11,13 +11,11 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from rs_consistency.certificates.columns import seconds_of
-from rs_consistency.certificates.read import Certificates, in_order, read_certificates
-from rs_consistency.certificates.record import provenances, record_of
+from rs_consistency.certificates.read import Certificates, read_certificates, read_table
 from rs_consistency.common.errors import UserError
 from rs_consistency.common.files import read_json, replace_atomically
 from rs_consistency.reproduction.plan import Cell, deviations, is_about_images
 from rs_consistency.reproduction.state import CERTIFICATES, calls_of
-from rs_consistency.training.config import PLACE_KEYS
 from rs_consistency.training.metrics import METRICS_FILE, read_lines
 from rs_consistency.training.runs import CONFIG_FILE
 
@@ -31,13 +29,13 @@ class Result(NamedTuple):
 
     Attributes:
       name: of its folder.
-      method: of the table.
+      method: row of the table.
       sigma: standard deviation of the noise.
       seed: of training and certification.
-      lbd: weight of the consistency term in a table that compares weights; else None.
-      epochs: trained.
-      deviations: what is not as published, a phrase each.
-      made: on which device, with which commit, and more.
+      lbd: weight of the consistency term in a table that compares weights; None in other tables.
+      epochs: number of epochs trained.
+      deviations: deviations from the published settings, a phrase each.
+      made: content of `run.json`: devices, commits, and more.
       certificates: the lines.
       data_digest: of the images; None where it is not recorded.
     """
@@ -55,11 +53,7 @@ class Result(NamedTuple):
 
 
 def check_keepable(cells: Sequence[Cell], results: Path) -> None:
-    """Whether the results have room for the cells: none of them made with other settings.
-
-    Raises:
-      UserError: for the first one that would be replaced by something else.
-    """
+    """Raise a `UserError` for the first cell that the results hold with other settings."""
     for cell in cells:
         path = results / cell.table / cell.name / RUN_FILE
         if path.exists():
@@ -67,17 +61,17 @@ def check_keepable(cells: Sequence[Cell], results: Path) -> None:
 
 
 def keep(cell: Cell, workdir: Path, results: Path) -> Path:
-    """Copies what stays of a finished cell; the same cell from before is replaced.
+    """Copy the kept files of a finished cell into the results, and replace those of an earlier run of the cell.
 
-    `run.json` goes first and comes last: where it is, the other files belong to it.
+    `run.json` is removed first and written last: where it exists, the other files belong to it.
 
     Args:
-      cell: finished.
-      workdir: of it.
+      cell: a finished cell.
+      workdir: folder of its run.
       results: folder of all tables.
 
     Returns:
-      The cell's folder in it.
+      The cell's folder in the results.
 
     Raises:
       UserError: when the results hold the cell with other settings, or a file of the workdir is damaged.
@@ -99,26 +93,27 @@ def keep(cell: Cell, workdir: Path, results: Path) -> Path:
 
 
 def _files(cell: Cell, workdir: Path) -> dict[str, bytes]:
-    """Name -> content of what is kept, `run.json` last."""
-    table = in_order((workdir / CERTIFICATES).read_bytes())
-    record, config = read_json(record_of(workdir / CERTIFICATES)), read_json(workdir / CONFIG_FILE)
+    """Return the content of the kept files by name, `run.json` last."""
+    table, config = read_table(workdir / CERTIFICATES), read_json(workdir / CONFIG_FILE)
     metrics = read_lines(workdir / METRICS_FILE)
     train, certify = _commands(cell)
-    places = provenances(record)
+    rows, record, made = table.rows.values(), table.record.to_json(), table.record.provenances()
     record |= {"command": certify, "config": _without_places(record["config"])}
     run = {
         **_identity(cell),
-        "images": table.count(b"\n") - 1,
+        "images": len(rows),
         "train_command": train,
         "certify_command": certify,
         "train_seconds": _train_seconds(metrics, config),
-        "certify_seconds": _certify_seconds(table),
+        "certify_seconds": round(sum(seconds_of(row["time"]) for row in rows), 1),
         "calls": [_public(call) for call in calls_of(workdir)],
-        "certified_with": next(iter(places), {}),
-        "continued_with": places[1:],
+        "certified_with": next(iter(made), {}),
+        "continued_with": made[1:],
     }
     return {
-        PACKED: gzip.compress(table, mtime=0),  # without a time: the same bytes at every call
+        PACKED: gzip.compress(
+            table.record.schema.text(rows).encode(), mtime=0
+        ),  # without a time: the same bytes at every call
         RECORD: _json(record),
         CONFIG_FILE: _json(_without_places(config)),
         METRICS_FILE: "".join(json.dumps(line) + "\n" for line in metrics).encode(),
@@ -127,12 +122,12 @@ def _files(cell: Cell, workdir: Path) -> dict[str, bytes]:
 
 
 def _public(call: dict[str, Any]) -> dict[str, Any]:
-    """What a call is known by, without the name of the host."""
+    """Return a call without the name of the host."""
     return {"device": NOT_RECORDED, "processor": NOT_RECORDED} | {k: v for k, v in call.items() if k != "where"}
 
 
 def _identity(cell: Cell) -> dict[str, Any]:
-    """What a kept cell is known by."""
+    """Return the settings that identify a kept cell."""
     return {
         "table": cell.table,
         "method": cell.method,
@@ -147,14 +142,12 @@ def _identity(cell: Cell) -> dict[str, Any]:
 
 
 def _check_same(cell: Cell, path: Path) -> None:
-    kept = read_json(path)
-    if isinstance(kept.get("deviations"), list):  # earlier versions named places among them
-        kept["deviations"] = [text for text in kept["deviations"] if text.partition(" ")[0] not in PLACE_KEYS]
-    wanted = _identity(cell)
+    """Raise a `UserError` when a kept cell has other settings, or images that this cell has not."""
+    kept, wanted = read_json(path), _identity(cell)
     if _has_all_images(cell, kept):
         wanted["images"] = kept["images"]
     if kept.get("images") == wanted["images"] and isinstance(kept.get("deviations"), list):
-        for texts in (wanted, kept):  # whatever the words that earlier versions found for it
+        for texts in (wanted, kept):  # earlier versions had other phrases for the images
             texts["deviations"] = [text for text in texts["deviations"] if not is_about_images(text)]
     differing = [f"{key}: {kept.get(key)} -> {value}" for key, value in wanted.items() if kept.get(key) != value]
     if differing:
@@ -165,7 +158,7 @@ def _check_same(cell: Cell, path: Path) -> None:
 
 
 def _has_all_images(cell: Cell, kept: dict[str, Any]) -> bool:
-    """Whether the cell's images are those of the kept one and others besides: then it may take its place."""
+    """Return whether the cell has all images of the kept cell and more, and so may replace it."""
     images, split_size = kept.get("images"), cell.selection.split_size
     if not isinstance(images, int) or not 0 < images < cell.selection.size or "deviations" not in kept:
         return False
@@ -177,13 +170,13 @@ def _json(content: Any) -> bytes:
 
 
 def read_results(folder: Path) -> list[Result]:
-    """The finished cells of one table, ordered by sigma, method, weight and seed.
+    """Read the finished cells of one table, ordered by sigma, method, weight and seed.
 
     Args:
       folder: such as `results/mnist`.
 
     Raises:
-      UserError: when there are none, or one is damaged.
+      UserError: when there is no finished cell, or a cell is damaged.
     """
     found = []
     for path in sorted(folder.glob(f"*/{RUN_FILE}")):
@@ -216,14 +209,14 @@ def read_results(folder: Path) -> list[Result]:
 
 
 def _without_places(config: dict[str, Any]) -> dict[str, Any]:
-    """A configuration without the folders of this machine."""
+    """Return a configuration without the folders of this machine."""
     dataset = {**config["dataset"], "data_dir": "", "cache_dir": ""}
     catrs = {**config["catrs"], "teacher": Path(config["catrs"]["teacher"]).name}
     return {**config, "dataset": dataset, "catrs": catrs, "init_from": Path(config["init_from"]).name}
 
 
 def _commands(cell: Cell) -> tuple[str, str]:
-    """Of train.py and certify.py, without the folders of this machine."""
+    """Return the commands of train.py and certify.py, without the folders of this machine."""
     workdir, overrides = Path("runs") / cell.name, dict(cell.overrides)
     for key in ("dataset.data_dir", "dataset.cache_dir"):
         overrides.pop(key, None)
@@ -235,16 +228,12 @@ def _commands(cell: Cell) -> tuple[str, str]:
 
 
 def _train_seconds(metrics: list[dict[str, Any]], config: dict[str, Any]) -> float:
-    """Of the steps of all epochs, each at its measured speed: with compilation, without evaluation and checkpoints.
+    """Return the seconds of all training steps, with compilation, without evaluation and checkpoints.
 
-    Steps that an interruption undid count once.
+    The seconds of an epoch follow from its measured speed. Steps that an interruption undid count once.
     """
     total, before = 0.0, 0
     for line in metrics:
         total += (line["step"] - before) * config["batch_size"] / line["noisy_images_per_second"]
         before = line["step"]
     return round(total, 1)
-
-
-def _certify_seconds(content: bytes) -> float:
-    return round(sum(seconds_of(line.split("\t")[5]) for line in content.decode().splitlines()[1:]), 1)

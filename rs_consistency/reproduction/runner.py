@@ -1,4 +1,4 @@
-"""Trains and certifies the cells of a plan that are not finished, several at a time, whatever interrupts or fails."""
+"""The runner of a plan: it trains and certifies unfinished cells, several at a time, whatever stops or fails."""
 
 import contextlib
 import json
@@ -15,6 +15,7 @@ from tqdm import tqdm
 from rs_consistency.certificates.columns import seconds_of
 from rs_consistency.certificates.read import read_table
 from rs_consistency.common.errors import UserError, note
+from rs_consistency.common.progress import progress_bar
 from rs_consistency.devices.host import compiled_folder
 from rs_consistency.reproduction.cell_run import CellRun, Outcome, last_line
 from rs_consistency.reproduction.machine import Machine
@@ -24,8 +25,8 @@ from rs_consistency.reproduction.state import CERTIFICATES, State, calls_of, gla
 
 SPEEDS_FILE = "speeds.json"
 _POLL_SECONDS = 0.5
-_SECONDS_BETWEEN_LINES = 60  # of the progress, where stderr is a file
-_PATIENCE_SECONDS = 60  # for runs to end after Ctrl-C
+_SECONDS_BETWEEN_LINES = 60  # of the progress, in a log file
+_PATIENCE_SECONDS = 60  # until runs have ended after Ctrl-C
 _MEASURE_SECONDS = 900
 _MODULES = {
     "train": "rs_consistency.cli.train",
@@ -35,7 +36,7 @@ _MODULES = {
 
 
 class _Queue(NamedTuple):
-    """The cells that have not ended, the jobs that are free, and names of cells that a note was made of."""
+    """Waiting cells, running cells, free jobs, and names of cells that a note was printed about."""
 
     waiting: list[Cell]
     running: list[CellRun]
@@ -44,13 +45,13 @@ class _Queue(NamedTuple):
 
 
 class Runner:
-    """Runs cells in a folder, each in a workdir of its own.
+    """A runner of cells in a folder, each in a workdir of its own.
 
     Attributes:
-      folder: of the workdirs.
-      machine: that they run on.
-      where: of the machine, with these jobs.
-      speeds: of what was run.
+      folder: folder of the workdirs.
+      machine: this machine.
+      where: `machine.where` for the jobs.
+      speeds: measured speeds of cells.
     """
 
     def __init__(
@@ -64,16 +65,16 @@ class Runner:
         batch_size: int | None = None,
         modules: Mapping[str, str] = _MODULES,
     ) -> None:
-        """A runner of some jobs at a time; on a CPU each stays on its share of this process's processor cores.
+        """Prepare a number of jobs; on a CPU each stays on its share of this process's processor cores.
 
         Args:
-          folder: of the workdirs; made where it is missing.
-          root: where `configs/` is.
+          folder: folder of the workdirs; created where it is missing.
+          root: folder of `configs/`.
           jobs: runs at a time.
-          machine: this one.
-          finished: called with every cell that is certified, once.
+          machine: this machine.
+          finished: called with every certified cell, once.
           batch_size: of certify.py; None for its own choice.
-          modules: of train, certify and measure, each with a `main`.
+          modules: modules of train, certify and measure, each with a `main`.
         """
         self.folder, self.machine, self.where = folder, machine, machine.where(jobs)
         self._root, self._jobs, self._finished, self._modules = root, jobs, finished, modules
@@ -87,18 +88,18 @@ class Runner:
         self._cores = [cores[number::jobs] if len(cores) >= jobs else [] for number in range(jobs)]
 
     def workdir(self, cell: Cell) -> Path:
-        """Of a cell."""
+        """Return the workdir of a cell."""
         return self.folder / cell.name
 
     def glance(self, cell: Cell) -> State:
-        """How far a cell is, by counting lines; one with damaged files counts as not begun, and its run says why."""
+        """Return the state of a cell by counting lines; a damaged cell counts as not begun, and its run says why."""
         try:
             return glance(cell, self.workdir(cell))
         except (UserError, OSError):
             return State()
 
     def look(self, cell: Cell) -> State:
-        """How far a cell is, and how fast it went. One that cannot go on counts as not begun, and is told."""
+        """Return the state of a cell and learn its speed; note a cell that cannot go on, which counts as not begun."""
         try:
             state = inspect(cell, self.workdir(cell))
         except (UserError, OSError) as error:
@@ -108,7 +109,7 @@ class Runner:
         return state
 
     def _learn(self, cell: Cell, state: State, *, keep: bool = False) -> None:
-        """Takes the speeds of what was done here, with as many jobs: machines that share a folder differ."""
+        """Learn from the work done on this machine with as many jobs: machines that share a folder differ."""
         places: dict[str, set[str | None]] = {}
         try:
             for call in calls_of(self.workdir(cell)):
@@ -126,21 +127,22 @@ class Runner:
         return len(rows) * votes_of(cell) / seconds if seconds else None
 
     def measure(self, cells: Sequence[Cell]) -> None:
-        """Times every kind of unfinished cell that was not timed before, one after the other.
+        """Time every kind of unfinished cell that was not timed before, one after the other.
 
-        What needs a cell that is not trained yet cannot be timed; that is done when it begins.
+        A cell that needs another cell, which is not trained yet, is timed when it begins.
         """
         trained = {cell.name for cell in cells if self.glance(cell).trained}
         ready = [
             cell for cell in cells if not self.glance(cell).certified and (cell.needs is None or cell.needs in trained)
         ]
         unknown = {self.speeds.kind(cell): cell for cell in reversed(ready) if not self.speeds.knows(cell)}
-        with tqdm(unknown.values(), desc="measuring speed", unit="method", leave=False, disable=not unknown) as bar:
-            for cell in bar:
+        with progress_bar("measuring speed", len(unknown), unit="method", brief=True, show=bool(unknown)) as bar:
+            for cell in unknown.values():
                 self.time(cell)
+                bar.update()
 
     def time(self, cell: Cell, *, slot: int = 0) -> None:
-        """Times a few steps and votes of a cell, unless its speed is known; a failure is told, and is no error."""
+        """Time a few steps and votes of a cell, unless its speed is known; a failure is noted, and is no error."""
         if self.speeds.knows(cell):
             return
         command = self.command("measure", cell.train_arguments(self._root, self.folder / ".measured"), slot)
@@ -151,7 +153,7 @@ class Runner:
             if done.returncode:
                 raise UserError(last_line(done.stderr))
             found = json.loads(done.stdout.splitlines()[-1])
-            # On its own cores a run is as fast beside others; of an accelerator each gets a share, as far as is known.
+            # On its own cores a run is as fast beside others; of an accelerator it is assumed to get an equal share.
             sharing = 1 if self.machine.platform == "cpu" else self._jobs
             self.speeds.learn(
                 cell,
@@ -165,14 +167,14 @@ class Runner:
             note(f"{cell.name}: its speed is not known: {error}")
 
     def run(self, cells: Sequence[Cell]) -> Outcome:
-        """Brings all cells to their end, or to a failure that is told; after Ctrl-C the next call goes on."""
+        """Run all cells and return how they ended; after Ctrl-C the next call continues."""
         outcome, queue = Outcome([], {}, []), _Queue(list(cells), [], list(range(self._jobs)), set())
         self._waiting = {cell.name: self.glance(cell) for cell in cells}
         looked_again = False
         try:
             with self._bar(len(cells)) as bar:
                 while queue.waiting or queue.running or (outcome.elsewhere and not looked_again):
-                    if not queue.waiting and not queue.running:  # a machine may have gone and left its cells
+                    if not queue.waiting and not queue.running:  # another machine may have stopped and left its cells
                         looked_again = True
                         queue.waiting.extend(outcome.elsewhere)
                         outcome.elsewhere.clear()
@@ -185,7 +187,7 @@ class Runner:
                     self._show(bar, cells, queue.running, outcome)
                     if queue.waiting or queue.running:
                         time.sleep(_POLL_SECONDS)
-                self._show_after = 0.0  # the last line tells the end
+                self._show_after = 0.0  # the last line shows the end
                 self._show(bar, cells, queue.running, outcome)
         except KeyboardInterrupt:
             _end([run.process for run in queue.running if run.process])
@@ -199,7 +201,7 @@ class Runner:
         return outcome
 
     def _begin(self, queue: "_Queue", cells: Sequence[Cell], outcome: Outcome) -> None:
-        """Starts what can start, as long as jobs are free."""
+        """Start the cells that can start, as long as jobs are free."""
         for cell in list(queue.waiting):
             if not queue.free:
                 return
@@ -211,7 +213,7 @@ class Runner:
                 outcome.failed[cell.name] = verdict
                 continue
             run = CellRun(self, cell, queue.free[0])
-            # In the queue before its first step, so that an interruption finds what that has started.
+            # In the queue before its first step, so that an interruption finds the process of that step.
             queue.running.append(run)
             if run.step(outcome):
                 queue.free.pop(0)
@@ -219,7 +221,7 @@ class Runner:
             queue.running.remove(run)
             run.close()
             dependent = next((other.name for other in queue.waiting if other.needs == cell.name), None)
-            if cell in outcome.elsewhere and dependent:  # which waits for it: so this one is looked at again
+            if cell in outcome.elsewhere and dependent:  # it waits for this cell, so this cell is tried again
                 outcome.elsewhere.remove(cell)
                 queue.waiting.append(cell)
                 if cell.name not in queue.told:
@@ -227,14 +229,14 @@ class Runner:
                     queue.told.add(cell.name)
 
     def _needs(self, cell: Cell, cells: Sequence[Cell], outcome: Outcome) -> str:
-        """Whether a cell can start: empty, "wait", or why it never will."""
+        """Return "" for a cell that can start, "wait", or the reason why it never will."""
         needed = next((other for other in cells if other.name == cell.needs), None)
         if cell.needs is None:
             return ""
         if needed is None:
             return f"it needs {cell.needs}, which is not in this plan; leave both in it"
         try:
-            # That the last checkpoint can be read is known once it answers.
+            # Whether the last checkpoint can be read is known after its first certified image.
             if is_trained(needed, self.workdir(needed)) and self.glance(needed).images:
                 return ""
         except (UserError, OSError) as error:
@@ -244,12 +246,12 @@ class Runner:
         return "wait"
 
     def command(self, program: str, arguments: Sequence[str], slot: int) -> list[str]:
-        """What a program is started with."""
-        child = [sys.executable, "-P", "-m", "rs_consistency.reproduction.child"]  # not of the current folder
+        """Return the command of a program."""
+        child = [sys.executable, "-P", "-m", "rs_consistency.reproduction.child"]  # no import from the current folder
         return [*child, str(os.getpid()), ",".join(map(str, self._cores[slot])), self._modules[program], *arguments]
 
     def start(self, cell: Cell, program: str, slot: int) -> subprocess.Popen[bytes]:
-        """Starts train or certify for a cell; what it prints goes to the cell's log."""
+        """Start train or certify for a cell; its output goes to the cell's log."""
         workdir = self.workdir(cell)
         train = program == "train"
         arguments = cell.train_arguments(self._root, workdir)
@@ -267,18 +269,18 @@ class Runner:
         return process
 
     def log(self, cell: Cell) -> Path:
-        """Of all of a cell's runs."""
+        """Return the log of all runs of a cell."""
         return self.folder / f"{cell.name}.log"
 
     def done(self, cell: Cell, state: State) -> None:
-        """Learns from a finished cell, and hands it on."""
+        """Learn from a finished cell, and pass it to `finished`."""
         self._learn(cell, state, keep=True)
         self._finished(cell)
 
     def _environment(self) -> dict[str, str]:
-        """With one compile cache for all runs of the plan on this kind of processor.
+        """Return the environment of a program, with one compile cache for the plan on this kind of processor.
 
-        Of a GPU that runs share none takes the memory in advance: the first one would leave little to the others.
+        Runs that share a GPU take no memory in advance: the first run would leave little to the others.
         """
         paths = [str(self._root), *filter(None, [os.environ.get("PYTHONPATH")])]
         ours = {"JAX_COMPILATION_CACHE_DIR": str(compiled_folder(self.folder / ".compiled"))}
@@ -287,7 +289,7 @@ class Runner:
         return {**ours, **os.environ, "PYTHONPATH": os.pathsep.join(paths)}
 
     def _bar(self, cells: int) -> tqdm:
-        # Its n is set by hand: at each look, the text is written anew, however little it moved.
+        # `_show` sets n by hand, and writes the text anew each time, however little n moved.
         return tqdm(
             total=cells,
             desc="cells",
@@ -298,9 +300,9 @@ class Runner:
         )
 
     def _show(self, bar: tqdm, cells: Sequence[Cell], running: Sequence[CellRun], outcome: Outcome) -> None:
-        """The plan's progress: whole cells, and of those under way the share of the time that is behind them.
+        """Show the plan's progress: finished cells, and the shares of the time of running cells that are over.
 
-        Of the time that is left, what other processes are at is no part.
+        The time that is left is without the cells of other processes.
         """
         if time.monotonic() < self._show_after:
             return
@@ -326,7 +328,7 @@ class Runner:
 
 
 def _end(processes: Sequence[subprocess.Popen[bytes]]) -> None:
-    """After Ctrl-C, which the runs got, too: waits until they have saved what they do."""
+    """Wait until the runs, which got the Ctrl-C, too, have saved their work; kill them after a minute."""
     deadline = time.monotonic() + _PATIENCE_SECONDS
     for process in processes:
         with contextlib.suppress(subprocess.TimeoutExpired):

@@ -1,4 +1,4 @@
-"""How long cells take on this machine, and a plan of them."""
+"""The measured speeds of cells on this machine, and the time that is left of a plan."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -17,18 +17,18 @@ _BOTH = {"epoch_seconds", "votes_per_second"}
 
 
 class Estimate(NamedTuple):
-    """Time of some cells.
+    """The time of some cells.
 
     Attributes:
-      seconds: of those whose speed is known.
-      unknown: how many others there are.
+      seconds: time of the cells whose speed is known.
+      unknown: number of the other cells.
     """
 
     seconds: float
     unknown: int = 0
 
     def text(self) -> str:
-        """For people."""
+        """Return the estimate as text."""
         if not self.unknown:
             return f"about {duration(self.seconds)}"
         cells = f"{self.unknown} cell{'s' if self.unknown > 1 else ''}"
@@ -38,24 +38,24 @@ class Estimate(NamedTuple):
 
 
 class _Facts(NamedTuple):
-    """Of a cell: its kind, and the epochs of its training."""
+    """The kind of a cell, and the epochs of its training."""
 
     kind: str
     epochs: int
 
 
 class Speeds:
-    """How long things take here: measured before the first run, and again by every run.
+    """The speeds of kinds of cells, measured before the first run, and again by every run.
 
-    Kept in the plan's folder, so that the next call knows them; machines that share the folder share the file.
+    A file in the plan's folder keeps them for the next call. Machines that share the folder share the file.
     """
 
     def __init__(self, path: Path, *, where: str = "") -> None:
-        """Reads what is known.
+        """Read the known speeds.
 
         Args:
-          path: of the JSON file; what is damaged in it is measured again.
-          where: names host and device: speeds of others are kept, and not used.
+          path: of the JSON file; damaged entries are measured again.
+          where: host and devices; speeds of other hosts and devices are kept, and not used.
         """
         self._path, self._where = path, where
         self._known = self._read()
@@ -71,19 +71,19 @@ class Speeds:
         return {kind: speeds for kind, speeds in found.items() if isinstance(speeds, dict)}
 
     def knows(self, cell: Cell) -> bool:
-        """Whether all of a cell of this kind was measured."""
+        """Return whether training and certification of a cell's kind were measured."""
         return self._known.get(self.kind(cell), {}).keys() >= _BOTH
 
     def learn(self, cell: Cell, *, keep: bool = False, **found: float | None) -> None:
-        """Takes `epoch_seconds` or `votes_per_second` of a cell's kind; writes all of them when asked to keep them."""
+        """Take `epoch_seconds` or `votes_per_second` of a cell's kind; write all learned speeds if `keep`."""
         new, kind = {name: value for name, value in found.items() if value}, self.kind(cell)
         self._known.setdefault(kind, {}).update(new)
         self._learned.add(kind)
-        if keep:  # beside what others have written meanwhile
+        if keep:  # beside the speeds that others have written meanwhile
             write_json(self._path, {**self._read(), **{kind: self._known[kind] for kind in self._learned}})
 
     def seconds_left(self, cell: Cell, state: State) -> float | None:
-        """Of a cell, at the speed of one run; None where it is not known."""
+        """Return the seconds left of a cell at the speed of one run, None where it is not known."""
         if state.certified:
             return 0.0
         known = self._known.get(self.kind(cell), {})
@@ -94,17 +94,17 @@ class Speeds:
         return epochs * known["epoch_seconds"] + votes / known["votes_per_second"]
 
     def estimate(self, cells: Sequence[tuple[Cell, State]], *, jobs: int) -> Estimate:
-        """Of all of them together, so many at a time."""
+        """Return the time of all cells together, `jobs` at a time."""
         found = [self.seconds_left(cell, state) for cell, state in cells]
         known = [seconds for seconds in found if seconds is not None]
         return Estimate(max(sum(known) / jobs, max(known, default=0.0)), len(found) - len(known))
 
     def kind(self, cell: Cell) -> str:
-        """What decides the speed: machine, data, model and method. Sigma, seed and schedule do not."""
+        """Return all that the speed depends on: machine, data, model and method, not sigma, seed and schedule."""
         return self._facts(cell).kind
 
     def _facts(self, cell: Cell) -> "_Facts":
-        """Made once of every cell: a plan's progress asks for all of them twice a second."""
+        """Return the facts of a cell, made once: a plan's progress needs those of all cells twice a second."""
         key = (cell.name, *sorted(cell.overrides.items()))
         if key not in self._facts_of:
             config = cell.config()

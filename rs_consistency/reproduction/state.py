@@ -1,4 +1,4 @@
-"""How far a cell is, read from its workdir: cheap enough to ask every second, and true after any interruption."""
+"""The state of a cell, read from its workdir: cheap enough for every second, and right after any interruption."""
 
 import json
 from datetime import UTC, datetime
@@ -18,14 +18,14 @@ CERTIFICATES = "certificates.tsv"
 
 
 class State(NamedTuple):
-    """What of a cell is done.
+    """The finished part of a cell.
 
     Attributes:
-      epochs: trained, 0..num_epochs.
-      trained: whether the last checkpoint is there.
-      images: certified.
-      certified: whether all of its images are.
-      epoch_seconds: how long the last epoch took; None where it is not known.
+      epochs: number of trained epochs, 0..num_epochs.
+      trained: whether the last checkpoint exists.
+      images: number of certified images.
+      certified: whether all images are certified.
+      epoch_seconds: time of the last epoch; None where it is not known.
       step: of the last record of the training.
     """
 
@@ -38,7 +38,7 @@ class State(NamedTuple):
 
 
 def glance(cell: Cell, workdir: Path) -> State:
-    """The state by counting lines; `certified` where there are enough of them.
+    """Return the state by counting lines; `certified` follows from the number of lines.
 
     Raises:
       UserError: when the training's records are damaged.
@@ -58,17 +58,17 @@ def glance(cell: Cell, workdir: Path) -> State:
 
 
 def is_trained(cell: Cell, workdir: Path) -> bool:
-    """Whether the cell's training is finished, with the cell's configuration.
+    """Return whether the cell's training is finished, with the cell's configuration.
 
     Raises:
-      UserError: when the workdir holds a run with another one, or is damaged.
+      UserError: when the workdir holds a run with another configuration, or is damaged.
     """
     _check_config(cell, workdir)
     return glance(cell, workdir).trained
 
 
 def inspect(cell: Cell, workdir: Path) -> State:
-    """The state by reading the files, checked against what the cell asks for.
+    """Return the state by reading the files, checked against the cell's settings.
 
     Raises:
       UserError: when the workdir holds a run, or certificates, with other settings, or is damaged.
@@ -89,16 +89,16 @@ def inspect(cell: Cell, workdir: Path) -> State:
         "split": "test",
         "split_size": cell.selection.split_size,
     }
-    for name, value in wanted.items():
-        if table.record.get(name) != value:
-            raise UserError(
-                f"{workdir / CERTIFICATES} was made with {name}={table.record.get(name)}, not {value}; move it away, or"
-                " choose another --workdir"
-            )
+    differing = table.record.differences(wanted)
+    if differing:
+        raise UserError(
+            f"{workdir / CERTIFICATES} was made with other settings ({'; '.join(differing)}); move it away, or choose"
+            " another --workdir"
+        )
     missing = [index for index in cell.selection.indices().tolist() if index not in table.rows]
-    if table.changed and not missing:  # last lines that are missing are made again, by certify.py
+    if table.changed and not missing:  # certify.py makes missing last lines again
         raise UserError(f"{workdir / CERTIFICATES} was changed after it was finished; move it away, or restore it")
-    finished = not missing and bool(table.record.get("finished"))
+    finished = not missing and table.record.finished is not None
     return state._replace(images=cell.selection.size - len(missing), certified=finished)
 
 
@@ -113,10 +113,10 @@ def _check_config(cell: Cell, workdir: Path) -> None:
 
 
 def calls_of(workdir: Path) -> list[dict[str, Any]]:
-    """The calls that made a cell's workdir; empty for one that was made by hand.
+    """Return the calls that made a cell's workdir; none for a workdir that was made by hand.
 
-    Each has `program`, `started`, the code's version, and `device`, `processor` and `where` (`Machine.where`), which
-    those of earlier versions lack.
+    Each has `program`, `started`, the code's version, and `device`, `processor` and `where` (`Machine.where`). Calls of
+    earlier versions lack the last three.
     """
     path = _calls_path(workdir)
     calls = read_json(path).get("calls", []) if path.exists() else []
@@ -126,9 +126,9 @@ def calls_of(workdir: Path) -> list[dict[str, Any]]:
 
 
 def record_call(workdir: Path, program: str, *, device: str, processor: str, where: str) -> None:
-    """Adds a call: which code does what in this workdir, where, and since when.
+    """Record a call: program, code version, machine, and time of the start.
 
-    Earlier calls whose work was taken away since, the whole workdir or its certificates, are forgotten.
+    Earlier calls are forgotten where their work was removed since, be it the whole workdir or its certificates.
     """
     started = datetime.now(UTC).isoformat(timespec="seconds")
     place = {"device": device, "processor": processor, "where": where}

@@ -19,19 +19,29 @@ class SmoothedClassifier:
 
     Source: Cohen, Rosenfeld, Kolter (ICML 2019).
 
-    Its methods are `rs_consistency.predict`, `certify` and `decide` with the first three arguments fixed; guarantees,
-    further arguments and errors are theirs. An error probability is that of one statement about one image: whoever
-    predicts and certifies an image makes two, from independent votes.
+    Its methods are `rs_consistency.predict`, `certify` and `decide` with `apply_fn`, `sigma` and `num_classes` fixed.
+    They share guarantees, further arguments and errors with these functions. alpha is the error probability of one
+    statement about one image. Whoever predicts and certifies an image makes two statements, from independent votes.
+
+    A linear classifier:
+
+    >>> import numpy as np
+    >>> from rs_consistency import SmoothedClassifier
+    >>> is_bright = lambda images: (images.mean(axis=(1, 2)) - 0.5) * np.float32([[-1, 1]])
+    >>> smoothed = SmoothedClassifier(is_bright, sigma=0.5, num_classes=2)
+    >>> images = np.full((1, 4, 4, 1), 0.9)
+    >>> smoothed.predict(images, n=100).prediction, smoothed.certify(images, n0=10, n=100).radius.round(3)
+    (array([1]), array([0.75]))
 
     Attributes:
-      apply_fn: a function that JAX can trace, `[N, H, W, C]` float32 -> logits `[N, K]`; normalization, a denoiser and
-        whatever else comes before the decision are part of it. The same image must give the same logits.
+      apply_fn: function that JAX can trace, `[N, H, W, C]` float32 -> logits `[N, K]`. It includes normalization, a
+        denoiser and anything else before the logits. The same image must give the same logits.
       sigma: standard deviation of the noise, in units of the images.
       num_classes: K.
     """
 
     def __init__(self, apply_fn: Callable[[jax.Array], jax.Array], sigma: float, num_classes: int) -> None:
-        """See the attributes; a `UserError` for one that cannot work."""
+        """Check the attributes; a `UserError` for one that cannot work."""
         if not callable(apply_fn):
             raise UserError(f"apply_fn={apply_fn!r}: give a function from images [N, H, W, C] to logits [N, K]")
         self.apply_fn = apply_fn
@@ -39,19 +49,19 @@ class SmoothedClassifier:
         self.num_classes = whole_number("num_classes", num_classes, at_least=1)
 
     def predict(self, images: ArrayLike, **settings: Any) -> Prediction:
-        """The classes of images `[B, H, W, C]` in [0, 1], or abstention; see `rs_consistency.predict`."""
+        """Predict the classes of images `[B, H, W, C]` in [0, 1], or abstain; see `rs_consistency.predict`."""
         return predict(self.apply_fn, images, **self._with_own(settings))
 
     def certify(self, images: ArrayLike, **settings: Any) -> Certification:
-        """The classes and certified l2 radii of images `[B, H, W, C]` in [0, 1]; see `rs_consistency.certify`."""
+        """Certify the classes of images `[B, H, W, C]` in [0, 1], with l2 radii; see `rs_consistency.certify`."""
         return certify(self.apply_fn, images, **self._with_own(settings))
 
     def decide(self, images: ArrayLike, radius: float, **settings: Any) -> Decisions:
-        """Whether images `[B, H, W, C]` in [0, 1] are certified at one radius; see `rs_consistency.decide`."""
+        """Decide whether images `[B, H, W, C]` in [0, 1] are certified at a radius; see `rs_consistency.decide`."""
         return decide(self.apply_fn, images, radius=radius, **self._with_own(settings))
 
     def _with_own(self, settings: dict[str, Any]) -> dict[str, Any]:
-        """The settings of a call, with those that every call has."""
+        """Return the settings of a call with sigma and num_classes; a `UserError` where it names a fixed argument."""
         for name in ("apply_fn", "sigma", "num_classes"):
             if name in settings:
                 raise UserError(

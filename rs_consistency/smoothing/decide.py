@@ -1,13 +1,13 @@
-"""Decisions at one radius, with as many votes for each image as it needs."""
+"""Decisions at one radius, with a number of votes that depends on the image."""
 
 from collections.abc import Callable, Sequence
 
 import jax
 import numpy as np
 from numpy.typing import ArrayLike
-from tqdm import tqdm
 
-from rs_consistency.smoothing.certify import prepare
+from rs_consistency.common.progress import progress_bar
+from rs_consistency.smoothing.images import prepare
 from rs_consistency.smoothing.pool import Decisions, decide_images
 from rs_consistency.statistics.bounds import ALPHA, N0, N
 
@@ -28,38 +28,49 @@ def decide(
     devices: Sequence[jax.Device] | None = None,
     progress: bool = False,
 ) -> Decisions:
-    """Decides for each image whether the smoothed classifier is certified at one radius, with few votes.
+    """Decide for each image whether the smoothed classifier is certified at one radius, with few votes.
 
     Guarantee: for each image, over the noise: if the smoothed classifier does not predict the selected class
-    everywhere within `radius`, then the decision is 1 with probability at most alpha. If the selected class has
-    a probability greater than Phi(radius / sigma), so that it could be certified with votes enough, then the decision
-    is -1 with probability at most alpha. See `rs_consistency.statistics.sequential.decide` for the test.
+    everywhere within `radius`, then the decision is 1 with probability at most alpha. If the selected class has a
+    probability greater than Phi(radius / sigma), so that enough votes could certify it, then the decision is -1 with
+    probability at most alpha. See `rs_consistency.statistics.sequential.decide` for the test.
 
-    The class is chosen by n0 votes as in `certify`. Further votes, those that `certify` would count, are looked at
-    after every 16, until there is a decision or there are n. An image far from the radius takes tens, one near it many.
+    n0 votes select the class, as in `certify`. The further votes are the same as in `certify`. The test looks at them
+    after every 16, until there is a decision or there are n. An image far from the radius takes tens of votes, an image
+    near it many.
+
+    A linear classifier, whose true radius is the distance to its plane, 1.6 and 0.4:
+
+    >>> import numpy as np
+    >>> from rs_consistency import decide
+    >>> is_bright = lambda images: (images.mean(axis=(1, 2)) - 0.5) * np.float32([[-1, 1]])
+    >>> images = np.stack([np.full((4, 4, 1), brightness) for brightness in (0.1, 0.6)])
+    >>> result = decide(is_bright, images, sigma=0.5, radius=1.0, num_classes=2, n0=10, n=1000)
+    >>> result.decision, result.votes
+    (array([ 1, -1], dtype=int8), array([464,  64]))
 
     Args:
-      apply_fn: a function that JAX can trace, `[N, H, W, C]` float32 -> logits `[N, K]`; normalization is part of it.
+      apply_fn: function that JAX can trace, `[N, H, W, C]` float32 -> logits `[N, K]`; it includes any normalization.
       images: `[B, H, W, C]`, in [0, 1].
       sigma: standard deviation of the noise, in units of the images.
       radius: l2, at least 0, in units of the images.
       num_classes: K.
-      n0: votes that choose the class.
+      n0: votes that select the class.
       n: the most further votes.
       alpha: error probability of one image's statement, in (0, 1), at least 1e-100.
-      seed: of the noise.
+      seed: seed of the noise.
       batch_size: noisy images at a time, in blocks of 16 on each device; None for a choice by device. No effect on the
         result.
       indices: `[B]`, numbers that address the images' noise, 0..B-1 by default.
       devices: local devices that share the work; None for all.
-      progress: show a progress bar on stderr.
+      progress: whether to show a progress bar on stderr.
 
     Returns:
       NumPy arrays in the order of the images, see `Decisions`.
 
     Raises:
-      UserError: a `ValueError`, for settings or images outside their range, a model that does not fit
-        images and num_classes, or one that gives NaN.
+      UserError: a `ValueError`, for settings or images outside their range, or a model that does not fit images and
+        num_classes, or gives NaN.
     """
     task = prepare(
         images,
@@ -68,6 +79,7 @@ def decide(
         sigma=sigma,
         num_classes=num_classes,
         n0=n0,
+        least_n0=1,
         n=n,
         seed=seed,
         batch_size=batch_size,
@@ -84,11 +96,11 @@ def decide(
     )
     none = np.zeros(0, np.int64)
     no_counts = np.zeros((0, task.settings.num_classes), np.int64)
-    found = [Decisions(none, none, none, no_counts, none, none, np.zeros(0, np.int8))]
-    with tqdm(total=len(task.images), desc="deciding", unit="img", disable=not progress) as bar:
+    decided = [Decisions(none, none, none, no_counts, none, none, np.zeros(0, np.int8))]
+    with progress_bar("deciding", len(task.images), show=progress) as bar:
         for group in groups:
-            found.append(group)
+            decided.append(group)
             bar.update(len(group.positions))
-    together = Decisions(*(np.concatenate(parts) for parts in zip(*found, strict=True)))
+    together = Decisions(*(np.concatenate(parts) for parts in zip(*decided, strict=True)))
     order = np.argsort(together.positions)
     return Decisions(*(part[order] for part in together))

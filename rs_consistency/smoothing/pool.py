@@ -1,23 +1,22 @@
-"""Decisions at one radius, with as many votes for each image as it needs: many images in flight.
+"""The scheduler of `decide`: many images at a time, each with its own number of votes.
 
 A batch is made of *blocks* of `LOOK_EVERY` rows. A block is the next 16 votes of one image, or fewer at the end of its
-selection and at the cap. The images of a *pool* on the devices take turns:
+selection and at the cap. The images are in the slots of a *pool* on the devices:
 
-1. A finished image leaves its slot of the pool, and the next image is written into it. Nothing is recompiled.
-2. The next batch is filled with the blocks that are the least ahead of what is known: first votes of the selection,
-   which are always needed, then a block of each image that has none on its way, then a second one, and so on. The
-   pool has two slots for each block of a batch, so while there are images enough, nothing is speculated. With few left
-   each gets many blocks, and the batch is still full.
-3. The batch is sent before the counts of the one before it are read: the devices work while the host decides.
-4. The host looks at the counts block by block. The first block with a decision ends the image, and blocks beyond it are
+1. When an image is finished, the next image is written into its slot. Nothing is recompiled.
+2. The next batch is filled in rounds. A round gives one more block to the images that are the least ahead of their
+   known votes. Blocks of the selection come first, since they are always needed. The pool has two slots for each block
+   of a batch, so there is no speculation while enough images are left. Of the last images each gets many blocks, and
+   the batch is still full.
+3. A batch is sent before the counts of the batch before it are read: the devices work while the host decides.
+4. The host looks at the counts block by block. The first block with a decision ends the image. Its later blocks are
    thrown away.
 
-So the decision, and the number of votes it took, are a function of seed, image, index and settings, whatever the
-batch size, the devices and the company, up to rounding in the model, which decides ties alone; only the order of the
-images that finish depends on them.
+So the decision, and its number of votes, are a function of seed, image, index and settings. The batch size, the devices
+and the other images have no effect, except through rounding in the model, which can only decide ties. They only change
+the order in which images finish.
 """
 
-import bisect
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple
@@ -40,7 +39,7 @@ _BLOCKS_PER_REFILL = 8  # an image takes more than 8 blocks, selection included:
 
 
 def check_radius(radius: Any) -> float:
-    """The radius of a decision as a float; a `UserError` for one that cannot be."""
+    """Return the radius of a decision as a float; a `UserError` for one outside its range."""
     return abs(number_from("radius", radius, at_least=0, at_most=LARGEST))  # -0.0 is 0
 
 
@@ -48,12 +47,12 @@ class Decisions(NamedTuple):
     """Decisions about F images.
 
     Attributes:
-      positions: `[F]` int64, places of the images among those given.
+      positions: `[F]` int64, positions of the images among the given ones.
       indices: `[F]` int64, their numbers in the dataset.
       selected: `[F]` int64, the class that the decision is about; with equal votes the lowest.
       counts0: `[F, K]` int64, the n0 votes that selected it.
-      hits: `[F]` int64, votes for it among the further ones.
-      votes: `[F]` int64, how many those are: a multiple of `LOOK_EVERY`, or the cap.
+      hits: `[F]` int64, votes for it in the estimation.
+      votes: `[F]` int64, votes of the estimation: a multiple of `LOOK_EVERY`, or the cap.
       decision: `[F]` int8, 1 certified at the radius, -1 not certified, 0 undecided at the cap.
     """
 
@@ -77,46 +76,73 @@ def decide_images(
     alpha: float,
     devices: Sequence[jax.Device],
 ) -> Iterator[Decisions]:
-    """Yields the decisions about the images as they finish, each image once, in no particular order.
+    """Yield the decisions about the images as they finish, each image once, in no particular order.
 
-    The votes are those of `votes.count_votes`: n0 for the selection, then those of the estimation from the first on.
+    The votes are the votes of `votes.count_votes`: n0 for the selection, then the estimation from its first vote on.
     The test looks after `LOOK_EVERY`, 2 `LOOK_EVERY`, ... of them, and at the cap. NaN is an error in a vote that is
-    used, not in those that are thrown away.
+    used, but not in a vote that is thrown away.
 
-    Args:
-      apply_fn: (variables, `[N, H, W, C]`) -> logits `[N, K]`.
-      variables: passed through; replicated on the devices.
-      images: `[B, H, W, C]`, float32 in [0, 1], or uint8.
-      indices: `[B]`, the images' numbers in their dataset, 0..MAX_INDEX, which address the noise.
-      settings: from `vote_settings`; n is the cap. A device takes the whole blocks that fit into its share of
-        `batch_size`, at least one.
-      radius: l2, at least 0, in units of the images.
-      alpha: error probability of one image's statement, in (0, 1), at least 1e-100.
-      devices: local devices that share a batch.
+    `radius` and `alpha` are as for `decide`, the other arguments as for `votes.count_votes`. `settings.n` is the cap. A
+    device takes the whole blocks that fit into its share of `settings.batch_size`, at least one.
 
     Yields:
       Groups of one image or more.
 
     Raises:
-      UserError: for a radius or alpha outside its range; when the model does not accept the images, does
-        not give K logits, or gives NaN.
+      UserError: for a radius or alpha outside its range, or a model that does not accept the images, does not give K
+        logits, or gives NaN.
     """
     radius = check_radius(radius)
     alpha = probability("alpha", alpha)
-    num_devices, num_classes, shape = len(devices), settings.num_classes, images.shape[1:]
+    num_devices, shape = len(devices), images.shape[1:]
     per_device = max(1, settings.batch_size // (num_devices * LOOK_EVERY))  # blocks
     num_blocks = per_device * num_devices
-    check_model(apply_fn, variables, shape, num_classes=num_classes, batch_size=per_device * LOOK_EVERY)
+    check_model(apply_fn, variables, shape, num_classes=settings.num_classes, batch_size=per_device * LOOK_EVERY)
     num_slots = min(max(len(images), 1), _SLOTS_PER_BLOCK * num_blocks)
     per_refill = min(num_slots, -(-num_blocks // _BLOCKS_PER_REFILL))
-    key = noise.stream_key(settings.seed, noise.Stream.CERTIFY)
+    count_blocks, write = _compile(apply_fn, settings, per_device, devices)
+    variables = parallel.replicate(variables, devices)
+    pool = parallel.replicate(np.zeros((num_slots, *shape), np.float32), devices)
+    schedule = _Schedule(indices, num_slots=num_slots, settings=settings, radius=radius, alpha=alpha)
+    in_flight: deque[tuple[_Blocks, jax.Array]] = deque()
+    finished = None
+    while True:
+        while len(in_flight) < _BATCHES_IN_FLIGHT:
+            slots, positions = schedule.refill()
+            for start in range(0, len(slots), per_refill):
+                padding = (0, max(0, start + per_refill - len(slots)))
+                at = np.pad(slots[start : start + per_refill], padding, constant_values=num_slots)
+                of = np.pad(positions[start : start + per_refill], padding)
+                incoming = (at.astype(np.int32), to_float(images[of]))
+                pool = write(pool, *parallel.replicate(incoming, devices))
+            blocks = schedule.next_blocks(num_blocks)
+            if not len(blocks.slot):
+                break
+            columns = schedule.columns(blocks, num_blocks).reshape(num_devices, per_device, 5)
+            in_flight.append((blocks, count_blocks(variables, pool, blocks=parallel.divide(columns, devices))))
+        if finished is not None:  # while the devices are busy
+            yield finished
+        if not in_flight:
+            return
+        blocks, counts = in_flight.popleft()
+        finished = schedule.absorb(blocks, np.asarray(counts).reshape(num_blocks, -1)[: len(blocks.slot)])
 
-    def one_batch(
+
+def _compile(
+    apply_fn: Callable[[Any, jax.Array], jax.Array],
+    settings: VoteSettings,
+    per_device: int,
+    devices: Sequence[jax.Device],
+) -> tuple[Callable[..., jax.Array], Callable[..., jax.Array]]:
+    """Compile the votes of a batch of blocks, `[D, N / D, K + 1]`, and the writing of images into slots of the pool."""
+    num_classes, key = settings.num_classes, noise.stream_key(settings.seed, noise.Stream.CERTIFY)
+
+    def count_blocks(
         shard: jax.Array,
         variables: Any,
         pool: jax.Array,  # [P, H, W, C]
         *,
-        blocks: jax.Array,  # [N / D, 5], the columns of `_Blocks.columns`
+        blocks: jax.Array,  # [N / D, 5], from `_Schedule.columns`
     ) -> jax.Array:
         slot, index, phase, first, length = jnp.repeat(blocks, LOOK_EVERY, axis=0).T
         place = jnp.tile(jnp.arange(LOOK_EVERY), per_device)
@@ -131,86 +157,47 @@ def decide_images(
             num_classes=num_classes,
         )
         block = jnp.repeat(jnp.arange(per_device), LOOK_EVERY)
-        counts = jnp.zeros((num_devices, per_device, num_classes + 1), jnp.int32)  # the last class: NaN
+        counts = jnp.zeros((len(devices), per_device, num_classes + 1), jnp.int32)  # the last class: NaN
         return parallel.sum_over_devices(counts.at[shard, block, voted].add((place < length).astype(jnp.int32)))
 
     def write(shard: jax.Array, pool: jax.Array, slots: jax.Array, images: jax.Array) -> jax.Array:
-        return pool.at[slots].set(images, mode="drop")  # slot P, of what pads the last refill, is none
+        return pool.at[slots].set(images, mode="drop")  # the padding of a refill has slot P, which does not exist
 
-    compiled = parallel.spread(one_batch, devices=devices)
-    compiled_write = parallel.spread(write, devices=devices, donate=(0,))
-    variables = parallel.replicate(variables, devices)
-    pool = parallel.replicate(np.zeros((num_slots, *shape), np.float32), devices)
-    table = _Table(indices, num_slots=num_slots, settings=settings, radius=radius, alpha=alpha)
-    in_flight: deque[tuple[_Blocks, jax.Array]] = deque()
-    finished = None
-    while True:
-        while len(in_flight) < _BATCHES_IN_FLIGHT:
-            slots, positions = table.refill()
-            for start in range(0, len(slots), per_refill):
-                padding = (0, max(0, start + per_refill - len(slots)))
-                at = np.pad(slots[start : start + per_refill], padding, constant_values=num_slots)
-                of = np.pad(positions[start : start + per_refill], padding)
-                incoming = (at.astype(np.int32), to_float(images[of]))
-                pool = compiled_write(pool, *parallel.replicate(incoming, devices))
-            blocks = table.next_blocks(num_blocks)
-            if not len(blocks.slot):
-                break
-            columns = blocks.columns(indices, settings, num_blocks).reshape(num_devices, per_device, 5)
-            in_flight.append((blocks, compiled(variables, pool, blocks=parallel.divide(columns, devices))))
-        if finished is not None:  # while the devices are busy
-            yield finished
-        if not in_flight:
-            return
-        blocks, counts = in_flight.popleft()
-        finished = table.absorb(blocks, np.asarray(counts).reshape(num_blocks, num_classes + 1)[: len(blocks.slot)])
+    return parallel.spread(count_blocks, devices=devices), parallel.spread(write, devices=devices, donate=(0,))
 
 
 class _Blocks(NamedTuple):
-    """The blocks of a batch: those of a slot side by side, in the order of the votes.
+    """The N blocks of a batch: the blocks of a slot side by side, in the order of the votes.
 
     Attributes:
-      slot: `[N]` place in the pool.
-      position: `[N]` of the image that is in it.
-      number: `[N]` of the block among the image's, those of the selection first.
+      slot: `[N]` slot of the pool, ascending.
+      position: `[N]` position of the image in that slot.
+      number: `[N]` number of the block among the image's blocks, which begin with the selection.
     """
 
     slot: np.ndarray
     position: np.ndarray
     number: np.ndarray
 
-    def columns(self, indices: np.ndarray, settings: VoteSettings, num_blocks: int) -> np.ndarray:
-        """`[num_blocks, 5]` int32: slot, index of the image, phase, first vote, number of votes; 0 for no block."""
-        before = _selection_blocks(settings)
-        phase = self.number >= before
-        first = LOOK_EVERY * (self.number - before * phase)
-        length = np.minimum(np.where(phase, settings.n, settings.n0) - first, LOOK_EVERY)
-        columns = np.stack([self.slot, indices[self.position], phase, first, length], axis=1).astype(np.int32)
-        return np.pad(columns, ((0, num_blocks - len(columns)), (0, 0)))
 
-
-def _selection_blocks(settings: VoteSettings) -> int:
-    return -(-settings.n0 // LOOK_EVERY)
-
-
-class _Table:
-    """What the host knows about the images in the pool, an entry for each slot."""
+class _Schedule:
+    """The host's view of the pool: for each slot, which image is in it, and which of its votes are known."""
 
     def __init__(
         self, indices: np.ndarray, *, num_slots: int, settings: VoteSettings, radius: float, alpha: float
     ) -> None:
         self._indices, self._settings, self._radius, self._alpha = indices, settings, radius, alpha
-        self._before = _selection_blocks(settings)
-        self._total = self._before + -(-settings.n // LOOK_EVERY)
-        self._next = 0  # position of the next image that has no slot yet
-        self._position = np.full(num_slots, -1)  # of the image; -1: none
-        self._sent = np.zeros(num_slots, np.int64)  # blocks
-        self._known = np.zeros(num_slots, np.int64)  # of them, those whose counts are here
+        self._selecting = -(-settings.n0 // LOOK_EVERY)  # blocks of the selection
+        self._total = self._selecting + -(-settings.n // LOOK_EVERY)  # blocks of an image
+        self._next = 0  # position of the next image without a slot
+        self._position = np.full(num_slots, -1)  # position of the image in the slot; -1: none
+        self._sent = np.zeros(num_slots, np.int64)  # blocks sent to the devices
+        self._known = np.zeros(num_slots, np.int64)  # blocks whose counts are here
         self._counts0 = np.zeros((num_slots, settings.num_classes), np.int64)
         self._hits = np.zeros(num_slots, np.int64)
 
     def refill(self) -> tuple[np.ndarray, np.ndarray]:
-        """Gives the empty slots to the next images: slots and positions of those."""
+        """Give the empty slots to the next images; return these slots, and the positions of the images."""
         slots = np.flatnonzero(self._position < 0)[: len(self._indices) - self._next]
         positions = np.arange(self._next, self._next + len(slots))
         self._next += len(slots)
@@ -220,63 +207,80 @@ class _Table:
         return slots, positions
 
     def next_blocks(self, num_blocks: int) -> _Blocks:
-        """The blocks to compute next: the least speculative ones, at most `num_blocks`."""
-        left = np.where(self._position < 0, 0, self._total - self._sent)
-        needed = np.maximum(self._known, self._before)  # what lies below is needed whatever the votes in flight are
+        """Return the blocks of the next batch, at most `num_blocks`.
 
-        def up_to(level: int) -> np.ndarray:
-            """Blocks of each slot that reach `level` beyond what is needed."""
-            return np.clip(needed + level - self._sent, 0, left)
+        They are dealt in rounds: one more block for each image that is the least ahead of its known blocks.
+        """
+        needed = np.maximum(self._known, self._selecting)  # whatever the votes in flight are
+        sent, room = self._sent.copy(), num_blocks
+        while room:
+            has_more = (self._position >= 0) & (sent < self._total)
+            if not has_more.any():
+                break
+            ahead = sent - needed
+            least = np.flatnonzero(has_more & (ahead == ahead[has_more].min()))[:room]
+            sent[least] += 1
+            room -= len(least)
+        slot = np.repeat(np.arange(len(sent)), sent - self._sent)
+        number = self._sent[slot] + np.arange(len(slot)) - _first_of_slot(slot)
+        self._sent = sent
+        return _Blocks(slot, self._position[slot], number)
 
-        levels = range(-self._before, self._total + 1)  # none at the lowest, all that are left at the highest
-        level = levels[bisect.bisect_right(levels, num_blocks, key=lambda level: up_to(level).sum()) - 1]
-        number = up_to(level)
-        more = np.flatnonzero(up_to(level + 1) > number)[: num_blocks - number.sum()]
-        number[more] += 1
-        slot = np.repeat(np.arange(len(number)), number)
-        place = np.arange(len(slot)) - np.repeat(np.cumsum(number) - number, number)
-        blocks = _Blocks(slot, self._position[slot], self._sent[slot] + place)
-        self._sent += number
-        return blocks
+    def columns(self, blocks: _Blocks, num_blocks: int) -> np.ndarray:
+        """Return `[num_blocks, 5]` int32: slot, index of the image, phase, first vote, number of votes; 0 for none."""
+        phase = blocks.number >= self._selecting
+        first = LOOK_EVERY * (blocks.number - self._selecting * phase)
+        length = np.minimum(np.where(phase, self._settings.n, self._settings.n0) - first, LOOK_EVERY)
+        columns = np.stack([blocks.slot, self._indices[blocks.position], phase, first, length], axis=1)
+        return np.pad(columns.astype(np.int32), ((0, num_blocks - len(columns)), (0, 0)))
 
     def absorb(self, blocks: _Blocks, counts: np.ndarray) -> Decisions | None:
-        """Takes in the counts `[N, K + 1]` of the oldest batch that was sent; decisions, if there are any."""
-        live = blocks.position == self._position[blocks.slot]  # not thrown away: its image is still undecided
-        slot, number, nan = blocks.slot[live], blocks.number[live], counts[live, -1] > 0
-        counts = counts[live, :-1].astype(np.int64)
-        selecting = number < self._before
+        """Take in the counts `[N, K + 1]` of the oldest batch in flight; return its decisions, if there are any."""
+        used = blocks.position == self._position[blocks.slot]  # else the image was finished by an earlier batch
+        slot, number = blocks.slot[used], blocks.number[used]
+        counts, nan = counts[used, :-1].astype(np.int64), counts[used, -1] > 0
+        self._known[slot] = number + 1  # of several blocks of a slot, the last counts
+        selecting = number < self._selecting
         np.add.at(self._counts0, slot[selecting], counts[selecting])
-        last = np.full(len(self._position), self._total)  # block of each slot that is used
+        self._refuse(slot[selecting & nan])
+        # Blocks come in order, so the selection of the images in the others is complete.
+        measuring = ~selecting
+        return self._measure(slot[measuring], number[measuring], counts[measuring], nan[measuring])
 
-        measuring = ~selecting  # the image's selection is complete: blocks come in order
-        slot_m, number_m = slot[measuring], number[measuring]
-        selected = self._counts0.argmax(axis=1)
-        hits = counts[measuring][np.arange(len(slot_m)), selected[slot_m]]
+    def _measure(self, slot: np.ndarray, number: np.ndarray, counts: np.ndarray, nan: np.ndarray) -> Decisions | None:
+        """Look after each block of the estimation; the first block with a decision, or at the cap, ends its image."""
+        selected = self._counts0[slot].argmax(axis=1)
+        hits = counts[np.arange(len(slot)), selected]
         running = np.cumsum(hits)
-        first = np.searchsorted(slot_m, slot_m)  # where the blocks of the slot begin
-        hits = running - (running - hits)[first] + self._hits[slot_m]
-        votes = np.minimum(LOOK_EVERY * (number_m - self._before + 1), self._settings.n)
+        hits = self._hits[slot] + running - (running - hits)[_first_of_slot(slot)]
+        votes = np.minimum(LOOK_EVERY * (number - self._selecting + 1), self._settings.n)
         sigma = drawn_sigma(self._settings.sigma)
         decision = sequential.decide(hits, votes, radius=self._radius, sigma=sigma, alpha=self._alpha)
-        ends = np.flatnonzero((decision != sequential.UNDECIDED) | (votes == self._settings.n))
-        done, at_first = np.unique(slot_m[ends], return_index=True)
-        ends = ends[at_first]
-        last[done] = number_m[ends]
-        if (nan & (number <= last[slot])).any():
-            bad = slot[nan & (number <= last[slot])][0]
-            raise nan_error(self._indices[self._position[bad]])
-        np.maximum.at(self._hits, slot_m, hits)
-        np.maximum.at(self._known, slot, number + 1)
-        if not len(done):
+        self._hits[slot] = hits
+        ends = np.flatnonzero((decision != sequential.UNDECIDED) | (votes == self._settings.n) | nan)
+        ends = ends[np.unique(slot[ends], return_index=True)[1]]
+        self._refuse(slot[ends[nan[ends]]])
+        if not len(ends):
             return None
+        done = slot[ends]
         positions = self._position[done]
         self._position[done] = -1
         return Decisions(
             positions,
             self._indices[positions],
-            selected[done],
+            selected[ends],
             self._counts0[done],
             hits[ends],
             votes[ends],
             decision[ends],
         )
+
+    def _refuse(self, slots: np.ndarray) -> None:
+        """Raise a `UserError` for the image in the first of the slots, if there is one."""
+        if len(slots):
+            raise nan_error(self._indices[self._position[slots[0]]])
+
+
+def _first_of_slot(slot: np.ndarray) -> np.ndarray:
+    """Return for each block `[N]` where the blocks of its slot begin; `slot` is ascending."""
+    return np.searchsorted(slot, slot)

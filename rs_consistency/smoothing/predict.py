@@ -1,4 +1,4 @@
-"""Prediction of a smoothed classifier, with abstention; no radius."""
+"""Prediction of a smoothed classifier, with abstention and without a radius."""
 
 from collections.abc import Callable, Sequence
 from typing import NamedTuple
@@ -10,16 +10,16 @@ from numpy.typing import ArrayLike
 from rs_consistency import noise
 from rs_consistency.common.checks import check_all, number_array, probability
 from rs_consistency.common.errors import UserError
-from rs_consistency.smoothing.certify import ABSTAIN, prepare
-from rs_consistency.statistics.bounds import ALPHA, N, p_value_of
+from rs_consistency.smoothing.images import prepare
+from rs_consistency.statistics.bounds import ABSTAIN, ALPHA, N, p_value_of
 
 
 class Prediction(NamedTuple):
-    """What `predict` returns for B images.
+    """The predictions for B images.
 
     Attributes:
       prediction: `[B]` int64, the class; `ABSTAIN` (-1) where the votes are too close.
-      p_value: `[B]` float64, of the two-sided test that the two most voted classes are equally probable.
+      p_value: `[B]` float64, p-value of the two-sided test that the two most voted classes are equally probable.
       counts: `[B, K]` int64, the n votes.
     """
 
@@ -42,63 +42,63 @@ def predict(
     devices: Sequence[jax.Device] | None = None,
     progress: bool = False,
 ) -> Prediction:
-    """Predicts with the smoothed version of a classifier, or abstains.
+    """Predict with the smoothed version of a classifier, or abstain.
 
     Guarantee: for each image, with probability at least 1 - alpha over the noise, the prediction is `ABSTAIN` or the
     class that the smoothed classifier gives. The statement is about one image.
 
-    Source: PREDICT of Cohen, Rosenfeld, Kolter (ICML 2019), proposition 2: n votes; the class with the most is
+    Source: PREDICT of Cohen, Rosenfeld, Kolter (ICML 2019), proposition 2. The class with the most of n votes is
     predicted if the two-sided binomial test at 1/2 of the two largest counts has a p-value of at most alpha.
 
-    The noise is not that of `certify` and `decide`: the predictions are independent of their certificates.
+    The noise differs from the noise of `certify` and `decide`: predictions are independent of their certificates.
+
+    A linear classifier abstains on its plane:
+
+    >>> import numpy as np
+    >>> from rs_consistency import predict
+    >>> is_bright = lambda images: (images.mean(axis=(1, 2)) - 0.5) * np.float32([[-1, 1]])
+    >>> images = np.stack([np.full((4, 4, 1), brightness) for brightness in (0.1, 0.5, 0.9)])
+    >>> predict(is_bright, images, sigma=0.5, num_classes=2, n=100).prediction
+    array([ 0, -1,  1])
 
     Args:
-      apply_fn: a function that JAX can trace, `[N, H, W, C]` float32 -> logits `[N, K]`; normalization is part of it.
+      apply_fn: function that JAX can trace, `[N, H, W, C]` float32 -> logits `[N, K]`; it includes any normalization.
       images: `[B, H, W, C]`, in [0, 1].
       sigma: standard deviation of the noise, in units of the images.
       num_classes: K.
-      n: votes.
+      n: votes on an image.
       alpha: error probability of one image's statement, in (0, 1), at least 1e-100.
-      seed: of the noise.
+      seed: seed of the noise.
       batch_size: noisy images at a time; None for a choice by device. No effect on the votes.
       indices: `[B]`, numbers that address the images' noise, 0..B-1 by default.
       devices: local devices that share the work; None for all.
-      progress: show a progress bar on stderr.
+      progress: whether to show a progress bar on stderr.
 
     Returns:
       NumPy arrays, see `Prediction`.
 
     Raises:
-      UserError: a `ValueError`, for settings or images outside their range, a model that does not fit
-        images and num_classes, or one that gives NaN.
+      UserError: a `ValueError`, for settings or images outside their range, or a model that does not fit images and
+        num_classes, or gives NaN.
     """
     alpha = probability("alpha", alpha)
     task = prepare(
-        images,
-        indices,
-        devices,
-        sigma=sigma,
-        num_classes=num_classes,
-        n0=0,
-        least_n0=0,
-        n=n,
-        seed=seed,
-        batch_size=batch_size,
+        images, indices, devices, sigma=sigma, num_classes=num_classes, n=n, seed=seed, batch_size=batch_size
     )
-    votes = task.all_votes(apply_fn, noise.Stream.PREDICT, "predicting" if progress else None)
+    votes = task.all_votes(apply_fn, noise.Stream.PREDICT, "predicting", progress)
     return conclude_prediction(votes.counts, alpha=alpha)
 
 
 def conclude_prediction(counts: ArrayLike, *, alpha: float) -> Prediction:
-    """Prediction and p-value from the votes `[B, K]`; see `predict`.
+    """Return predictions and p-values from votes `[B, K]`; see `predict`.
 
     | counts | p-value |
     |---|---|
     | two equal largest | 1: abstains |
-    | all n for one class | 2 ** (1 - n), at most 1; so is it for K = 1 |
+    | all n for one class, also for K = 1 | 2 ** (1 - n), at most 1 |
 
     Raises:
-      UserError: when the counts are not whole numbers `[B, K]`, or an image has none.
+      UserError: for counts other than whole numbers `[B, K]`, or an image without votes.
     """
     alpha = probability("alpha", alpha)
     counts = number_array("counts", counts)

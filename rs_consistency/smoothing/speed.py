@@ -1,4 +1,4 @@
-"""Votes per second, measured: for `--dry_run`."""
+"""The speed of votes, measured for `--dry_run`."""
 
 import time
 from collections.abc import Callable, Sequence
@@ -18,11 +18,11 @@ _MEASURED_BATCHES = 8  # of an image
 
 
 class VoteCost(NamedTuple):
-    """What votes take.
+    """The cost of votes.
 
     Attributes:
-      per_second: votes on the wall clock, over all devices.
-      bytes_per_device: that a compiled batch holds at most; None where XLA does not say.
+      per_second: votes a second on the wall clock, over all devices.
+      bytes_per_device: largest memory of a compiled batch; None where XLA does not say.
     """
 
     per_second: float
@@ -37,9 +37,9 @@ def measure_votes(
     settings: VoteSettings,
     devices: Sequence[jax.Device],
 ) -> VoteCost:
-    """Times votes on some images `[B, H, W, C]`, for about two seconds; arguments as in `votes.count_votes`."""
+    """Time votes on images `[B, H, W, C]` for about two seconds; arguments as in `votes.count_votes`."""
     rows = -(-settings.batch_size // len(devices))
-    # Whole batches on all devices: then the images do not fit into one group, which alone would not be timed.
+    # Whole batches on all devices: then the images make several groups, and all but the first are timed.
     short = settings._replace(n0=1, n=_MEASURED_BATCHES * rows * len(devices) - 1)
     many = images[np.arange(_MEASURED_IMAGES) % len(images)]
     counted, start = 0, 0.0

@@ -14,33 +14,33 @@ from rs_consistency.common.errors import UserError
 from rs_consistency.data import DatasetInfo
 from rs_consistency.devices import parallel
 
-# A group of images is voted on together, and is at least so many calls: what its last call leaves unused is small.
+# Calls of the device for a group of images, at least: then the rows that its last call leaves unused are few.
 _CALLS_IN_GROUP = 16
-# Noisy images in a batch, and their pixel values at most: on the CPU so few that what a layer computes stays near the
-# caches and below what glibc maps anew each time. On 2 cores LeNet counted 1.5 times as many votes a second with 128 as
-# with 256, ResNet-20 1.1 times with 64. An accelerator wants thousands, as far as they fit into its memory: an NVIDIA
-# H100 counted 3.5 million LeNet votes a second with 16,384 in a batch (7 GiB), 2.4 million with 4,096.
+# Noisy images in a batch, and their pixel values at most. A CPU gets few: a layer's results then stay near the caches,
+# and below the size that glibc maps anew each time. On 2 cores LeNet counted 1.5 times as many votes a second with 128
+# as with 256, ResNet-20 1.1 times with 64. An accelerator gets thousands, as far as its memory allows: an NVIDIA H100
+# counted 3.5 million LeNet votes a second with 16,384 in a batch (7 GiB), 2.4 million with 4,096.
 _BATCH = {"cpu": (128, 3 * 2**16)}
 _BATCH_ELSEWHERE = (16384, 2**24)
 _LEAST_BATCH = 16
 _GROUP_VALUES = 2**26  # pixel values in a group of images at most: 256 MiB
-# On the CPU convolutions in a compiled loop are slow, and a call costs little. An accelerator would wait for the host.
+# On a CPU, convolutions in a compiled loop are slow and a call costs little. An accelerator would wait for the host.
 _BATCHES_PER_CALL = {"cpu": 1}
 _BATCHES_PER_CALL_ELSEWHERE = 16
-# Row numbers are int32 on the devices: n0 + n and the 256 batches of a group together stay below 2**31.
+# Row numbers are int32 on the devices: n0 + n and the 256 batches of a group must stay below 2**31 together.
 _MOST_VOTES = 2**29
 _LARGEST_BATCH = 2**20
 
 
 class VoteSettings(NamedTuple):
-    """What `count_votes` does for every image; made by `vote_settings`, which checks it.
+    """The settings of `count_votes`, the same for every image; from `vote_settings`, which checks them.
 
     Attributes:
       sigma: standard deviation of the noise.
       num_classes: K.
-      n0: votes of the selection.
+      n0: votes of the selection; 0 where no class has to be selected.
       n: votes of the estimation.
-      seed: of the noise.
+      seed: seed of the noise.
       batch_size: noisy images at a time, over all devices.
     """
 
@@ -52,47 +52,27 @@ class VoteSettings(NamedTuple):
     batch_size: int
 
     @classmethod
-    def for_dataset(
-        cls,
-        info: DatasetInfo,
-        *,
-        sigma: Any,
-        n: Any,
-        seed: Any,
-        platform: str,
-        n0: Any = 0,
-        batch_size: Any = None,
-        least_n0: int = 0,
-    ) -> Self:
-        """Return checked settings for the images of a dataset; see `vote_settings`."""
-        return vote_settings(
-            sigma=sigma,
-            num_classes=info.num_classes,
-            n0=n0,
-            n=n,
-            seed=seed,
-            batch_size=batch_size,
-            image_shape=info.image_shape,
-            platform=platform,
-            least_n0=least_n0,
-        )
+    def for_dataset(cls, info: DatasetInfo, **settings: Any) -> Self:
+        """Return checked settings for the images of a dataset; `settings` are the others of `vote_settings`."""
+        return vote_settings(num_classes=info.num_classes, image_shape=info.image_shape, **settings)
 
 
 def vote_settings(
     *,
     sigma: Any,
     num_classes: Any,
-    n0: Any,
     n: Any,
     seed: Any,
-    batch_size: Any,
     image_shape: Sequence[int],
     platform: str,
-    least_n0: int = 1,
+    n0: Any = 0,
+    least_n0: int = 0,
+    batch_size: Any = None,
 ) -> VoteSettings:
-    """Checked settings; a `batch_size` of None is chosen by platform and image shape `(H, W, C)`.
+    """Return checked settings; see `VoteSettings`.
 
-    Only where no class has to be selected may `least_n0` be 0.
+    n0 must be at least `least_n0`, which is 1 where a class has to be selected. A `batch_size` of None is chosen by
+    platform and image shape `(H, W, C)`.
 
     Raises:
       UserError: for the first setting that cannot work.
@@ -111,7 +91,7 @@ def vote_settings(
 
 
 class Votes(NamedTuple):
-    """Counts of a group of images.
+    """The votes of a group of G images, counted by class.
 
     Attributes:
       counts0: `[G, K]` int64, votes of the selection.
@@ -133,23 +113,24 @@ def count_votes(
     stream: noise.Stream = noise.Stream.CERTIFY,
     batches_per_call: int | None = None,
 ) -> Iterator[Votes]:
-    """Yields the votes of the images, group after group, in order.
+    """Yield the votes of the images, group after group, in order.
 
-    The votes of an image fill batches back to back, n0 for the selection and then n for the estimation, and
-    so do the images of a group; every place of a batch knows its image and its vote from its global row number.
-    Noise exists for one batch at a time, and only counts leave the devices.
+    The votes of an image fill the rows of batches back to back: n0 of the selection, then n of the estimation. So do
+    the images of a group. A row knows its image and its vote from its global number. Noise exists for one batch at a
+    time, and only counts leave the devices.
 
-    Vote v of an image is a function of (seed, the image's index, selection or estimation, v) and sigma: not of the
-    other images, the batch size or the devices, up to rounding in the model, which decides ties alone.
+    Guarantee: vote v of an image is a function of the seed, the image's index, the phase (selection or estimation), v
+    and sigma. Other images, the batch size and the devices have no effect, except through rounding in the model, which
+    can only decide ties.
 
     Args:
       apply_fn: (variables, `[N, H, W, C]`) -> logits `[N, K]`.
-      variables: passed through; replicated on the devices.
+      variables: first argument of `apply_fn`; replicated on the devices.
       images: `[B, H, W, C]`, float32 in [0, 1], or uint8.
       indices: `[B]`, the images' numbers in their dataset, 0..MAX_INDEX, which address the noise.
       settings: from `vote_settings`.
       devices: local devices that share a batch.
-      stream: what the noise is for.
+      stream: purpose of the noise.
       batches_per_call: batches in one call of the device, in a compiled loop; None for a choice by platform.
 
     Yields:
@@ -187,11 +168,11 @@ def count_votes(
         counts = parallel.replicate(np.zeros((2, group, num_classes + 1), np.int32), devices)
         for start in range(0, num_real * per_image, rows_per_call):
             counts = compiled(counts, variables, *arrays, np.int32(start))
-        found = np.asarray(counts)[:, :num_real].astype(np.int64)
-        nan = np.flatnonzero(found[..., num_classes].any(axis=0))
+        totals = np.asarray(counts)[:, :num_real].astype(np.int64)
+        nan = np.flatnonzero(totals[..., num_classes].any(axis=0))
         if len(nan):
             raise nan_error(indices[first + nan[0]])
-        yield Votes(found[0, :, :num_classes], found[1, :, :num_classes])
+        yield Votes(totals[0, :, :num_classes], totals[1, :, :num_classes])
 
 
 def _compile(
@@ -201,12 +182,12 @@ def _compile(
     batches: int,
     devices: Sequence[jax.Device],
 ) -> Callable[..., jax.Array]:
-    """The compiled votes of some batches of a group; of sigma, seed and images nothing is compiled in."""
+    """Compile the votes of some batches of a group; sigma, seed and images are arguments of the compiled function."""
     batch_size = per_device * len(devices)
 
     def some_batches(
         shard: jax.Array,
-        counts: jax.Array,  # [2, G, K + 1]; the last class counts votes that are NaN
+        counts: jax.Array,  # [2, G, K + 1]; the last class counts the votes with a NaN logit
         variables: Any,
         key: jax.Array,
         sigma: jax.Array,
@@ -218,7 +199,7 @@ def _compile(
     ) -> jax.Array:
         n0, per_image = numbers[0], numbers.sum()
 
-        def one_batch(batch: Any, found: jax.Array) -> jax.Array:
+        def one_batch(batch: Any, added: jax.Array) -> jax.Array:
             row = start + (batch * len(devices) + shard) * per_device + jnp.arange(per_device)
             slot, vote = row // per_image, row % per_image
             real = slot < num_real
@@ -228,15 +209,15 @@ def _compile(
             voted = cast(
                 apply_fn, variables, images[slot], key=key, addresses=addresses, sigma=sigma, num_classes=num_classes
             )
-            return found.at[phase, slot, voted].add(real.astype(found.dtype))
+            return added.at[phase, slot, voted].add(real.astype(added.dtype))
 
-        found = jnp.zeros_like(counts)
+        added = jnp.zeros_like(counts)
         if batches == 1:
-            found = one_batch(0, found)
+            added = one_batch(0, added)
         else:
             left = (num_real * per_image - start + batch_size - 1) // batch_size
-            found = jax.lax.fori_loop(0, jnp.minimum(batches, left), one_batch, found)
-        return counts + parallel.sum_over_devices(found)
+            added = jax.lax.fori_loop(0, jnp.minimum(batches, left), one_batch, added)
+        return counts + parallel.sum_over_devices(added)
 
     return parallel.spread(some_batches, devices=devices, donate=(0,))
 
@@ -251,19 +232,19 @@ def cast(
     sigma: jax.Array | float,
     num_classes: int,
 ) -> jax.Array:
-    """One vote for each row, on a device.
+    """Return one vote for each row, on a device.
 
     Args:
       apply_fn: (variables, `[N, H, W, C]`) -> logits `[N, K]`.
-      variables: passed through.
+      variables: first argument of `apply_fn`.
       images: `[N, H, W, C]` float32 in [0, 1], without noise.
-      key: of the noise stream.
-      addresses: `[N]` int32 each: the image's index, 0 for the selection or 1 for the estimation, and the vote in it.
+      key: key of the noise stream.
+      addresses: `[N]` int32 each: the image's index, 0 for the selection or 1 for the estimation, number of the vote.
       sigma: standard deviation of the noise.
       num_classes: K.
 
     Returns:
-      `[N]` int32, the class voted for, the lowest of equals; K where a logit is NaN.
+      `[N]` int32, the class with the largest logit, the lowest of equals; K where a logit is NaN.
     """
     draws = noise.addressed_noise(key, *addresses, shape=images.shape[1:])
     logits = apply_fn(variables, images + sigma * draws)
@@ -271,12 +252,12 @@ def cast(
 
 
 def nan_error(index: int) -> UserError:
-    """What to raise when votes of an image are NaN."""
+    """Return the error for an image with NaN among its logits."""
     return UserError(f"the model gives NaN for noisy copies of image {index}; check its parameters and normalization")
 
 
 def to_float(images: np.ndarray) -> np.ndarray:
-    """float32 in [0, 1]."""
+    """Return images as float32 in [0, 1]; uint8 is divided by 255."""
     return np.asarray(images, np.float32) / np.float32(255 if images.dtype == np.uint8 else 1)
 
 
@@ -288,11 +269,11 @@ def check_model(
     num_classes: int,
     batch_size: int,
 ) -> None:
-    """Raises a `UserError` when a model does not map a batch of such images to K logits each."""
+    """Raise a `UserError` for a model that does not map a batch of images to K logits each."""
     batch = jax.ShapeDtypeStruct((batch_size, *image_shape), jnp.float32)
     try:
         logits = jax.eval_shape(apply_fn, variables, batch)
-    except Exception as error:  # whatever the model raises for images that it cannot take
+    except Exception as error:  # a model may raise anything for images that do not fit
         first_line = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise UserError(f"the model does not accept images of shape {tuple(image_shape)}: {first_line}") from error
     if getattr(logits, "shape", None) != (batch_size, num_classes):

@@ -1,7 +1,7 @@
 """The statistics of a certificate: confidence bounds and radii, in float64 on the host.
 
-Everything broadcasts over arrays. Every bound errs on the safe side by construction: the binomial tail at a returned
-lower bound is computed, and the bound is lowered until it does not exceed alpha. There are three of them (`BOUNDS`):
+All functions broadcast over arrays. Every bound errs on the safe side by construction: the binomial tail at a lower
+bound is computed, and the bound is lowered until the tail does not exceed alpha. There are three bounds (`BOUNDS`):
 
 - `clopper_pearson`: p_A against 1/2, the published protocol. Source: Cohen, Rosenfeld, Kolter (ICML 2019), theorem 1
   and algorithm CERTIFY.
@@ -21,13 +21,13 @@ from rs_consistency.common.errors import UserError
 
 ABSTAIN = -1  # the prediction of an image without a certificate
 BOUNDS = ("clopper_pearson", "two_class", "randomized")
-# The defaults of every certification, as published: votes that select, votes that measure, error probability.
+# The published defaults of every certification: votes that select, votes that measure, error probability.
 N0, N, ALPHA = 100, 100_000, 0.001
-_HALVINGS = 60  # of an interval within [0, 1]: more than float64 can tell apart
+_HALVINGS = 60  # of an interval within [0, 1]: finer than float64
 
 
 def lower_confidence_bound(count: ArrayLike, n: ArrayLike, alpha: ArrayLike) -> np.ndarray:
-    """One-sided Clopper-Pearson lower bound of a binomial proportion.
+    """Return the one-sided Clopper-Pearson lower bound of a binomial proportion.
 
     Guarantee: for `count ~ Binomial(n, p)`, the bound exceeds p with probability at most alpha, for every p.
 
@@ -47,30 +47,44 @@ def lower_confidence_bound(count: ArrayLike, n: ArrayLike, alpha: ArrayLike) -> 
 
     Raises:
       UserError: for an argument outside its range.
+
+    Example:
+      >>> from rs_consistency import lower_confidence_bound
+      >>> lower_confidence_bound([0, 99_000, 100_000], 100_000, 0.001).round(6).tolist()
+      [0.0, 0.988989, 0.999931]
     """
     return _lower(*_checked(count, n, alpha))[()]
 
 
 def upper_confidence_bound(count: ArrayLike, n: ArrayLike, alpha: ArrayLike) -> np.ndarray:
-    """One-sided Clopper-Pearson upper bound of a binomial proportion: below p with probability at most alpha.
+    """Return the one-sided Clopper-Pearson upper bound of a binomial proportion. It is always above 0.
 
-    Arguments, shapes and errors as for `lower_confidence_bound`. Always above 0.
+    Guarantee: for `count ~ Binomial(n, p)`, the bound is below p with probability at most alpha, for every p.
+
+    Arguments, shapes and errors are as for `lower_confidence_bound`.
+
+    Example:
+      >>> from rs_consistency.statistics.bounds import upper_confidence_bound
+      >>> upper_confidence_bound([0, 1_000, 100_000], 100_000, 0.001).round(6).tolist()
+      [6.9e-05, 0.011011, 1.0]
     """
     return _upper(*_checked(count, n, alpha))[()]
 
 
 def randomized_lower_bound(count: ArrayLike, n: ArrayLike, alpha: ArrayLike, uniform: ArrayLike) -> np.ndarray:
-    """The randomized lower bound of a binomial proportion: the p with P(X > count) + uniform * P(X = count) = alpha.
+    """Return the randomized lower bound of a binomial proportion.
+
+    It is the p with P(X > count) + uniform * P(X = count) = alpha, and lies between the Clopper-Pearson bounds of
+    `count` and `count + 1`. For count = n the draw is not used, so the bound stays below 1.
 
     Guarantee: for `count ~ Binomial(n, p)` and an independent uniform draw, the bound exceeds p with a probability of
-    exactly alpha, for every p up to alpha ** (1 / n), and at most alpha beyond. It lies between the Clopper-Pearson
-    bounds of `count` and of `count + 1`; for count = n the draw is not used, so that it stays below 1.
+    exactly alpha, for every p up to alpha ** (1 / n), and at most alpha beyond.
 
     Args:
-      count: as for `lower_confidence_bound`, and so are `n` and `alpha`.
-      n: trials.
-      alpha: error probability.
-      uniform: draws from (0, 1] that depend on nothing that the counts depend on.
+      count: successes, as for `lower_confidence_bound`.
+      n: trials, likewise.
+      alpha: error probability, likewise.
+      uniform: draws from (0, 1], independent of the counts.
 
     Returns:
       float64, shaped as the arguments broadcast.
@@ -79,6 +93,11 @@ def randomized_lower_bound(count: ArrayLike, n: ArrayLike, alpha: ArrayLike, uni
       UserError: for an argument outside its range.
 
     Source: Stevens (Biometrika 1950); for smoothing, Voracek (NeurIPS 2024).
+
+    Example:
+      >>> from rs_consistency.statistics.bounds import randomized_lower_bound
+      >>> randomized_lower_bound(90, 100, 0.001, [1.0, 0.5]).round(4).tolist()  # at 1.0: the Clopper-Pearson bound
+      [0.7753, 0.7805]
     """
     count, n, alpha = _checked(count, n, alpha)
     uniform = number_array("uniform", uniform).astype(np.float64)
@@ -94,14 +113,14 @@ def randomized_lower_bound(count: ArrayLike, n: ArrayLike, alpha: ArrayLike, uni
 
 
 def certified_radius(count: ArrayLike, n: ArrayLike, alpha: ArrayLike, sigma: ArrayLike) -> np.ndarray:
-    """The l2 radius that `count` of `n` votes certify.
+    """Return the l2 radius that `count` of `n` votes certify.
 
-    Guarantee: if the votes are independent and the class was chosen without looking at them, then the probability
-    that the radius is greater than 0 while the smoothed classifier's prediction is not that class everywhere within it
-    is at most alpha.
+    It is `sigma * Phi^-1(p_A)` with `p_A = lower_confidence_bound(count, n, alpha)`, and 0 where `p_A <= 1/2`. A p_A
+    below 1/2 means abstention; the radius alone does not distinguish it from a certificate of radius 0.
 
-    `sigma * Phi^-1(p_A)` with `p_A = lower_confidence_bound(count, n, alpha)`; 0 where `p_A <= 1/2`. A p_A below 1/2
-    means abstention; the radius alone does not distinguish it from a certificate of radius 0.
+    Guarantee: let the votes be independent, for a class that was chosen without looking at them. A wrong certificate is
+    a positive radius within which the smoothed classifier does not predict that class everywhere. Its probability is
+    at most alpha.
 
     Args:
       count: votes for the chosen class, whole numbers in 0..n.
@@ -114,18 +133,25 @@ def certified_radius(count: ArrayLike, n: ArrayLike, alpha: ArrayLike, sigma: Ar
 
     Raises:
       UserError: for an argument outside its range.
+
+    Example:
+      99,000 of 100,000 votes at sigma 0.5 certify a radius of 1.145.
+
+      >>> from rs_consistency import certified_radius
+      >>> certified_radius([50_000, 99_000, 100_000], 100_000, 0.001, 0.5).round(3).tolist()
+      [0.0, 1.145, 1.906]
     """
     sigma = _checked_sigma(sigma)
     return _radius(_lower(*_checked(count, n, alpha)), sigma)[()]
 
 
 class Certified(NamedTuple):
-    """What votes prove.
+    """The conclusion from the votes of each image.
 
     Attributes:
-      certified: bool, whether there is a certificate at all; else abstain.
+      certified: bool; False means abstention.
       radius: float64 l2 radius; 0 where nothing is certified.
-      lower: float64, the lower confidence bound of p_A that it comes from.
+      lower: float64 lower confidence bound of p_A, from which the radius follows.
     """
 
     certified: np.ndarray
@@ -143,27 +169,38 @@ def certify_votes(
     bound: str = "clopper_pearson",
     uniform: ArrayLike | None = None,
 ) -> Certified:
-    """What n votes prove about a class that was chosen without looking at them.
+    """Return the certificate that n votes give a class that was chosen without looking at them.
 
-    Guarantee, for each `bound`: the probability that something is certified that is not so is at most alpha.
+    Guarantee, for each `bound`: a wrong certificate has probability at most alpha.
 
-    With `two_class`, `sigma / 2 * (Phi^-1(p_A) - Phi^-1(p_B))`, p_A from below and p_B from above at alpha / 2 each,
-    p_B at most 1 - p_A. The largest count of any other class bounds p_B: that of the truly second is not larger.
+    With `two_class` the radius is `sigma / 2 * (Phi^-1(p_A) - Phi^-1(p_B))`. p_A is bounded from below and p_B from
+    above, at alpha / 2 each, with p_B at most 1 - p_A. The largest count of any other class bounds p_B, because the
+    count of the truly second class is not larger.
 
     Args:
       count: votes for the chosen class.
-      runner_up: the most votes that any other class has; only `two_class` looks at it.
+      runner_up: largest number of votes for another class; only `two_class` uses it.
       n: all votes.
       alpha: error probability, in (0, 1), at least 1e-100.
       sigma: standard deviation of the noise, which was drawn in float32 (`drawn_sigma`).
       bound: one of `BOUNDS`.
-      uniform: draws from (0, 1], for `randomized`: from `noise.bound_uniform`.
+      uniform: draws from (0, 1] of `noise.bound_uniform`; only `randomized` uses them.
 
     Returns:
-      Arrays as the arguments broadcast.
+      Arrays, shaped as the arguments broadcast.
 
     Raises:
       UserError: for an argument outside its range, or an unknown bound.
+
+    Example:
+      45 % of the votes against 20 %, and the rest for other classes: p_A alone does not exceed 1/2.
+
+      >>> from rs_consistency.statistics.bounds import certify_votes
+      >>> for bound in ("clopper_pearson", "two_class"):
+      ...     votes = certify_votes(45_000, 20_000, 100_000, alpha=0.001, sigma=0.5, bound=bound)
+      ...     print(bool(votes.certified), round(float(votes.radius), 3), round(float(votes.lower), 3))
+      False 0.0 0.445
+      True 0.172 0.445
     """
     sigma = drawn_sigma(_checked_sigma(sigma))
     if bound == "two_class":
@@ -192,26 +229,40 @@ def certify_votes(
 
 
 def drawn_sigma(sigma: ArrayLike) -> np.ndarray:
-    """The sigma that radii may be computed with: noise is drawn in float32, whose sigma may be a little smaller."""
+    """Return the sigma for computing radii, float64: noise is drawn in float32, whose sigma may be a little smaller.
+
+    Example:
+      >>> from rs_consistency.statistics.bounds import drawn_sigma
+      >>> float(drawn_sigma(0.5)), float(drawn_sigma(0.12))
+      (0.5, 0.11999999731779099)
+    """
     return np.minimum(sigma, np.float64(np.float32(sigma)))
 
 
 def radius_ceiling(n: ArrayLike, *, alpha: ArrayLike, sigma: ArrayLike, bound: str = "clopper_pearson") -> np.ndarray:
-    """The largest radius that n votes can certify: all of them for one class, `sigma * Phi^-1(alpha ** (1 / n))`."""
+    """Return the largest radius that n votes certify, `sigma * Phi^-1(alpha ** (1 / n))`: all are for the same class.
+
+    Example:
+      Ten times as many votes certify little more.
+
+      >>> from rs_consistency.statistics.bounds import radius_ceiling
+      >>> radius_ceiling([10_000, 100_000, 1_000_000], alpha=0.001, sigma=0.5).round(2).tolist()
+      [1.6, 1.91, 2.17]
+    """
     return certify_votes(n, 0, n, alpha=alpha, sigma=sigma, bound=bound, uniform=1.0).radius
 
 
-# A few units in the last place of a float64: more than ndtri and the product can be wrong by.
+# A few units in the last place of a float64: above the rounding errors of ndtri and the product.
 _SHRINK = 1 - 2.0**-50
 
 
 def _radius(lower: np.ndarray, sigma: np.ndarray) -> np.ndarray:
-    """`sigma * Phi^-1(lower)`, rounded down; 0 where lower is at most 1/2."""
+    """Return `sigma * Phi^-1(lower)`, rounded down; 0 where lower is at most 1/2."""
     return np.maximum(sigma * special.ndtri(np.maximum(lower, 0.5)) * _SHRINK, 0.0)
 
 
 def _lower(count: np.ndarray, n: np.ndarray, alpha: np.ndarray) -> np.ndarray:
-    """`lower_confidence_bound` of checked float64 arrays."""
+    """Return `lower_confidence_bound` of checked float64 arrays."""
     count, n, alpha = np.broadcast_arrays(count, n, alpha)
     some = np.maximum(count, 1)  # the quantile is not defined at count = 0
     bound = np.where(count == n, np.exp(np.log(alpha) / n), special.betaincinv(some, n - some + 1, alpha))
@@ -227,21 +278,21 @@ def _lower(count: np.ndarray, n: np.ndarray, alpha: np.ndarray) -> np.ndarray:
 
 
 def _upper(count: np.ndarray, n: np.ndarray, alpha: np.ndarray) -> np.ndarray:
-    """`upper_confidence_bound` of checked float64 arrays."""
+    """Return `upper_confidence_bound` of checked float64 arrays."""
     return np.minimum(np.nextafter(1 - _lower(n - count, n, alpha), 2.0), 1.0)
 
 
 def _tail(count: np.ndarray, n: np.ndarray, p: np.ndarray) -> np.ndarray:
-    """P(X >= count) for X ~ Binomial(n, p)."""
+    """Return P(X >= count) for X ~ Binomial(n, p)."""
     some = np.maximum(count, 1)
-    # For count = n, p ** n: betainc loses digits there.
+    # For count = n it is p ** n, where betainc loses digits.
     with np.errstate(divide="ignore"):
         tail = np.where(count == n, np.exp(n * np.log(p)), special.betainc(some, n - some + 1, p))
     return np.where(count == 0, 1.0, tail)
 
 
 def _checked(count: ArrayLike, n: ArrayLike, alpha: ArrayLike) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """The three as float64 arrays; a `UserError` for what is outside its range."""
+    """Return the arguments as float64 arrays. Raise a `UserError` for a value outside its range."""
     count, n, alpha = (number_array(name, value) for name, value in {"count": count, "n": n, "alpha": alpha}.items())
     check_all("alpha", alpha, (alpha > 0) & (alpha < 1), "use a number in (0, 1), such as 0.001")
     check_all("alpha", alpha, alpha >= SMALLEST_PROBABILITY, f"use a number of at least {SMALLEST_PROBABILITY}")
@@ -258,14 +309,27 @@ def _checked_sigma(sigma: ArrayLike) -> np.ndarray:
 
 
 def most_of_others(counts: np.ndarray, selected: np.ndarray) -> np.ndarray:
-    """`[B]`, the most votes of any class but the selected one; 0 where there is no other."""
+    """Return from counts `[B, K]` the largest `[B]` of any class but the `selected` `[B]`; 0 if there is no other.
+
+    Example:
+      >>> import numpy as np
+      >>> from rs_consistency.statistics.bounds import most_of_others
+      >>> most_of_others(np.array([[3, 9, 4], [5, 5, 0]]), selected=np.array([1, 0])).tolist()
+      [4, 5]
+    """
     others = counts.copy()
     np.put_along_axis(others, selected[:, None], 0, axis=1)
     return others.max(axis=1, initial=0)
 
 
 def p_value_of(most: ArrayLike, runner_up: ArrayLike) -> np.ndarray:
-    """Of the two-sided binomial test at 1/2 between the two largest counts, `[B]` each, `most` at least 1."""
-    # P(X >= most) of X ~ Binomial(most + runner_up, 1/2), twice: at 1/2 the other tail is as large.
+    """Return p-values of the two-sided binomial test at 1/2 between the two largest counts, `most` at least 1.
+
+    Example:
+      >>> from rs_consistency.statistics.bounds import p_value_of
+      >>> p_value_of([60, 70], [40, 30]).round(5).tolist()
+      [0.05689, 8e-05]
+    """
+    # P(X >= most) of X ~ Binomial(most + runner_up, 1/2), doubled: at 1/2 the other tail is as large.
     tail = special.betainc(most, np.asarray(runner_up) + 1, 0.5)
     return np.where(np.equal(most, runner_up), 1.0, np.minimum(2 * tail, 1.0))

@@ -1,6 +1,6 @@
-"""What chance there is in a share, a mean over images, and a difference of two classifiers on the same images.
+"""Intervals and errors of a share, of a mean over images, and of two classifiers' difference on the same images.
 
-A certificate's own chance, that of its votes, is not here: see `statistics.bounds` and `certificates.joint`.
+The chance in the votes of a certificate is the subject of `statistics.bounds` and `certificates.joint`.
 """
 
 from typing import NamedTuple
@@ -25,14 +25,14 @@ class Interval(NamedTuple):
 
 
 def binomial_interval(successes: ArrayLike, trials: int, *, level: float = DEFAULT_LEVEL) -> Interval:
-    """Two-sided Clopper-Pearson interval of a probability, from independent trials.
+    """Return the two-sided Clopper-Pearson interval of a probability, from independent trials.
 
     Guarantee: it contains the true probability with probability at least `level`, for any probability.
 
     Args:
       successes: `[...]`, 0..trials.
-      trials: how many, at least 1.
-      level: in (0, 1).
+      trials: number of trials, at least 1.
+      level: confidence level, in (0, 1).
 
     Returns:
       Bounds `[...]` float64 in [0, 1].
@@ -41,6 +41,14 @@ def binomial_interval(successes: ArrayLike, trials: int, *, level: float = DEFAU
 
     Raises:
       UserError: for an argument outside its range.
+
+    Example:
+      350 of 500 images certified at some radius:
+
+      >>> from rs_consistency.statistics.intervals import binomial_interval
+      >>> low, high = binomial_interval(350, 500)
+      >>> round(float(low), 3), round(float(high), 3)
+      (0.658, 0.74)
     """
     level, trials = probability("level", level), whole_number("trials", trials, at_least=1)
     hits = np.asarray(successes)
@@ -53,18 +61,23 @@ def binomial_interval(successes: ArrayLike, trials: int, *, level: float = DEFAU
 
 
 def standard_error(values: ArrayLike, *, population: int | None = None) -> float:
-    """Standard error of the mean of values that were drawn at random.
+    """Return the standard error of the mean of values that were drawn at random.
 
     Args:
       values: `[N]`, at least 2.
-      population: size of the finite set that they were drawn from without replacement, where its mean is in question;
-        the error is 0 once N values are all of it. None: the set is as good as infinite.
+      population: size of the finite set from which the values were drawn without replacement, when its mean is in
+        question. The error is 0 when the values are the whole set. None stands for an infinite set.
 
     Raises:
       UserError: for fewer than two values, or more than the population.
+
+    Example:
+      >>> from rs_consistency.statistics.intervals import standard_error
+      >>> round(standard_error([0.0, 0.4, 1.2, 1.6]), 3), round(standard_error([0.0, 0.4, 1.2, 1.6], population=8), 3)
+      (0.365, 0.258)
     """
     values = _values(values)
-    error = values.std(ddof=1) / np.sqrt(len(values))
+    error = stats.sem(values)
     if population is None:
         return float(error)
     whole_number("population", population, at_least=len(values))
@@ -74,27 +87,33 @@ def standard_error(values: ArrayLike, *, population: int | None = None) -> float
 def bootstrap_interval(
     values: ArrayLike, *, seed: int = 0, samples: int = DEFAULT_SAMPLES, level: float = DEFAULT_LEVEL
 ) -> Interval:
-    """Percentile bootstrap interval of a mean over images, such as the ACR: images are drawn again, with replacement.
+    """Return the percentile bootstrap interval of a mean over images, such as the ACR.
 
-    It contains the mean over all images of the kind with probability about `level`, the better the more images there
-    are. A function of its arguments, the seed included.
+    Images are drawn again, with replacement. The interval contains the mean over all images of the kind with
+    probability about `level`; the approximation improves with N. The same arguments give the same interval.
 
     Args:
-      values: `[N]`, one for each image, at least 2.
-      seed: of the resampling.
-      samples: how often.
-      level: in (0, 1).
+      values: `[N]`, a number for each image, at least 2.
+      seed: seed of the resampling.
+      samples: number of resamples.
+      level: confidence level, in (0, 1).
 
     Source: Efron, Annals of Statistics 1979.
 
     Raises:
       UserError: for an argument outside its range.
+
+    Example:
+      >>> from rs_consistency.statistics.intervals import bootstrap_interval
+      >>> low, high = bootstrap_interval([0.0, 0.4, 1.2, 1.6], seed=0)
+      >>> round(float(low), 3), round(float(high), 3)
+      (0.2, 1.4)
     """
     values = _values(values)
     level, samples = probability("level", level), whole_number("samples", samples, at_least=1)
-    if np.ptp(values) == 0:  # nothing varies, which scipy warns of
+    if np.ptp(values) == 0:  # scipy would warn
         return Interval(values[0], values[0])
-    found = stats.bootstrap(
+    result = stats.bootstrap(
         (values,),
         np.mean,
         n_resamples=samples,
@@ -102,20 +121,20 @@ def bootstrap_interval(
         method="percentile",
         batch=max(1, _BATCH_VALUES // len(values)),
         rng=np.random.default_rng(seed),
-    ).confidence_interval
-    return Interval(found.low, found.high)
+    )
+    return Interval(*result.confidence_interval)
 
 
 class PairedDifference(NamedTuple):
-    """Two classifiers on the same images, `a` minus `b`.
+    """The difference `a` minus `b` of two classifiers on the same images.
 
     Attributes:
-      images: how many.
-      mean: of the differences.
-      standard_error: of that mean, over images.
-      interval: of that mean, by the bootstrap.
-      gained: images where a is greater than b.
-      lost: where it is smaller.
+      images: number of images.
+      mean: mean difference.
+      standard_error: standard error of the mean, over images.
+      interval: bootstrap interval of the mean.
+      gained: number of images with a greater than b.
+      lost: number of images with a smaller than b.
     """
 
     images: int
@@ -127,16 +146,24 @@ class PairedDifference(NamedTuple):
 
 
 def paired_difference(a: ArrayLike, b: ArrayLike, *, seed: int = 0, level: float = DEFAULT_LEVEL) -> PairedDifference:
-    """Compares two classifiers image by image: sharper than their means, since hard images are hard for both.
+    """Compare two classifiers image by image.
+
+    It is sharper than a comparison of the means, since hard images are hard for both.
 
     Args:
       a: `[N]`, such as radius times correct.
-      b: `[N]`, of the same images in the same order.
-      seed: of the bootstrap.
-      level: of the interval.
+      b: `[N]`, for the same images in the same order.
+      seed: seed of the bootstrap.
+      level: confidence level of the interval.
 
     Raises:
       UserError: for different lengths, or fewer than two images.
+
+    Example:
+      >>> from rs_consistency.statistics.intervals import paired_difference
+      >>> result = paired_difference([0.2, 0.5, 1.4, 1.5], [0.0, 0.4, 1.2, 1.6])
+      >>> round(result.mean, 3), round(result.standard_error, 3), result.gained, result.lost
+      (0.1, 0.071, 3, 1)
     """
     a, b = _values(a), _values(b)
     if a.shape != b.shape:

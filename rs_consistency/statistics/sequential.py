@@ -1,8 +1,8 @@
-"""The sequential test of a certificate at one radius: as many votes as the decision needs, in float64 on the host.
+"""The sequential test of a certificate at one radius, which takes as many votes as the decision needs.
 
 Votes for the selected class A are Bernoulli(p_A). The smoothed classifier predicts A everywhere within l2 distance r
-if p_A >= p0 = Phi(r / sigma). Instead of a bound after a fixed number of votes, the test bets against p_A = p0 and may
-be looked at after every vote.
+if p_A >= p0 = Phi(r / sigma). The test bets against p_A = p0 and may be looked at after every vote, unlike a bound,
+which needs a fixed number of votes. It computes in float64 on the host.
 
 | | |
 |---|---|
@@ -10,9 +10,9 @@ be looked at after every vote.
 | stop | as soon as `E_T >= 1 / alpha` |
 | decide | certified at r if `H / T > p0`, not certified if `H / T < p0` |
 
-E_T is the likelihood of the votes under the Beta(1/2, 1/2) mixture against that under p0. If p_A = p0 it is a
-nonnegative martingale that begins at 1, so by Ville's inequality it ever reaches 1 / alpha with probability at most
-alpha. That holds for all looks together, hence for any subset of them, such as one after every 16 votes.
+E_T is the likelihood of the votes under the Beta(1/2, 1/2) mixture, divided by the likelihood under p0. If p_A = p0 it
+is a nonnegative martingale that begins at 1. By Ville's inequality it ever reaches 1 / alpha with probability at most
+alpha. This holds for all looks together, hence for any subset of them, such as a look after every 16 votes.
 
 Source: Ville (1939); Robbins (Annals of Mathematical Statistics 1970) for the mixture, Krichevsky and Trofimov (IEEE
 Transactions on Information Theory 1981) for its prior; for smoothing, Voracek (NeurIPS 2024).
@@ -26,16 +26,16 @@ from rs_consistency.common.checks import SMALLEST_PROBABILITY, check_all, number
 
 CERTIFIED, UNDECIDED, NOT_CERTIFIED = 1, 0, -1
 
-# In units of sigma; what is beyond is treated as if it were this. It keeps the logarithms finite; Phi(-40) is 0 anyway.
+# In units of sigma. Larger distances are taken for this one: it keeps the logarithms finite, and Phi(-40) is 0 anyway.
 _LARGEST_DISTANCE = 1e6
 _MOST_VOTES = 2**53  # whole numbers are exact in float64
-# What the sum of terms may be wrong by, relative to their size: the gamma functions in it have a few units in the last
-# place. The evidence must exceed its threshold by that much.
+# Relative error of the sum of terms, whose gamma functions err by a few units in the last place. The evidence must
+# exceed its threshold by that much.
 _ROUNDING = 16 * np.finfo(np.float64).eps
 
 
 def log_evidence(hits: ArrayLike, votes: ArrayLike, p0: ArrayLike) -> np.ndarray:
-    """Natural logarithm of the evidence E_T against `p = p0`.
+    """Return the natural logarithm of the evidence E_T against `p = p0`.
 
     Guarantee: for independent votes of probability p0, the probability that it reaches log(1 / alpha) after any
     number of votes, ever, is at most alpha.
@@ -46,11 +46,18 @@ def log_evidence(hits: ArrayLike, votes: ArrayLike, p0: ArrayLike) -> np.ndarray
       p0: the probability to be rejected, in (0, 1).
 
     Returns:
-      float64, shaped as the arguments broadcast; a float64 scalar for scalars. Finite. Negative while
-      there is more for p0 than against it.
+      float64, shaped as the arguments broadcast; a float64 scalar for scalars. Finite. Negative while the votes speak
+      for p0.
 
     Raises:
       UserError: for an argument outside its range.
+
+    Example:
+      At alpha 0.001 the evidence has to reach log(1000) = 6.9.
+
+      >>> from rs_consistency.statistics.sequential import log_evidence
+      >>> log_evidence([5, 10, 20], [10, 10, 20], 0.5).round(2).tolist()
+      [-1.4, 5.2, 11.79]
     """
     hits, votes = _checked_votes(hits, votes)
     p0 = number_array("p0", p0).astype(np.float64)
@@ -59,20 +66,20 @@ def log_evidence(hits: ArrayLike, votes: ArrayLike, p0: ArrayLike) -> np.ndarray
 
 
 def decide(hits: ArrayLike, votes: ArrayLike, *, radius: ArrayLike, sigma: ArrayLike, alpha: ArrayLike) -> np.ndarray:
-    """What the votes so far say about a certificate at one radius.
+    """Return the decision from the votes so far about a certificate at one radius.
 
-    Guarantee: let the votes be independent, for a class that was chosen without looking at them, and let the first
-    decision at any look be final. Then, for every p_A,
+    Guarantee: let the votes be independent, for a class that was chosen without looking at them. Let the first decision
+    at any look be final. Then, for every p_A,
 
     - if p_A < p0, `CERTIFIED` is ever decided with probability at most alpha. A class that the smoothed classifier
       does not predict everywhere within the radius has p_A <= p0, so this bounds its wrong certificates;
     - if p_A > p0, `NOT_CERTIFIED` is ever decided with probability at most alpha;
     - if p_A = p0, the two together have probability at most alpha.
 
-    The test rejects p_A = p0, on both sides, at alpha in all. Each outcome by itself inherits alpha, not alpha / 2: for
-    every T the evidence is convex in H and at most 1 at H = T p0, so `CERTIFIED` needs H above a limit and
-    `NOT_CERTIFIED` needs H below another. A smaller p_A can only make the first less probable than at p0, a
-    larger one the second.
+    The test rejects p_A = p0, on both sides, at alpha in all. Each outcome by itself inherits alpha, not alpha / 2. For
+    every T the evidence is convex in H and at most 1 at H = T p0. So `CERTIFIED` needs H above a limit, and
+    `NOT_CERTIFIED` needs H below another limit. A smaller p_A only makes the first less probable than at p0, a larger
+    p_A the second.
 
     `NOT_CERTIFIED` says that p_A alone does not prove the radius, with however many votes. It does not say that an
     adversarial example exists.
@@ -80,7 +87,7 @@ def decide(hits: ArrayLike, votes: ArrayLike, *, radius: ArrayLike, sigma: Array
     | case | decision |
     |---|---|
     | radius = 0 | p0 = 1/2: certified means that A is the prediction |
-    | p0 near 1 | one vote for another class can be enough for not certified; p0 is never rounded to 1 |
+    | p0 near 1 | a single vote for another class can decide not certified; p0 is never rounded to 1 |
     | all votes for A | certified, but never before log(1 / alpha) / log(1 / p0) votes |
     | no vote for A | not certified, after few votes |
     | p_A = p0 | usually undecided, with however many votes |
@@ -99,6 +106,15 @@ def decide(hits: ArrayLike, votes: ArrayLike, *, radius: ArrayLike, sigma: Array
 
     Raises:
       UserError: for an argument outside its range.
+
+    Example:
+      90 % of 100 votes at sigma 0.5 certify radius 0.25. The larger radii need more votes.
+
+      >>> from rs_consistency.statistics.sequential import decide
+      >>> decide(90, 100, radius=[0.25, 0.5, 1.0], sigma=0.5, alpha=0.001).tolist()
+      [1, 0, 0]
+      >>> decide(900, 1000, radius=[0.25, 0.5, 1.0], sigma=0.5, alpha=0.001).tolist()
+      [1, 1, -1]
     """
     hits, votes = _checked_votes(hits, votes)
     radius, sigma, alpha = (
@@ -115,20 +131,20 @@ def decide(hits: ArrayLike, votes: ArrayLike, *, radius: ArrayLike, sigma: Array
     evidence = _log_evidence(hits, votes, log_p, log_q)
     size = special.gammaln(votes + 1) - hits * log_p - (votes - hits) * log_q + 1
     enough = evidence - _ROUNDING * size >= -np.log(alpha)
-    above = votes - hits < votes * special.ndtr(-distance)  # H / T > p0, without the rounding of p0 near 1
+    above = votes - hits < votes * special.ndtr(-distance)  # H / T > p0, without rounding p0 near 1
     decision = np.where(above, CERTIFIED, NOT_CERTIFIED)
     return np.where(enough, decision, UNDECIDED).astype(np.int8)[()]
 
 
 def _log_evidence(hits: np.ndarray, votes: np.ndarray, log_p: np.ndarray, log_q: np.ndarray) -> np.ndarray:
-    """Of checked float64 arrays, with the logarithms of p0 and 1 - p0."""
+    """Return `log_evidence` of checked float64 arrays, given the logarithms of p0 and 1 - p0."""
     misses = votes - hits
     mixture = special.betaln(hits + 0.5, misses + 0.5) - special.betaln(0.5, 0.5)
     return mixture - hits * log_p - misses * log_q
 
 
 def _checked_votes(hits: ArrayLike, votes: ArrayLike) -> tuple[np.ndarray, np.ndarray]:
-    """The two as float64 arrays."""
+    """Return the arguments as float64 arrays. Raise a `UserError` for a value outside its range."""
     hits, votes = number_array("hits", hits), number_array("votes", votes)
     whole = (votes >= 1) & (votes <= _MOST_VOTES) & (votes == np.floor(votes))
     check_all("votes", votes, whole, "use a whole number of at least 1 and at most 2**53")

@@ -1,1 +1,1 @@
-"""A configuration becomes checkpoints: inputs, the step, the loop, and the folder of a run."""
+"""Training: from a configuration to checkpoints, by way of inputs, step, loop, and the folder of a run."""

@@ -8,7 +8,7 @@ from ml_collections import ConfigDict
 
 from rs_consistency import data
 from rs_consistency.devices import parallel
-from rs_consistency.training.inputs import Feed, StepSizes, make_order
+from rs_consistency.training.inputs import Feed, make_order, step_sizes
 
 
 class ArrayInputs:
@@ -22,12 +22,11 @@ class ArrayInputs:
         train: data.Split,
         test: data.Split,
         *,
-        extra: Mapping[str, np.ndarray],
-        sizes: StepSizes,
         devices: Sequence[jax.Device],
+        extra: Mapping[str, np.ndarray],
     ) -> None:
-        """Copies the arrays; `extra` `[N, ...]` are what the method knows of every training example."""
-        self._sizes, self._devices = sizes, devices
+        """Copies the arrays; `extra` `[N, ...]` becomes `Batch.extra` of a method."""
+        self.sizes, self.devices = step_sizes(config, len(train.labels)), devices
         self._train = parallel.replicate(data.Examples(train.images, train.labels, dict(extra)), devices)
         self._test = parallel.replicate(tuple(test), devices)
         self._eval_batch_size = config.eval_batch_size
@@ -36,13 +35,13 @@ class ArrayInputs:
 
     def feeds(self, first_step: int, end_step: int) -> Generator[Feed, None, None]:
         """See `Inputs`."""
-        feed = Feed((self._train, parallel.replicate(self._order(first_step // self._sizes.steps), self._devices)))
+        feed = Feed((self._train, parallel.replicate(self._order(first_step // self.sizes.steps), self.devices)))
         for _ in range(first_step, end_step):
             yield feed
 
     def examples(self, step: jax.Array, positions: jax.Array, train: data.Examples, order: jax.Array) -> data.Examples:
         """See `Inputs`."""
-        place = (step % self._sizes.steps) * self._sizes.examples + positions
+        place = (step % self.sizes.steps) * self.sizes.examples + positions
         chosen = order[place % order.shape[0]]
         return jax.tree.map(lambda rows: rows[chosen], train)
 

@@ -1,4 +1,4 @@
-"""Checkpoints of a run, through Orbax: saved in the background, the newest k kept, damaged ones stepped over."""
+"""Checkpoints of a run, through Orbax: saved in the background, the newest k kept, damaged checkpoints stepped over."""
 
 import errno
 import hashlib
@@ -22,9 +22,9 @@ _DIGEST_BYTES = hashlib.sha256().digest_size
 class Checkpoints:
     """The folder `checkpoints` of a workdir.
 
-    A step is listed once it is whole: Orbax writes beside it and renames. A step that cannot be read all the same
-    (an empty folder, a truncated file), or whose content is not what was saved (its digest is saved with it), is
-    stepped over, newest to oldest.
+    A step is listed once it is whole: Orbax writes beside it and renames. Steps are tried from newest to oldest. A step
+    is stepped over when it cannot be read (an empty folder, a truncated file), or when its content differs from the
+    digest that was saved with it.
     """
 
     def __init__(self, workdir: Path, *, keep: int | None = None) -> None:
@@ -32,7 +32,7 @@ class Checkpoints:
 
         Args:
           workdir: the run's folder.
-          keep: how many of the newest checkpoints stay; None for reading only.
+          keep: number of newest checkpoints that stay; None for reading only.
         """
         self.folder = workdir.resolve() / "checkpoints"
         self._manager = None
@@ -44,29 +44,29 @@ class Checkpoints:
                 max_to_keep=keep,
                 create=False,
                 read_only=keep is None,
-                cleanup_tmp_directories=keep is not None,  # what a kill in the middle of a save left
+                cleanup_tmp_directories=keep is not None,  # a kill in the middle of a save leaves them
                 enable_async_checkpointing=True,
             )
-            # The handler is named, since Orbax would otherwise ask the first step that it reads, which may be damaged.
+            # The handler is named: Orbax would otherwise look it up in the first step, which may be damaged.
             self._manager = ocp.CheckpointManager(
                 self.folder, options=options, item_handlers=ocp.StandardCheckpointHandler()
             )
 
     def save(self, step: int, state: Any) -> None:
-        """Starts to save a state. What is saved is a copy: the next step may donate the state's buffers meanwhile.
+        """Start to save a copy of a state: the next step may donate the state's buffers meanwhile.
 
         Raises:
-          UserError: when this or the save before failed, such as on a full disk.
+          UserError: when this save or the save before failed, such as on a full disk.
         """
         saved = {"state": jax.tree.map(jnp.copy, state), "digest": _digest_array(state)}
         self._guard(lambda: self._manager.save(step, args=ocp.args.StandardSave(saved)))
 
     def wait(self) -> None:
-        """Returns when the last save is on disk; raises like `save`."""
+        """Return when the last save is on disk; raise like `save`."""
         self._guard(self._manager.wait_until_finished)
 
     def close(self) -> None:
-        """Waits for the last save and ends the background work; raises like `save`, for a failure not yet told."""
+        """Wait for the last save and end the background work; raise like `save`, but no failure twice."""
         if self._manager is None:
             return
         if self._failed:
@@ -78,7 +78,7 @@ class Checkpoints:
     def _guard(self, action: Callable[[], Any]) -> None:
         try:
             action()
-        except Exception as error:  # Orbax hands on what TensorStore raises: many kinds, and many lines
+        except Exception as error:  # Orbax and TensorStore raise many kinds, with many lines
             self._failed = True
             raise UserError(
                 f"a checkpoint could not be written to {self.folder}: {_reason(error)}; free space or make it writable,"
@@ -86,11 +86,11 @@ class Checkpoints:
             ) from error
 
     def restore_newest(self, target: Any, *, note: Callable[[str], None]) -> tuple[int, Any] | None:
-        """The newest checkpoint that can be read.
+        """Read the newest checkpoint that can be read.
 
         Args:
           target: a tree of `jax.ShapeDtypeStruct` with shardings: the state's structure.
-          note: told in one line of every checkpoint that was stepped over.
+          note: called with one line for every checkpoint that was stepped over.
 
         Returns:
           (step, state), or None when there is no checkpoint at all.
@@ -116,11 +116,11 @@ class Checkpoints:
         return None
 
     def steps(self) -> list[int]:
-        """The steps of which there is a checkpoint, readable or not."""
+        """Return the steps with a checkpoint, readable or not."""
         return list(self._manager.all_steps()) if self._manager is not None else []
 
     def set_aside_after(self, step: int) -> None:
-        """Moves the folders of later steps to `damaged_checkpoints`: those steps will be saved again."""
+        """Move the checkpoints of later steps to `damaged_checkpoints`: these steps will be saved again."""
         for later in self._manager.all_steps():
             if later > step:
                 aside = self.folder.parent / "damaged_checkpoints" / str(later)
@@ -131,7 +131,7 @@ class Checkpoints:
 
 
 def digest(tree: Any) -> str:
-    """SHA-256 over names, shapes, types and values of all arrays of a tree, as a hexadecimal string."""
+    """Return SHA-256 over names, shapes, types and values of all arrays of a tree, in hexadecimal digits."""
     sha = hashlib.sha256()
     leaves = {jax.tree_util.keystr(path): leaf for path, leaf in jax.tree.leaves_with_path(tree)}
     for path, leaf in sorted(leaves.items()):
@@ -145,18 +145,18 @@ def _digest_array(state: Any) -> np.ndarray:
     return np.frombuffer(bytes.fromhex(digest(state)), np.uint8)
 
 
-# An OSError of another kind, such as a file that is not there, may be a mere step on the way to the failure.
-_OF_THE_DISK = (errno.EACCES, errno.EDQUOT, errno.EFBIG, errno.ENOSPC, errno.EROFS)
+# Errors of the disk. Another OSError, such as a missing file, may only be a consequence of the failure.
+_DISK_ERRORS = (errno.EACCES, errno.EDQUOT, errno.EFBIG, errno.ENOSPC, errno.EROFS)
 
 
 def _reason(error: Exception) -> str:
-    """What the operating system says, where TensorStore quotes it; else the first line, without its own details."""
+    """Return the operating system's message, where TensorStore quotes it, or else the error's first line."""
     cause: BaseException | None = error
     while cause is not None:
         quoted = re.search(r": ([^:]+) \[os_error_code", str(cause))
         if quoted:
             return quoted[1]
-        if isinstance(cause, OSError) and cause.errno in _OF_THE_DISK:
+        if isinstance(cause, OSError) and cause.errno in _DISK_ERRORS:
             return cause.strerror
         cause = cause.__cause__ or cause.__context__
     first_line = (str(error).strip() or type(error).__name__).splitlines()[0]

@@ -1,6 +1,6 @@
-"""How examples get to the devices: a dataset that lies there as a whole, or one that is streamed."""
+"""How examples reach the devices: from a dataset that lies there as a whole, or from one that is streamed."""
 
-from collections.abc import Callable, Generator, Mapping
+from collections.abc import Callable, Generator, Mapping, Sequence
 from typing import Any, NamedTuple, Protocol
 
 import jax
@@ -15,7 +15,7 @@ class StepSizes(NamedTuple):
 
     Attributes:
       examples: examples in a step, over all devices: batch_size / M.
-      steps: steps in an epoch, the last one filled up from the start of the same order.
+      steps: steps in an epoch. The last one is filled up from the start of the same order.
     """
 
     examples: int
@@ -23,7 +23,7 @@ class StepSizes(NamedTuple):
 
 
 class Feed(NamedTuple):
-    """What a compiled step gets beside the state: replicated arguments, and parts `[D, ...]` for the D devices."""
+    """The arguments of a compiled step beside the state: replicated ones, and parts `[D, ...]` for the D devices."""
 
     args: tuple[Any, ...] = ()
     parts: Mapping[str, Any] = {}
@@ -33,36 +33,40 @@ class Inputs(Protocol):
     """The examples of a run.
 
     Attributes:
+      sizes: of the training split.
+      devices: the devices that share a batch.
       num_test_examples: number of test examples.
       same_feed: whether all steps of an epoch have the same feed.
     """
 
+    sizes: StepSizes
+    devices: Sequence[jax.Device]
     num_test_examples: int
     same_feed: bool
 
     def feeds(self, first_step: int, end_step: int) -> Generator[Feed, None, None]:
-        """One `Feed` for each of the steps, which lie in one epoch."""
+        """Yield one `Feed` for each of the steps, which lie in one epoch."""
         ...
 
     def examples(self, step: jax.Array, positions: jax.Array, *args: Any, **parts: Any) -> data.Examples:
-        """On a device: the examples at its positions `[B]` of the step's global batch, from the feed."""
+        """Return, on a device, the examples at its positions `[B]` of the step's global batch, from the feed."""
         ...
 
     def test_feeds(self) -> Generator[tuple[int, Feed], None, None]:
-        """First index and feed of every evaluation step."""
+        """Yield first index and feed of every evaluation step."""
         ...
 
     def test_examples(self, index: jax.Array, *args: Any, **parts: Any) -> tuple[jax.Array, jax.Array]:
-        """On a device: images and labels of its test examples `[B]`, from the feed."""
+        """Return, on a device, images and labels of its test examples `[B]`, from the feed."""
         ...
 
     def close(self) -> None:
-        """Ends what works in the background."""
+        """End the work in the background."""
         ...
 
 
 def part_positions(num_parts: int, sizes: StepSizes, num_devices: int) -> np.ndarray:
-    """Places `[P, D, B]` of the examples of a step: B for each of the D devices in each of the P parts of the step.
+    """Return the positions `[P, D, B]` of a step's examples: B for each of the D devices in each of the P parts.
 
     A part is a run of neighbours in the global batch, however many devices there are.
     """
@@ -70,12 +74,12 @@ def part_positions(num_parts: int, sizes: StepSizes, num_devices: int) -> np.nda
 
 
 def make_order(config: ConfigDict, num_examples: int) -> Callable[[int], jax.Array]:
-    """Returns `order(epoch)`: the permutation `[N]` int32 of the examples, a function of seed and epoch."""
+    """Return `order(epoch)`: the permutation `[N]` int32 of the examples, a function of seed and epoch."""
     key = noise.stream_key(config.seed, noise.Stream.ORDER)
     return jax.jit(lambda epoch: jax.random.permutation(noise.fold(key, epoch), num_examples))
 
 
 def step_sizes(config: ConfigDict, num_examples: int) -> StepSizes:
-    """The published step: `batch_size` noisy images, M copies of batch_size / M examples."""
+    """Return the sizes of the published step: `batch_size` noisy images, M copies of batch_size / M examples."""
     examples = config.batch_size // config.num_noise
     return StepSizes(examples, -(-num_examples // examples))

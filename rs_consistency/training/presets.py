@@ -16,21 +16,21 @@ def apply_preset(
     method: str,
     sigma: float,
 ) -> ConfigDict:
-    """Sets the keys of one published cell.
+    """Set the keys of one published cell.
 
     Args:
       config: changed in place.
       cell: `method=NAME,sigma=NUMBER`, either part optional. NAME is one of `published`, such as `macer` or
         `smoothadv+consistency`.
       published: name -> sigma -> the keys that this cell sets, `method` among them.
-      method: used where the cell names none.
-      sigma: likewise.
+      method: name for a cell without one.
+      sigma: sigma for a cell without one.
 
     Returns:
       `config`.
 
     Raises:
-      UserError: for a malformed cell, or a pair that was not published; the message lists those that were.
+      UserError: for a malformed cell, or a pair that was not published; the message lists the published ones.
     """
     chosen = {"method": method, "sigma": str(sigma)}
     for part in filter(None, cell.split(",")):

@@ -1,9 +1,9 @@
-"""The folder of a run: claimed for training, read back to certify, to start from, to learn from."""
+"""The folder of a run: claimed for training, and read back to certify, to start from, to learn from."""
 
 import json
 import os
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -23,13 +23,102 @@ CONFIG_FILE = "config.json"
 DATA_FILE = "data.json"
 
 
+@contextmanager
+def open_for_training(workdir: Path, config: ConfigDict, *, data_digest: str, num_examples: int) -> Iterator[None]:
+    """Claim the folder for a run, and keep other processes from training in it.
+
+    Args:
+      workdir: the folder; it is made where it does not exist.
+      config: the run's config. `config.PLACE_KEYS` may change: the newest count.
+      data_digest: digest of the training data.
+      num_examples: number of training examples.
+
+    Raises:
+      UserError: when the folder belongs to another run (see `check_claim`), or another process trains in it.
+    """
+    check_claim(workdir, config, data_digest=data_digest)
+    workdir.mkdir(parents=True, exist_ok=True)
+    descriptor = os.open(workdir, os.O_RDONLY)
+    try:
+        lock(descriptor, f"workdir={workdir}")
+        check_claim(workdir, config, data_digest=data_digest)  # another process may have claimed it before the lock
+        write_json(workdir / DATA_FILE, {"train_digest": data_digest, "train_examples": num_examples})
+        write_json(workdir / CONFIG_FILE, json.loads(config.to_json()))
+        yield
+    finally:
+        os.close(descriptor)
+
+
+def check_claim(workdir: Path, config: ConfigDict, *, data_digest: str) -> None:
+    """Check that a run can start or continue in the folder; write nothing.
+
+    Raises:
+      UserError: when the folder holds another config (the differing keys are named), a run on other data, or
+        checkpoints without a config.
+    """
+    path, data_path = workdir / CONFIG_FILE, workdir / DATA_FILE
+    if workdir.exists() and not workdir.is_dir():
+        raise UserError(f"workdir={workdir} is a file; choose a folder")
+    if not path.exists():
+        if (workdir / "checkpoints").exists():
+            raise UserError(f"workdir={workdir} has checkpoints but no {CONFIG_FILE}; choose another --workdir")
+        return
+    differing = differing_keys(json.loads(config.to_json()), read_json(path))
+    if differing:
+        raise UserError(
+            f"workdir={workdir} holds a run with another config ({'; '.join(differing)}); choose another --workdir,"
+            " or set these back"
+        )
+    if data_path.exists() and read_json(data_path).get("train_digest") != data_digest:
+        raise UserError(
+            f"workdir={workdir} holds a run on other data: the training split of {config.dataset.name} is not"
+            " what it was; choose another --workdir, or set dataset.data_dir back"
+        )
+
+
+def read_config(workdir: Path, *, name: str = "workdir") -> ConfigDict:
+    """Return the config of a run, with every key of this version.
+
+    Args:
+      workdir: the run's folder.
+      name: the setting that gave the folder, for messages.
+
+    Raises:
+      UserError: when the folder holds no run, or its config lacks a key or has a setting that cannot work.
+    """
+    path = workdir / CONFIG_FILE
+    if not path.is_file():
+        raise UserError(
+            f"{name}={workdir} {'has no ' + CONFIG_FILE if workdir.exists() else 'does not exist'};"
+            " give the folder of a run of train.py"
+        )
+    config = ConfigDict(read_json(path))
+    try:
+        validate(config, num_devices=1)
+        flat = flatten(config)
+        _ = [flat[key] for key in PLACE_KEYS]
+    except UserError as error:
+        raise UserError(f"{path}: {error}") from None
+    except (AttributeError, KeyError) as error:
+        raise UserError(f"{path} lacks a key ({error}); was it made by another version?") from None
+    return config
+
+
+def finished_step(workdir: Path, config: ConfigDict) -> int | None:
+    """Return the last step of the run once it is finished; None where the folder does not say."""
+    path = workdir / DATA_FILE
+    if not path.exists():
+        return None
+    return config.num_epochs * step_sizes(config, read_json(path)["train_examples"]).steps
+
+
 class Run(NamedTuple):
-    """What a workdir holds.
+    """A run that was read from its folder.
 
     Attributes:
-      config: of the run.
-      step: of the newest checkpoint that can be read.
-      variables: the model's, from that checkpoint: `params`, and `batch_stats` where it has them.
+      config: the run's config.
+      step: step of the newest checkpoint that can be read.
+      variables: the model's variables in that checkpoint: `params`, and `batch_stats` where it has them.
     """
 
     config: ConfigDict
@@ -42,69 +131,55 @@ class Run(NamedTuple):
         return for_inference(make_model(self.config), self.variables, image_shape=image_shape)
 
 
-def read_valid_config(workdir: Path, *, name: str = "workdir") -> ConfigDict:
-    """The config of a run, with every key of this version and no setting that cannot work; else a `UserError`."""
-    config = read_config(workdir, name=name)
-    try:
-        validate(config, num_devices=1)
-        flat = flatten(config)
-        _ = [flat[key] for key in PLACE_KEYS]
-    except UserError as error:
-        raise UserError(f"{workdir / CONFIG_FILE}: {error}") from None
-    except (AttributeError, KeyError) as error:
-        raise UserError(f"{workdir / CONFIG_FILE} lacks a key ({error}); was it made by another version?") from None
-    return config
-
-
 def restore(workdir: Path, devices: Sequence[jax.Device], *, name: str = "workdir") -> Run:
-    """Reads the newest readable checkpoint of a run, replicated on the devices.
+    """Read the newest readable checkpoint of a run, replicated on the devices.
 
     Args:
       workdir: the run's folder.
-      devices: where the variables go.
-      name: of the setting that gave the folder, for messages.
+      devices: the devices that get the variables.
+      name: the setting that gave the folder, for messages.
 
     Raises:
       UserError: when the folder holds no run, or a run without a readable checkpoint.
     """
-    config = read_valid_config(workdir, name=name)
-    checkpoints = Checkpoints(workdir)
-    try:
+    config = read_config(workdir, name=name)
+    with closing(Checkpoints(workdir)) as checkpoints:
         restored = checkpoints.restore_newest(restore_target(config, devices), note=note)
-    finally:
-        checkpoints.close()
     if restored is None:
         raise _no_checkpoint(workdir, name)
     step, state = restored
     return Run(config, step, state.variables)
 
 
-def check_fits(config: ConfigDict, workdir: Path) -> None:
-    """Whether a run can start from another: nothing is read but its config.
+def start_from(state: TrainState, workdir: Path, devices: Sequence[jax.Device]) -> TrainState:
+    """Put the variables of another run, which `check_fits`, into a fresh state: fine-tuning."""
+    variables = dict(restore(workdir, devices, name="init_from").variables)
+    return state.replace(params=variables.pop("params"), model_state=variables)
+
+
+def check_fits(config: ConfigDict, workdir: Path, *, name: str) -> None:
+    """Check that a run can start from another, given by the setting `name`; of that run only the config is read.
 
     Raises:
       UserError: when there is no such run, it has no checkpoint, or its variables do not fit; the first is named.
     """
-    source = _with_checkpoint(workdir, name="init_from")
+    source = _with_checkpoint(workdir, name=name)
+    targets = (restore_target(each, jax.local_devices()[:1]).variables for each in (config, source))
     mine, theirs = (
-        {
-            jax.tree_util.keystr(path): leaf
-            for path, leaf in jax.tree.leaves_with_path(restore_target(which, jax.local_devices()[:1]).variables)
-        }
-        for which in (config, source)
+        {jax.tree_util.keystr(path): leaf for path, leaf in jax.tree.leaves_with_path(target)} for target in targets
     )
-    for name in sorted(mine.keys() | theirs.keys()):
-        shapes = [str(tree[name].shape) if name in tree else "missing" for tree in (mine, theirs)]
+    for leaf in sorted(mine.keys() | theirs.keys()):
+        shapes = [str(tree[leaf].shape) if leaf in tree else "missing" for tree in (mine, theirs)]
         if shapes[0] != shapes[1]:
             raise UserError(
-                f"init_from={workdir} does not fit: {name} is {shapes[0]} here and {shapes[1]} there"
+                f"{name}={workdir} does not fit: {leaf} is {shapes[0]} here and {shapes[1]} there"
                 f" (model={source.model}, dataset {source.dataset.name}); start from a run of the same"
                 " model and number of classes"
             )
 
 
 def check_same_dataset(config: ConfigDict, workdir: Path, *, name: str) -> None:
-    """Whether another run, given by the setting `name`, is there and of the same dataset; else a `UserError`."""
+    """Raise a `UserError` where another run, given by the setting `name`, is not there or is of another dataset."""
     source = _with_checkpoint(workdir, name=name)
     if source.dataset.name != config.dataset.name:
         raise UserError(
@@ -113,17 +188,11 @@ def check_same_dataset(config: ConfigDict, workdir: Path, *, name: str) -> None:
         )
 
 
-def start_from(state: TrainState, workdir: Path, devices: Sequence[jax.Device]) -> TrainState:
-    """Puts the variables of another run, which `check_fits`, into a fresh state: fine-tuning."""
-    variables = dict(restore(workdir, devices, name="init_from").variables)
-    return state.replace(params=variables.pop("params"), model_state=variables)
-
-
 def _with_checkpoint(workdir: Path, *, name: str) -> ConfigDict:
-    config = read_valid_config(workdir, name=name)
-    checkpoints = Checkpoints(workdir)
-    steps = checkpoints.steps()
-    checkpoints.close()
+    """Return the config of a run that has a checkpoint, with a note where the run is not finished."""
+    config = read_config(workdir, name=name)
+    with closing(Checkpoints(workdir)) as checkpoints:
+        steps = checkpoints.steps()
     if not steps:
         raise _no_checkpoint(workdir, name)
     last_step = finished_step(workdir, config)
@@ -134,86 +203,3 @@ def _with_checkpoint(workdir: Path, *, name: str) -> ConfigDict:
 
 def _no_checkpoint(workdir: Path, name: str) -> UserError:
     return UserError(f"{name}={workdir} has no checkpoint yet; train it first, with train.py")
-
-
-@contextmanager
-def open_for_training(workdir: Path, config: ConfigDict, *, data_digest: str, num_examples: int) -> Iterator[None]:
-    """Makes the folder or checks that it belongs to this config and data, and keeps others from training in it.
-
-    Args:
-      workdir: the folder.
-      config: of the run. Keys that say where and how it is computed (`config.PLACE_KEYS`) may change: the newest count.
-      data_digest: of the training data.
-      num_examples: of the training data.
-
-    Raises:
-      UserError: when the folder holds another config (the differing keys are named), a run on other data, or
-        checkpoints without a config, or when another process trains in it.
-    """
-    _check_folder(workdir)
-    workdir.mkdir(parents=True, exist_ok=True)
-    descriptor = os.open(workdir, os.O_RDONLY)
-    try:
-        lock(descriptor, f"workdir={workdir}")
-        _claim(workdir, json.loads(config.to_json()), data_digest, num_examples)
-        yield
-    finally:
-        os.close(descriptor)
-
-
-def finished_step(workdir: Path, config: ConfigDict) -> int | None:
-    """The step of the run's last checkpoint once it is finished; None when the folder does not say."""
-    data_path = workdir / DATA_FILE
-    num_examples = read_json(data_path).get("train_examples") if data_path.exists() else None
-    return None if num_examples is None else config.num_epochs * step_sizes(config, num_examples).steps
-
-
-def check_claim(workdir: Path, config: ConfigDict, *, data_digest: str) -> None:
-    """Whether a run could start or go on in the folder: arguments and errors of `open_for_training`; writes nothing."""
-    _check_folder(workdir)
-    _check(workdir, json.loads(config.to_json()), data_digest)
-
-
-def _check_folder(workdir: Path) -> None:
-    if workdir.exists() and not workdir.is_dir():
-        raise UserError(f"workdir={workdir} is a file; choose a folder")
-
-
-def _claim(workdir: Path, mine: dict[str, Any], data_digest: str, num_examples: int) -> None:
-    _check(workdir, mine, data_digest)
-    write_json(workdir / DATA_FILE, {"train_digest": data_digest, "train_examples": num_examples})
-    write_json(workdir / CONFIG_FILE, mine)
-
-
-def _check(workdir: Path, mine: dict[str, Any], data_digest: str) -> None:
-    path, data_path = workdir / CONFIG_FILE, workdir / DATA_FILE
-    if path.exists():
-        recorded = read_json(path)
-        differing = differing_keys(mine, recorded)
-        if differing:
-            raise UserError(
-                f"workdir={workdir} holds a run with another config ({'; '.join(differing)}); choose another --workdir,"
-                " or set these back"
-            )
-        if data_path.exists() and read_json(data_path).get("train_digest") != data_digest:
-            raise UserError(
-                f"workdir={workdir} holds a run on other data: the training split of {mine['dataset']['name']} is not"
-                " what it was; choose another --workdir, or set dataset.data_dir back"
-            )
-    elif (workdir / "checkpoints").exists():
-        raise UserError(f"workdir={workdir} has checkpoints but no {CONFIG_FILE}; choose another --workdir")
-
-
-def read_config(workdir: Path, *, name: str = "workdir") -> ConfigDict:
-    """The config of a run; `name` is that of the setting that gave the folder.
-
-    Raises:
-      UserError: when the folder holds no run.
-    """
-    path = workdir / CONFIG_FILE
-    if not path.is_file():
-        raise UserError(
-            f"{name}={workdir} {'has no ' + CONFIG_FILE if workdir.exists() else 'does not exist'};"
-            " give the folder of a run of train.py"
-        )
-    return ConfigDict(read_json(path))

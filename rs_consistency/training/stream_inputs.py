@@ -1,4 +1,4 @@
-"""Inputs of a dataset that is streamed: decoded by worker processes, copied to the devices ahead of the step."""
+"""Inputs of a streamed dataset: decoded by worker processes, copied to the devices ahead of the step."""
 
 from collections import deque
 from collections.abc import Generator, Sequence
@@ -10,13 +10,13 @@ from ml_collections import ConfigDict
 from rs_consistency import data
 from rs_consistency.data import streaming
 from rs_consistency.devices import parallel
-from rs_consistency.training.inputs import Feed, StepSizes, part_positions
+from rs_consistency.training.inputs import Feed, part_positions, step_sizes
 
 _AHEAD = 2  # batches that wait on the devices, so that copying them overlaps with the step
 
 
 class StreamInputs:
-    """streaming.Batches that worker processes decode, copied to the devices while the step before is computed."""
+    """Batches that worker processes decode, copied to the devices while the step before is computed."""
 
     same_feed = False
 
@@ -26,18 +26,17 @@ class StreamInputs:
         train: streaming.StreamedSplit,
         test: streaming.StreamedSplit,
         *,
-        sizes: StepSizes,
         devices: Sequence[jax.Device],
     ) -> None:
         """Opens nothing yet: the workers start with the first feed."""
         self._config, self._train, self._test = config, train, test
-        self._sizes, self._devices = sizes, devices
+        self.sizes, self.devices = step_sizes(config, len(train)), devices
         self._batches: streaming.Batches | None = None
         self._next_step = 0
         self.num_test_examples = len(test)
 
     def feeds(self, first_step: int, end_step: int) -> Generator[Feed, None, None]:
-        """See `Inputs`. Feeds of successive epochs come from the same workers."""
+        """See `Inputs`. The same workers make the feeds of successive epochs."""
         waiting: deque[Feed] = deque()
         batches = self._batches_from(first_step)
         for _ in range(first_step, end_step):
@@ -55,12 +54,12 @@ class StreamInputs:
     def test_feeds(self) -> Generator[tuple[int, Feed], None, None]:
         """See `Inputs`."""
         size = self._config.eval_batch_size
-        rows = -(-size // len(self._devices)) * len(self._devices)
+        rows = -(-size // len(self.devices)) * len(self.devices)
         workers = self._config.dataset.num_workers
         with streaming.evaluation_batches(self._test, batch_size=size, num_workers=workers) as batches:
             for number, batch in enumerate(batches):
                 padded = [np.resize(array, (rows, *array.shape[1:])) for array in batch]
-                parts = [array.reshape(len(self._devices), -1, *array.shape[1:]) for array in padded]
+                parts = [array.reshape(len(self.devices), -1, *array.shape[1:]) for array in padded]
                 yield number * size, self._on_devices(*parts)
 
     def test_examples(self, index: jax.Array, images: jax.Array, labels: jax.Array) -> tuple[jax.Array, jax.Array]:
@@ -69,7 +68,7 @@ class StreamInputs:
         return images, labels
 
     def close(self) -> None:
-        """Ends the workers."""
+        """End the workers."""
         if self._batches is not None:
             self._batches.close()
             self._batches = None
@@ -80,19 +79,19 @@ class StreamInputs:
             self._batches = streaming.training_batches(
                 self._train,
                 seed=self._config.seed,
-                batch_size=self._sizes.examples,
-                steps_per_epoch=self._sizes.steps,
+                batch_size=self.sizes.examples,
+                steps_per_epoch=self.sizes.steps,
                 first_step=step,
-                num_steps=self._sizes.steps * self._config.num_epochs,
+                num_steps=self.sizes.steps * self._config.num_epochs,
                 num_workers=self._config.dataset.num_workers,
             )
             self._next_step = step
         return self._batches
 
     def _divide(self, images: np.ndarray, labels: np.ndarray) -> Feed:
-        places = part_positions(self._config.accumulate_steps, self._sizes, len(self._devices))  # [P, D, B]
-        order = places.swapaxes(0, 1).reshape(len(self._devices), -1)  # [D, P*B]
+        places = part_positions(self._config.accumulate_steps, self.sizes, len(self.devices))  # [P, D, B]
+        order = places.swapaxes(0, 1).reshape(len(self.devices), -1)  # [D, P*B]
         return self._on_devices(images[order], labels[order])
 
     def _on_devices(self, images: np.ndarray, labels: np.ndarray) -> Feed:
-        return Feed(parts=parallel.divide({"images": images, "labels": labels}, self._devices))
+        return Feed(parts=parallel.divide({"images": images, "labels": labels}, self.devices))

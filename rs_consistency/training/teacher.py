@@ -1,6 +1,5 @@
 """Smoothed predictions of a trained model on a training set, computed once and kept."""
 
-import sys
 import time
 import zipfile
 import zlib
@@ -11,11 +10,11 @@ from typing import NamedTuple
 import jax
 import numpy as np
 from ml_collections import ConfigDict
-from tqdm import tqdm
 
 from rs_consistency import data
 from rs_consistency.common.errors import note
 from rs_consistency.common.files import replace_atomically
+from rs_consistency.common.progress import progress_bar
 from rs_consistency.noise import Stream
 from rs_consistency.smoothing.votes import VoteSettings, count_votes
 from rs_consistency.training import runs
@@ -28,24 +27,24 @@ _SECONDS_BETWEEN_SAVES = 30
 def smoothed_predictions(
     config: ConfigDict,
     split: data.Split,
-    teacher: str,
+    teacher: Path,
     *,
     num_votes: int,
     devices: Sequence[jax.Device],
     workdir: Path,
 ) -> np.ndarray:
-    """The share of every class in the votes of a run's smoothed classifier on every training image.
+    """Return the share of every class in the votes of a run's smoothed classifier on every training image.
 
-    What is done is kept in `workdir/smoothed_predictions.npz`: an interrupted computation goes on, and a finished one
-    is read back. The run that learns keeps what it began with, whatever becomes of the teacher.
+    Votes are kept in `workdir/smoothed_predictions.npz`: an interrupted computation continues, and a finished one is
+    read back. So the student keeps the predictions that it began with, whatever becomes of the teacher.
 
     Args:
-      config: of the run that learns; its seed is that of the votes' noise.
-      split: its training images.
-      teacher: workdir of the run that teaches; votes are at the sigma that it was trained with.
-      num_votes: for each image.
-      devices: which share the work.
-      workdir: of the run that learns, which belongs to one config and one training split.
+      config: the student's config; its seed is the seed of the votes' noise.
+      split: the student's training images.
+      teacher: the teacher's workdir; votes are at the sigma that it was trained with.
+      num_votes: votes for each image.
+      devices: the devices that share the work.
+      workdir: the student's workdir, which belongs to one config and one training split.
 
     Returns:
       `[N, K]` float32; rows add up to 1.
@@ -53,73 +52,51 @@ def smoothed_predictions(
     Raises:
       UserError: when the teacher is needed and is not there.
     """
-    path = workdir / FILE
+    path, info = workdir / FILE, data.dataset_info(config.dataset.name)
     kept = _read(path)
     if kept is None or len(kept.counts) < len(split.labels):
-        run = runs.restore(Path(teacher).expanduser(), devices, name="the teacher's workdir")
-        kept = _vote(config, split, run, _continued(path, kept, digest(run.variables)), num_votes, devices, path)
+        run = runs.restore(teacher, devices, name="the teacher's workdir")
+        teacher_digest = digest(run.variables)
+        if kept is not None and kept.teacher == teacher_digest:
+            note(f"{path} holds {len(kept.counts)} images already")
+        else:
+            if kept is not None:
+                note(f"{path} is of another state of the teacher; it is made again")
+            kept = _Kept(np.zeros((0, info.num_classes), np.int64), teacher_digest)
+        settings = VoteSettings.for_dataset(
+            info, sigma=run.config.sigma, n=num_votes, seed=config.seed, platform=devices[0].platform
+        )
+        kept = _vote(run, split, kept, settings, devices, path)
     return (kept.counts / np.float32(num_votes)).astype(np.float32)
 
 
 class _Kept(NamedTuple):
-    """What the file holds: votes `[D, K]` on the first D images, and the digest of the teacher's variables."""
+    """The content of the file: votes `[D, K]` on the first D images, and the digest of the teacher's variables."""
 
     counts: np.ndarray
     teacher: str
 
 
-def _continued(path: Path, kept: _Kept | None, teacher_digest: str) -> _Kept:
-    """What is kept, where it is of this teacher; else nothing."""
-    if kept is not None and kept.teacher == teacher_digest:
-        note(f"{path} holds {len(kept.counts)} images already")
-        return kept
-    if kept is not None:
-        note(f"{path} is of another state of the teacher; it is made again")
-    return _Kept(np.zeros((0, 0), np.int64), teacher_digest)
-
-
 def _vote(
-    config: ConfigDict,
-    split: data.Split,
-    run: runs.Run,
-    kept: _Kept,
-    num_votes: int,
-    devices: Sequence[jax.Device],
-    path: Path,
+    run: runs.Run, split: data.Split, kept: _Kept, settings: VoteSettings, devices: Sequence[jax.Device], path: Path
 ) -> _Kept:
-    info = data.dataset_info(config.dataset.name)
-    settings = VoteSettings.for_dataset(
-        info, sigma=run.config.sigma, n=num_votes, seed=config.seed, platform=devices[0].platform
-    )
-    apply_fn, variables = run.classifier()
-    done, total = len(kept.counts), len(split.labels)
+    """Return the votes on all images; save them now and then, and at the end."""
+    done, total, saved = len(kept.counts), len(split.labels), time.monotonic()
     groups = count_votes(
-        apply_fn,
-        variables,
+        *run.classifier(),
         split.images[done:],
         np.arange(done, total),
         settings=settings,
         devices=devices,
         stream=Stream.TEACHER,
     )
-    counts, saved = [kept.counts.reshape(-1, info.num_classes)], time.monotonic()
-    seconds_between_lines = 0.1 if sys.stderr.isatty() else _SECONDS_BETWEEN_SAVES
-    bar = tqdm(
-        total=total,
-        initial=done,
-        desc="teacher's votes",
-        unit="img",
-        mininterval=seconds_between_lines,
-        delay=0 if sys.stderr.isatty() else seconds_between_lines,
-    )
-    with bar:
+    with progress_bar("teacher's votes", total, initial=done) as bar:
         for votes in groups:
-            counts.append(votes.counts)
+            kept = kept._replace(counts=np.concatenate([kept.counts, votes.counts]))
             bar.update(len(votes.counts))
             if time.monotonic() - saved > _SECONDS_BETWEEN_SAVES:
-                _write(path, kept._replace(counts=np.concatenate(counts)))
+                _write(path, kept)
                 saved = time.monotonic()
-    kept = kept._replace(counts=np.concatenate(counts))
     _write(path, kept)
     return kept
 
@@ -130,7 +107,7 @@ def _write(path: Path, kept: _Kept) -> None:
 
 
 def _read(path: Path) -> _Kept | None:
-    """None where the file is absent or damaged."""
+    """Return the content of the file; None where it is absent or damaged."""
     if not path.exists():
         return None
     try:

@@ -72,12 +72,11 @@ def verify(path, indices=INDICES[:10], *, votes=None, here=HERE):
 
 def redrawn_rows(table, indices, labels, votes):
     """The rows of fresh votes at the recorded settings."""
-    bound = table.record["bound"] if table.record.get("bound") in BOUNDS else BOUNDS[0]
     result = conclude(
         *votes,
         alpha=SETTINGS["alpha"],
         sigma=SETTINGS["sigma"],
-        bound=bound,
+        bound=table.record.settings.bound,
         uniform=bound_uniform(SETTINGS["seed"], indices),
     )
     return certify_rows(indices, labels, result, 0.0)
@@ -156,7 +155,7 @@ def test_the_bounds_differ_so_that_a_wrong_one_is_found(tmp_path):
     [
         ({"radius": "0.900000"}, "radius 0.900000, its counts give 0."),
         ({"label": 1}, "label 1, drawn again 2"),
-        ({"label": 1}, "correct is not whether predict is label"),
+        ({"label": 1}, "correct 1, its counts give 0"),
         ({"label": 1, "correct": 0}, "label 1, drawn again 2, correct 0, drawn again 1"),
         ({"count": 299, "count_runner_up": 1}, "count 299, drawn again 298"),
         ({"count0": 19}, "count0 19, drawn again 20"),
@@ -245,9 +244,13 @@ def test_decisions_and_predictions(tmp_path):
     forge(path, 4, decision="certified")
     forge(path, 2, votes=16)
     text = audit.compare(read_table(path), decided, HERE).text()
-    assert "image 0: predict or radius is not that of a decision certified at 0.750000" in text
+    assert "image 0: radius 0.800000, its counts give 0.750000" in text
     assert "image 2: its counts cannot be with n0=20 and n=300" in text
-    assert "image 4: decision certified does not follow from its votes" in text
+    assert "image 4: predict -1, its counts give 2" not in text
+    assert "image 4: decision certified, its counts give undecided" in text
+    forge(path, 4, decision="undecided", votes=288, count=268)
+    text = audit.compare(read_table(path), decided, HERE).text()
+    assert "image 4: decision undecided, its counts give none before more votes" in text
 
     predicted = predict_rows(
         INDICES[:2],
@@ -263,7 +266,14 @@ def test_decisions_and_predictions(tmp_path):
     forge(path, 0, p_value="0.0001")
     assert "image 0: p_value 0.0001, its counts give" in audit.compare(read_table(path), predicted, HERE).text()
     forge(path, 2, predict=2, correct=1)
-    assert "does not follow from its p_value at alpha=0.001" in audit.compare(read_table(path), predicted, HERE).text()
+    assert "image 2: predict 2, its counts give -1" in audit.compare(read_table(path), predicted, HERE).text()
+    forge(path, 2, predict=-1, correct=0)
+    forge(path, 0, predict=-1, correct=0, p_value=repr(float(p_value_of(90, 10))))
+    assert "image 0: predict -1, its counts give a class" in audit.compare(read_table(path), predicted, HERE).text()
+    forge(path, 0, predict=1, radius="0.100000", count=301)
+    assert "image 0: its counts cannot be with n=300" in audit.compare(read_table(path), predicted, HERE).text()
+    forge(path, 0, count=90)
+    assert "radius 0.100000, its counts give 0.000000" in audit.compare(read_table(path), predicted, HERE).text()
 
 
 def test_lines_are_chosen_evenly_and_by_the_seed(path):
@@ -309,5 +319,5 @@ def test_settings_that_cannot_be_are_told(path, changed, message):
         verify(path)
     del record["sigma"]
     path.with_suffix(".json").write_text(json.dumps(record))
-    with pytest.raises(UserError, match="the record lacks sigma"):
+    with pytest.raises(UserError, match=r"c.json is damaged: it lacks sigma; restore it from a copy"):
         verify(path)

@@ -103,7 +103,10 @@ def test_a_file_without_a_last_newline_is_read_when_nothing_can_be_missing(field
         (FIELD.replace("\t-1\t", "\t-2\t"), "image 15: predict=-2; expected a class, or -1"),
         (FIELD.replace("15\t0", "5\t0"), "image 5: idx=5; expected every image once"),
         (FIELD[:-17], "line 5: 3 columns instead of 6; is it cut off?"),
-        (OURS.replace("\t1000\t0\t7\n", "\tmany\t0\t7\n"), "line 2: count='many' is not a whole number"),
+        (
+            OURS.replace("\t1000\t0\t7\n", "\tmany\t0\t7\n"),
+            "line 2, is not what this program wrote ('0\\t7\\t7\\t1.000000",
+        ),
         (OURS[:-1], "the last line is cut off; run certify.py again"),
         (OURS[:-6], "the last line is cut off"),
     ],

@@ -9,14 +9,14 @@ import pytest
 from rs_consistency.certificates.columns import CERTIFY, certify_rows
 from rs_consistency.certificates.merge import merge
 from rs_consistency.certificates.read import read_table
-from rs_consistency.certificates.record import provenances
 from rs_consistency.certificates.selection import Selection, Shard, parse_shard
 from rs_consistency.certificates.write import CertificateFile
 from rs_consistency.common.errors import UserError
 from rs_consistency.smoothing.certify import Certification
 from tests.helpers import rows
 
-IDENTITY = {"sigma": 0.5, "n": 100, "data_digest": "d", "parameter_digest": "p"}
+SETTINGS = {"sigma": 0.5, "n0": 100, "n": 100, "alpha": 0.001, "seed": 0, "bound": "clopper_pearson"}
+IDENTITY = {**SETTINGS, "data_digest": "d", "parameter_digest": "p"}
 WHOLE = Selection(split_size=41, skip=2, most=20)
 
 
@@ -122,8 +122,8 @@ def test_merged_shards_are_the_file_of_one_call(shards, output, tmp_path):
         assert record[key] == of_one[key], key
     assert record["shard"] is None
     assert [part["shard"] for part in record["shards"]] == ["1/4", "2/4", "3/4", "4/4"]
-    assert [place["device"] for place in provenances(record)] == ["gpu 1/4", "gpu 2/4", "gpu 3/4", "gpu 4/4"]
     table = read_table(output)
+    assert [each["device"] for each in table.record.provenances()] == ["gpu 1/4", "gpu 2/4", "gpu 3/4", "gpu 4/4"]
     assert not table.changed and not table.missing and record["finished"]["images"] == 20
     before = {path: path.read_bytes() for path in tmp_path.iterdir()}
     assert merge(shards, output) == done  # again: nothing changes
@@ -158,15 +158,15 @@ def refused(paths, output, message):
 
 def test_mixtures_are_refused(shards, output, tmp_path):
     other = write(tmp_path / "b.tsv", WHOLE._replace(shard=Shard(2, 4)), sigma=1.0, parameter_digest="q")
-    message = refused([shards[0], other, *shards[2:]], output, r"\(sigma: 0.5 / 1.0; parameter_digest: 'p' / 'q'\)")
+    message = refused([shards[0], other, *shards[2:]], output, r"\(sigma: 0.5 -> 1.0; parameter_digest: 'p' -> 'q'\)")
     assert f"{shards[0]} and {other} are no shards of one certification" in message
     other = write(tmp_path / "c.tsv", WHOLE._replace(shard=Shard(2, 5)))
-    refused([shards[0], other], output, "shard: 'of 4' / 'of 5'")
+    refused([shards[0], other], output, "shard: '1/4' -> '2/5'")
     other = write(tmp_path / "d.tsv", WHOLE._replace(shard=Shard(2, 4), most=None))
-    refused([shards[0], other], output, "max: 20 / 21")
+    refused([shards[0], other], output, "max: 20 -> 21")
     other = write(tmp_path / "e.tsv", WHOLE._replace(shard=Shard(2, 4)), extra=1)
-    refused([shards[0], other], output, "extra: None / 1")
-    refused([other, shards[0]], output, "extra: 1 / None")
+    refused([shards[0], other], output, "extra: None -> 1")
+    refused([other, shards[0]], output, "extra: 1 -> None")
 
 
 def test_a_shard_given_twice_or_not_at_all_is_refused(shards, output, tmp_path):
@@ -224,7 +224,7 @@ def test_files_that_are_no_shards_are_refused(shards, output, tmp_path):
         refused(shards, output, r"-1-of-4.json is damaged: ")
         shards[0].with_suffix(".json").write_text(before)
     change_record(shards[0], identity=["sigma", "skip", "shard", "split_size", "gone"])
-    refused(shards, output, r"-1-of-4.json is damaged: it lacks a key of its identity")
+    refused(shards, output, r"-1-of-4.json is damaged: it lacks mode, n, .*, gone; restore it")
 
 
 def test_an_output_with_another_content_is_left_alone(shards, output, tmp_path):

@@ -21,13 +21,15 @@ from rs_consistency.certificates.columns import (
     predict_rows,
 )
 from rs_consistency.certificates.read import read_table
-from rs_consistency.certificates.record import provenances
+from rs_consistency.certificates.record import Record
 from rs_consistency.certificates.selection import Selection, parse_shard
 from rs_consistency.certificates.write import CertificateFile
 from rs_consistency.common.errors import UserError
 from rs_consistency.smoothing.certify import Certification
 
-IDENTITY = {"sigma": 0.5, "n0": 10, "n": 100, "alpha": 0.001, "bound": "clopper_pearson", "parameter_digest": "ab"}
+SETTINGS = {"sigma": 0.5, "n0": 10, "n": 100, "alpha": 0.001, "seed": 0, "bound": "clopper_pearson"}
+IDENTITY = {**SETTINGS, "parameter_digest": "ab"}
+OF_A_DECISION = {"radius": 0.5, "look_every": 16}
 ABOUT = {"device": "1 x cpu", "versions": {"jax": "1"}, "code_digest": "c0"}
 ALL = Selection(split_size=20, skip=2)
 
@@ -322,9 +324,12 @@ def test_other_settings_modes_shards_and_versions_are_refused(path):
     with pytest.raises(UserError, match="split_size: 20 -> 40; shard: None -> '2/3'"):
         opened(path, selection=Selection(40, 2, None, parse_shard("2/3")))
     record = json.loads(path.with_suffix(".json").read_text())
-    old = {key: value for key, value in record.items() if key not in ("mode", "bound", "shard", "split_size", "max")}
+    old = {key: value for key, value in record.items() if key not in ("bound", "shard", "split_size", "max")}
     path.with_suffix(".json").write_text(json.dumps(old))
-    with pytest.raises(UserError, match=r"made by another version .*c.json lacks mode, bound, split_size, shard, max"):
+    with pytest.raises(UserError, match=r"c.json is damaged: it lacks max, bound, split_size, shard; restore it"):
+        opened(path)
+    path.with_suffix(".json").write_text(json.dumps({**record, "mode": "vote"}))
+    with pytest.raises(UserError, match=r"c.json is no record of a certification that this version knows"):
         opened(path)
     path.write_text(path.read_text().replace("time", "zeit"))
     path.with_suffix(".json").write_text(json.dumps(record))
@@ -334,26 +339,54 @@ def test_other_settings_modes_shards_and_versions_are_refused(path):
 
 @pytest.mark.parametrize("content", ["", DECIDE.header[:55], DECIDE.header, PREDICT.header + "4\t"])
 def test_a_file_of_another_mode_without_images_is_started_again(path, content):
-    opened(path, schema=DECIDE).close()
+    opened(path, schema=DECIDE, **OF_A_DECISION).close()
     path.write_text(content)
     complete(path)
     assert path.read_text() == text(range(0, 20, 2))
 
 
-def test_an_old_file_can_still_be_read(path):
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"sigma": "0.5"}, "sigma='0.5': use a number greater than 0"),
+        ({"n0": 0}, "n0=0: use a whole number of at least 1"),
+        ({"n": True}, "n=True: use a whole number"),
+        ({"alpha": 1}, "alpha=1: use a number in"),
+        ({"seed": 2**32}, "seed=4294967296: use a whole number"),
+        ({"bound": "wald"}, "bound='wald' is unknown"),
+        ({"skip": 0}, "skip=0: use a whole number of at least 1"),
+        ({"shard": "3/2"}, "shard='3/2': use I/K"),
+        ({"identity": "sigma"}, "identity='sigma' is no list of texts"),
+        ({"identity": ["mode", "sigma"]}, "it lacks n, alpha, seed, n0, bound, skip, split_size, shard"),
+        ({"shards": [1]}, r"shards=\[1\] is no list of JSON objects"),
+        ({"continued_with": {}}, "continued_with={} is no list of JSON objects"),
+        ({"shards": [{"continued_with": [{"versions": "1"}]}]}, "versions='1' is no JSON object"),
+        ({"finished": None}, "finished=None lacks images and sha256"),
+        ({"finished": {"images": 10}}, "finished={'images': 10} lacks images and sha256"),
+    ],
+)
+def test_a_damaged_record_is_one_message_everywhere(path, change, message):
     record = complete(path)
-    new = ("mode", "bound", "shard", "split_size", "code_digest", "identity", "max", "finished")
-    path.with_suffix(".json").write_text(json.dumps({key: record[key] for key in record if key not in new}))
-    table = read_table(path)
-    assert table.schema == CERTIFY and list(table.rows) == list(range(0, 20, 2))
-    assert table.record["bound"] == "clopper_pearson" and table.selection is None and not table.missing
+    path.with_suffix(".json").write_text(json.dumps({**record, **change}))
+    for read in (opened, read_table, lambda path: Record.read(path.with_suffix(".json"))):
+        with pytest.raises(UserError, match=rf"c.json is damaged: {message}.*; restore it from a copy$"):
+            read(path)
+
+
+def test_a_record_keeps_what_it_does_not_know(path):
+    record = complete(path) | {"later": {"version": [1.0, None]}}
+    path.with_suffix(".json").write_text(json.dumps(record))
+    again = complete(path, selection=ALL._replace(most=None))
+    assert again == record and list(again) == list(record)
+    assert Record.read(path.with_suffix(".json")).to_json() == record
 
 
 def test_going_on_elsewhere_is_recorded_once(path):
     for most, about in enumerate([ABOUT, {**ABOUT, "code_digest": "c1"}, {**ABOUT, "code_digest": "c1"}, ABOUT], 1):
         record = complete(path, selection=ALL._replace(most=most), about=about)
     assert [place["code_digest"] for place in record["continued_with"]] == ["c1"]
-    assert [place["code_digest"] for place in provenances(record)] == ["c0", "c1"]
+    provenances = Record.from_json(path.with_suffix(".json"), record).provenances()
+    assert [entry["code_digest"] for entry in provenances] == ["c0", "c1"]
     record = complete(path, selection=ALL._replace(most=4), about={**ABOUT, "device": "other"})  # made nothing
     assert len(record["continued_with"]) == 1
     record = complete(path, about={**ABOUT, "versions": {"jax": "2"}, "command": "certify --max=10"})

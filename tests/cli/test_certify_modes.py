@@ -11,7 +11,7 @@ from rs_consistency.certificates.write import CertificateFile
 from rs_consistency.common.errors import EXIT_NOT_REPRODUCED
 from rs_consistency.models import create_model
 from rs_consistency.statistics import bounds
-from tests.helpers import count_lines, final_params, rows
+from tests.helpers import ROOT, count_lines, final_params, rows
 
 QUICK = ["--n=100", "--batch_size=128", "--skip=2"]
 SETTINGS = {"sigma": 0.5, "num_classes": 10, "n": 100}
@@ -208,10 +208,8 @@ def test_another_dtype_is_another_function_and_recorded(program, trained, tmp_pa
             "sigma=1.0: verify takes the settings that the file names (sigma: 0.5); leave it out",
         ),
         (["--verify=3", "--seed=9", "--output={certified}"], "seed=9: verify takes the settings that the file names"),
-        (["--verify_seed=3"], "verify_seed=3 chooses what is verified; add --verify=K"),
         (["--mode=decide", "--radius=1e30"], "radius=1e+30: use a number of at least 0 and at most 1e+06"),
         (["--sigma=1e23"], "sigma=1e+23: use a number greater than 0 and at most 1e+06"),
-        (["--merge", "a.tsv"], "merge needs the file to write: add --output=FILE.tsv"),
     ],
 )
 def test_bad_settings_of_the_modes(program, trained, certified, arguments, message):
@@ -220,5 +218,36 @@ def test_bad_settings_of_the_modes(program, trained, certified, arguments, messa
     assert not list(trained.glob("*.tsv"))
 
 
-def test_a_workdir_is_needed(program):
-    assert "workdir is missing: add --workdir=FOLDER" in program.fails("cli.certify", "--n=10")
+RUN, TORCH, MERGE = "--workdir=x", "--torch_checkpoint=x", "--merge=a.tsv"
+CONFIG = f"--config={ROOT}/configs/mnist.py"
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--n=10"], "one of the arguments --workdir --torch_checkpoint --merge is required"),
+        ([RUN, TORCH], "argument --torch_checkpoint: not allowed with argument --workdir; give one of them"),
+        ([RUN, MERGE], "argument --merge: not allowed with argument --workdir; give one of them"),
+        ([RUN, "--verify=2", "--dry_run"], "--dry_run: not allowed with argument --verify; give one of them"),
+        ([RUN, "--verify=0", "--finished"], "--finished and --verify exclude each other; leave out one of them"),
+        ([RUN, "--config.sigma=1"], "--workdir and --config exclude each other; leave out one of them"),
+        ([RUN, "--torch_input=none"], "--workdir and --torch_input exclude each other"),
+        ([RUN, "--verify_seed=0"], "--verify_seed needs another flag; add --verify=K"),
+        ([MERGE, "--output=b.tsv", "--verify=1"], "--merge and --verify exclude each other"),
+        ([MERGE, "--output=b.tsv", "--dry_run"], "--merge and --dry_run exclude each other"),
+        ([MERGE, "--output=b.tsv", "--finished"], "--merge and --finished exclude each other"),
+        ([MERGE], "--merge needs another flag; add --output=FILE.tsv"),
+        ([TORCH, "--finished"], "--finished and --torch_checkpoint exclude each other"),
+        ([TORCH, "--config.model=lenet"], "--torch_checkpoint needs another flag; add --config=FILE, such as"),
+        ([TORCH, CONFIG], "--torch_checkpoint needs another flag; add --sigma=NUMBER, or the cell: --config=FILE:"),
+        ([TORCH, CONFIG, "--sigma=1"], "--torch_checkpoint needs another flag; add --output=FILE.tsv"),
+        ([TORCH, CONFIG, "--verify=1"], "--torch_checkpoint needs another flag; add --output=FILE.tsv"),
+        ([TORCH, CONFIG, "--config.sigma=1"], "--torch_checkpoint needs another flag; add --output=FILE.tsv"),
+        ([TORCH, f"{CONFIG}:method=gaussian,sigma=1"], "--torch_checkpoint needs another flag; add --output=FILE.tsv"),
+        ([TORCH, CONFIG, "--sigma=1", "--output=a.tsv", "--torch_input=whiten"], "torch_input='whiten' is unknown"),
+        ([TORCH, CONFIG, "--sigma=1", "--output=a.tsv", "--alpha=2"], "alpha=2.0: use a number in (0, 1)"),
+    ],
+)
+def test_flags_that_exclude_or_need_each_other(program, arguments, message):
+    """No folder or file of these names exists: the settings are checked before anything is read."""
+    assert message in program.fails("cli.certify", *arguments)

@@ -94,18 +94,12 @@ def test_a_checkpoint_is_certified_continued_and_verified(exported, trained, pro
     assert "parameter_digest" in program.fails("cli.certify", *theirs(other, output))
 
 
-def test_what_a_checkpoint_does_not_say_is_asked_for(exported, trained, program, tmp_path):
+def test_what_a_checkpoint_does_not_say_is_asked_for(exported, program, tmp_path):
     output = tmp_path / "a.tsv"
     plain = theirs(exported, output, config=["--config=configs/mnist.py"])
-    assert "which noise it was trained for; add --sigma=NUMBER" in program.fails("cli.certify", *plain)
+    assert "--torch_checkpoint needs another flag; add --sigma=NUMBER" in program.fails("cli.certify", *plain)
     error = program.fails("cli.certify", *plain, "--config.model=resnet20", "--sigma=1")
     assert "is a lenet, the configuration a resnet20; add --config.model=lenet" in error
-    assert "torch_input='whiten' is unknown" in program.fails(
-        "cli.certify", *plain, "--sigma=1", "--torch_input=whiten"
-    )
-    assert "of --torch_checkpoint; leave it out" in program.fails(
-        "cli.certify", f"--workdir={trained}", "--torch_input=none"
-    )
     assert not output.exists()
     program.succeeds("cli.certify", *plain, "--sigma=1", "--max=1")
     assert json.loads(output.with_suffix(".json").read_text())["config"]["sigma"] == 1

@@ -1,4 +1,4 @@
-"""What a record says of the code that made it."""
+"""The version of the code in a record."""
 
 from rs_consistency.common import version
 from tests.helpers import ROOT

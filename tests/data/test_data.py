@@ -161,38 +161,38 @@ def test_images_of_another_shape_are_named(tmp_path):
 
 
 def test_prepare_says_what_is_missing_within_seconds(program, monkeypatch, tmp_path):
-    assert "cannot be prepared; use one of mnist" in program.fails("data.prepare", "mnist_subset")
+    assert "cannot be prepared; use one of mnist" in program.fails("cli.prepare", "mnist_subset")
 
     monkeypatch.setenv("TFDS_DATA_DIR", str(tmp_path))
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
-    assert "pip install tensorflow-cpu" in program.fails("data.prepare", "mnist")
+    assert "pip install tensorflow-cpu" in program.fails("cli.prepare", "mnist")
 
     monkeypatch.setattr("importlib.util.find_spec", lambda name: object())
     assert "manual_dir=/nowhere is not a folder" in program.fails(
-        "data.prepare", "mnist", "--manual_dir=/nowhere", f"--data_dir={tmp_path}"
+        "cli.prepare", "mnist", "--manual_dir=/nowhere", f"--data_dir={tmp_path}"
     )
     assert f"manual_dir={tmp_path} lacks train-images" in program.fails(
-        "data.prepare", "mnist", f"--manual_dir={tmp_path}"
+        "cli.prepare", "mnist", f"--manual_dir={tmp_path}"
     )
     monkeypatch.setattr("tensorflow_datasets.builder", lambda *args, **settings: (_ for _ in ()).throw(AssertionError))
     monkeypatch.setattr(prepare, "_check_network", lambda name: None)
     assert "'svhn' could not be prepared: AssertionError; try again" in program.fails(
-        "data.prepare", "svhn", f"--data_dir={tmp_path}"
+        "cli.prepare", "svhn", f"--data_dir={tmp_path}"
     )
     monkeypatch.undo()
     monkeypatch.setattr("importlib.util.find_spec", lambda name: object())
     assert "ILSVRC2012_img_val.tar (image-net.org), and give their folder with --manual_dir" in program.fails(
-        "data.prepare", "imagenet", f"--data_dir={tmp_path}"
+        "cli.prepare", "imagenet", f"--data_dir={tmp_path}"
     )
     assert "lacks ILSVRC2012_img_train.tar" in program.fails(
-        "data.prepare", "imagenet", f"--data_dir={tmp_path}", f"--manual_dir={tmp_path}"
+        "cli.prepare", "imagenet", f"--data_dir={tmp_path}", f"--manual_dir={tmp_path}"
     )
     monkeypatch.setitem(prepare.ORIGINALS, "mnist", prepare.Original("http://127.0.0.1:9/nothing", ()))
-    assert "out of reach (ConnectionError)" in program.fails("data.prepare", "mnist", f"--data_dir={tmp_path}")
+    assert "out of reach (ConnectionError)" in program.fails("cli.prepare", "mnist", f"--data_dir={tmp_path}")
 
 
 def test_what_is_prepared_needs_nothing(program, tfds_dir):
-    assert f"prepared {tfds_dir}/mnist/3.0.1" in program.succeeds("data.prepare", "mnist", f"--data_dir={tfds_dir}").out
+    assert f"prepared {tfds_dir}/mnist/3.0.1" in program.succeeds("cli.prepare", "mnist", f"--data_dir={tfds_dir}").out
 
 
 def test_the_digest_names_images_and_labels():

@@ -18,9 +18,8 @@ from rs_consistency.models.cifar_resnet import CifarResNet
 from rs_consistency.models.densenet import DenseNet
 from rs_consistency.models.resnet import ResNet
 from rs_consistency.models.wide_resnet import WideResNet
-from rs_consistency.training import inputs
-from rs_consistency.training.inputs import step_sizes
-from rs_consistency.training.step import create_state, make_model, make_optimizer, make_train_steps
+from rs_consistency.training.array_inputs import ArrayInputs
+from rs_consistency.training.step import compile_steps, create_state
 from tests.helpers import TINY, final_params
 
 SHAPE, NUM_CLASSES, NUM_EXAMPLES, NUM_COPIES = (5, 4, 2), 3, 12, 4
@@ -270,7 +269,7 @@ def initial_state(model):
     """The state of a run on CIFAR-10, made once for all methods: to compile a model's init takes seconds."""
     config = make_config("gaussian", model=model)
     config.dataset.name = "cifar10"
-    state = create_state(config, make_optimizer(config, 1))
+    state = create_state(config)
     return jax.tree.map(np.array, state)  # copies: a step takes the buffers
 
 
@@ -280,21 +279,12 @@ def one_step(config, num_examples=8, num_devices=2):
     split = data.Split(images, (np.arange(num_examples) % 10).astype(np.int32))
     extra = {"smoothed": rng.dirichlet(np.ones(10), size=num_examples).astype(np.float32)}
     devices = jax.devices()[:num_devices]
-    sizes = step_sizes(config, num_examples)
-    optimizer = make_optimizer(config, sizes.steps)
-    arrays = inputs.ArrayInputs(config, split, split, extra=extra, sizes=sizes, devices=devices)
-    steps = make_train_steps(
-        config,
-        apply_fn=make_model(config).apply,
-        optimizer=optimizer,
-        sizes=sizes,
-        inputs=arrays,
-        devices=devices,
-    )
+    inputs = ArrayInputs(config, split, split, devices=devices, extra=extra)
+    steps = compile_steps(config, inputs)
     before = initial_state(config.model)
     state = parallel.replicate(jax.tree.map(jnp.array, before), devices)
-    (feed,) = arrays.feeds(0, 1)
-    state, metrics = steps(state, np.int32(1), *feed.args, **feed.parts)
+    (feed,) = inputs.feeds(0, 1)
+    state, metrics = steps.train(state, np.int32(1), *feed.args, **feed.parts)
     return before, jax.device_get(state), jax.tree.map(lambda values: np.asarray(values)[0], metrics)
 
 

@@ -16,6 +16,7 @@ from PIL import Image
 from scipy import stats
 
 from rs_consistency import data, noise
+from rs_consistency.certificates.measures import summarize
 from rs_consistency.certificates.read import Certificates, read_certificates
 from rs_consistency.models import create_model
 from rs_consistency.report import figures, formats, plots
@@ -357,7 +358,7 @@ def test_bands_are_clopper_pearson_over_images_whatever_the_seeds(monkeypatch):
         interval = stats.binomtest(k, 5).proportion_ci(0.95, method="exact")
         assert (low[place], high[place]) == pytest.approx((interval.low, interval.high))
     # Two seeds on these images: no more images than before, so no narrower.
-    twice = Certificates(*(np.concatenate([column, column]) for column in one[:-1]))
+    twice = Certificates(*(np.concatenate([column, column]) for column in one))
     _, low2, high2 = drawn_band(monkeypatch, twice)
     np.testing.assert_allclose(low2[::2], low)
     np.testing.assert_allclose(high2[::2], high)
@@ -383,6 +384,42 @@ def test_figures_for_one_comparison_and_for_many(tmp_path):
         figures.save_comparisons(found[:number], tmp_path / f"{number}.png")
         with Image.open(tmp_path / f"{number}.png") as picture:
             assert picture.size == (round(200 * max(3.4 * min(number, 3), 4.6)), 780 * -(-number // 3))
+
+
+@pytest.mark.parametrize("channels", [1, 3])
+def test_stored_pixels_keep_their_brightness_and_colour(monkeypatch, tmp_path, channels):
+    from rs_consistency.report import page, samples
+
+    stored = np.random.default_rng(0).integers(0, 256, size=(2, 4, 4, channels), dtype=np.uint8)
+    stored[0, 0, 0] = 128  # mid-grey
+    stored[1, 0, 0] = (255, 128, 0)[:channels]  # orange, if it has colours
+    split = data.ArraySplit(data.Split(stored, np.int32([3, 3])))
+    monkeypatch.setattr(samples, "open_images", lambda one, *, data_dir: split)
+    drawn = {}
+    monkeypatch.setattr(
+        figures, "save", lambda figure, path: drawn.update({path.stem: figure}) or plots.save(figure, path)
+    )
+    record = {"dataset": "cifar10", "sigma": 0.5, "seed": 0}
+    subjects = [
+        of_file(field_file(tmp_path / f"{name}.tsv", radii), name)._replace(record=record)
+        for name, radii in {"one": [1.0, 0.25], "two": [0.5, 0.5]}.items()  # image 0 gained, image 1 lost
+    ]
+    page.write_report(subjects, [summarize(one.path, one.certificates) for one in subjects], tmp_path)
+    found = [axes.images[0] for axes in drawn["gained_lost"].axes if axes.images]
+    for image, pixels in zip(found, stored, strict=True):
+        shown = image.to_rgba(image.get_array(), bytes=True)[..., :3]
+        assert np.abs(shown.astype(int) - pixels).max() <= 1  # a grey pixel in all three channels
+    with Image.open(tmp_path / "gained_lost.png") as picture:
+        colours = {colour for _, colour in picture.convert("RGB").getcolors(2**24)}
+    assert any(max(map(abs, np.subtract(colour, stored[1, 0, 0]))) <= 1 for colour in colours)
+
+
+@pytest.mark.parametrize(
+    "image", [np.full((2, 2, 1), 128, np.uint8), np.full((2, 2, 3), 128.0), np.full((2, 2, 3), -0.1)]
+)
+def test_pixels_of_another_range_are_refused(image):
+    with pytest.raises(ValueError, match=r"pixels from .* cannot be drawn: give floats in \[0, 1\]"):
+        figures._picture(None, image)
 
 
 def test_formats_escape_and_align():

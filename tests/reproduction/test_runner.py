@@ -283,7 +283,7 @@ def test_certificates_with_other_settings_do_not_count(tmp_path):
     }
     for key, value in others.items():
         (workdir / "certificates.json").write_text(json.dumps({**record, key: value}))
-        with pytest.raises(UserError, match=f"was made with {key}={value}, not "):
+        with pytest.raises(UserError, match=rf"was made with other settings \({key}: {value!r} -> "):
             inspect(cell, workdir)
 
 

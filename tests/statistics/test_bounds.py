@@ -1,4 +1,4 @@
-"""Clopper-Pearson bound and radius: exact values, exact coverage, and broken bounds that must fail the same test."""
+"""Bounds and radii: exact values, exact coverage, and broken bounds that must fail the same test."""
 
 from fractions import Fraction
 from math import comb
@@ -25,7 +25,7 @@ def test_bound_is_the_exact_beta_quantile(n, alpha):
     assert got.dtype == np.float64
     expected = np.where(counts == 0, 0, stats.beta.ppf(alpha, np.maximum(counts, 1), n - counts + 1))
     np.testing.assert_allclose(got, expected, rtol=1e-12)
-    # The defining equation: at the bound, so many votes or more have probability alpha.
+    # The defining equation: at the bound, the count or more has probability alpha.
     inner = counts > 0
     np.testing.assert_allclose(stats.binom.sf(counts[inner] - 1, n, got[inner]), alpha, rtol=1e-9)
 
@@ -43,7 +43,7 @@ def test_the_published_ceiling():
 
 
 def violation(bound, n, p, alpha):
-    """The exact probability that `bound` exceeds p."""
+    """Return the exact probability that `bound` exceeds p."""
     counts = np.arange(n + 1)
     return stats.binom.pmf(counts, n, p)[bound(counts, n, alpha) > p].sum()
 
@@ -59,7 +59,7 @@ def wald(counts, n, alpha):
 
 @pytest.mark.parametrize("alpha", [0.05, 0.001])
 def test_the_tail_at_the_bound_does_not_exceed_alpha_in_exact_arithmetic(alpha):
-    """Of the returned float64 itself, with rational numbers: no rounding anywhere."""
+    """The tail at the returned float64 is computed with rational numbers, without rounding."""
     n = 60
     counts = np.arange(1, n + 1)
     for count, bound in zip(counts, lower_confidence_bound(counts, n, alpha), strict=True):
@@ -115,7 +115,7 @@ DRAWS = (np.arange(400) + 0.5) / 400
 
 
 def too_high(bounds, p):
-    """The exact probability over the counts, on the grid of draws, that bounds `[n + 1, draws]` exceed p."""
+    """Return the exact probability over the counts, on the grid of draws, that bounds `[n + 1, draws]` exceed p."""
     n = len(bounds) - 1
     return (stats.binom.pmf(np.arange(n + 1), n, p)[:, None] * (bounds > p)).sum() / bounds.shape[1]
 
@@ -126,7 +126,7 @@ def test_the_randomized_bound_covers_exactly_and_broken_ones_do_not(n, alpha):
     counts, ceiling = np.arange(n + 1)[:, None], alpha ** (1 / n)
     below = [p for p in (0.1, 0.3, 0.5, 0.77, 0.9) if p < ceiling]
     bounds = randomized_lower_bound(counts, n, alpha, DRAWS[None, :])
-    for p in below:  # for each p there is one count whose draws are on both sides: exact up to a step of the grid
+    for p in below:  # each p has a count whose draws are on both sides: exact up to a step of the grid
         at_most_a_step = stats.binom.pmf(np.arange(n + 1), n, p).max() / len(DRAWS)
         assert too_high(bounds, p) == pytest.approx(alpha, abs=at_most_a_step)
     for p in (ceiling * 1.0001, 0.9999):
@@ -161,7 +161,7 @@ def test_the_draws_of_the_randomized_bound_are_uniform_and_committed_to_the_seed
 
 
 def two_class_violation(radius_of, n, p_a, p_b, alpha):
-    """The exact probability that the radius exceeds the true one, with a third class of the rest."""
+    """Return the exact probability that the radius exceeds the true radius, with a third class for the rest."""
     count, second = np.meshgrid(np.arange(n + 1), np.arange(n + 1), indexing="ij")
     possible = count + second <= n
     count, second = count[possible], second[possible]
@@ -176,7 +176,7 @@ def two_class(count, runner_up, n, alpha):
 
 
 def two_class_with(lower_of, upper_of):
-    """The radius from other bounds of p_A and p_B."""
+    """Return a radius from other bounds of p_A and p_B."""
 
     def radius(count, runner_up, n, alpha):
         lower = lower_of(count, n, alpha / 2)
@@ -212,7 +212,7 @@ def test_the_two_class_bound_certifies_below_one_half():
     lower, upper = lower_confidence_bound(45, 100, 0.025), upper_confidence_bound(20, 100, 0.025)
     assert got.certified and got.lower == lower < 0.5
     assert got.radius == pytest.approx(special.ndtri(lower) - special.ndtri(upper), rel=1e-12)
-    # With all others in one class, p_B is at most 1 - p_A, and the radius that of p_A alone, at alpha / 2.
+    # With all other votes in one class, p_B is at most 1 - p_A, and p_A alone determines the radius, at alpha / 2.
     alone = certified_radius(700, 1000, 0.025, 1.0)
     assert certify_votes(700, 300, 1000, alpha=0.05, sigma=1.0, bound="two_class").radius == pytest.approx(alone)
     unclear = certify_votes(40, 39, 100, alpha=0.05, sigma=1.0, bound="two_class")

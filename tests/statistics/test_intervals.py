@@ -15,7 +15,7 @@ from rs_consistency.statistics.intervals import (
 
 
 def exact_coverage(interval, p, trials):
-    """Probability that the interval of a binomial count contains p; a sum over all counts."""
+    """Return the probability that the interval of a binomial count contains p: a sum over all counts."""
     counts = np.arange(trials + 1)
     low, high = interval(counts, trials)
     return stats.binom.pmf(counts, trials, p)[(low <= p) & (p <= high)].sum()
@@ -42,7 +42,7 @@ def test_standard_errors_of_a_mean_and_of_a_part_of_a_whole():
     values = np.random.default_rng(0).exponential(size=40)
     assert standard_error(values) == pytest.approx(stats.sem(values))
     assert standard_error(values, population=40) == 0
-    # Against all samples without replacement: the variance of the mean over every pair out of 6 values.
+    # Against all samples without replacement: the variance of the mean over all pairs of 6 values.
     few = values[:6]
     pairs = [few[[i, j]].mean() for i in range(6) for j in range(i)]
     mean_square = np.mean([standard_error(few[[i, j]], population=6) ** 2 for i in range(6) for j in range(i)])
@@ -50,7 +50,7 @@ def test_standard_errors_of_a_mean_and_of_a_part_of_a_whole():
 
 
 def coverage(interval, repeats=300):
-    """How often an interval over 60 skewed values, half of them 0 like the radii of wrong images, has their mean."""
+    """Return how often an interval contains the mean of 60 skewed values, half of them 0 like radii of wrong images."""
     rng = np.random.default_rng(1)
     hits = 0
     for number in range(repeats):
@@ -63,18 +63,18 @@ def coverage(interval, repeats=300):
 def test_bootstrap_intervals_cover_the_mean_and_those_of_seeds_taken_for_images_do_not():
     ours = coverage(lambda values, number: bootstrap_interval(values, seed=number, samples=500))
     assert 0.89 <= ours <= 0.98  # about 0.93 for so few and so skewed values; 300 repeats err by 0.015
-    # The mistake: four seeds on the same images as so many more images, instead of their mean for each image.
+    # The mistake: four seeds on the same images are taken for four times as many images.
     broken = coverage(lambda values, number: bootstrap_interval(np.repeat(values, 4), seed=number, samples=500))
     assert broken < 0.75
 
 
 def test_bootstrap_intervals_are_a_function_of_their_arguments():
     values = np.random.default_rng(2).normal(size=500)
-    found = bootstrap_interval(values, seed=3, samples=4000)
-    assert found == bootstrap_interval(values, seed=3, samples=4000)
-    assert found != bootstrap_interval(values, seed=4, samples=4000)
+    interval = bootstrap_interval(values, seed=3, samples=4000)
+    assert interval == bootstrap_interval(values, seed=3, samples=4000)
+    assert interval != bootstrap_interval(values, seed=4, samples=4000)
     normal = stats.norm.interval(0.95, values.mean(), stats.sem(values))
-    np.testing.assert_allclose(found, normal, atol=0.005)
+    np.testing.assert_allclose(interval, normal, atol=0.005)
     assert bootstrap_interval(np.ones(5)) == Interval(1, 1)
 
 
@@ -82,13 +82,13 @@ def test_paired_differences_see_what_two_means_hide():
     rng = np.random.default_rng(4)
     hard = rng.normal(size=400)
     a, b = hard + 0.05 + 0.01 * rng.normal(size=400), hard
-    found = paired_difference(a, b)
-    assert found.mean == pytest.approx((a - b).mean()) and found.standard_error == pytest.approx(stats.sem(a - b))
-    assert found.interval.low > 0.04 and found.interval.high < 0.06
-    assert (found.images, found.gained, found.lost) == (400, (a > b).sum(), (a < b).sum())
-    assert found.standard_error < stats.sem(a) / 10
-    mixed_up = paired_difference(a, rng.permutation(b))
-    assert mixed_up.standard_error > 10 * found.standard_error
+    paired = paired_difference(a, b)
+    assert paired.mean == pytest.approx((a - b).mean()) and paired.standard_error == pytest.approx(stats.sem(a - b))
+    assert paired.interval.low > 0.04 and paired.interval.high < 0.06
+    assert (paired.images, paired.gained, paired.lost) == (400, (a > b).sum(), (a < b).sum())
+    assert paired.standard_error < stats.sem(a) / 10
+    shuffled = paired_difference(a, rng.permutation(b))
+    assert shuffled.standard_error > 10 * paired.standard_error
 
 
 @pytest.mark.parametrize(

@@ -38,16 +38,16 @@ def test_the_evidence_is_a_martingale_of_mean_one(p0):
 
 
 def outcomes(rule, p, every=1):
-    """Exact probabilities of (1, -1) as the first decision of `rule(hits, votes)` in MOST votes of probability p."""
-    alive, found = np.ones(1), {1: 0.0, -1: 0.0}
+    """Return the exact probabilities of (1, -1) as first decision of `rule(hits, votes)` in MOST votes, for p."""
+    alive, decisions = np.ones(1), {1: 0.0, -1: 0.0}
     for votes in range(1, MOST + 1):
         alive = np.append(alive * (1 - p), 0) + np.append(0, alive * p)
         if votes % every == 0:
             decided = rule(np.arange(votes + 1), votes)
-            for outcome in found:
-                found[outcome] += alive[decided == outcome].sum()
+            for outcome in decisions:
+                decisions[outcome] += alive[decided == outcome].sum()
             alive = np.where(decided == 0, alive, 0)
-    return found[1], found[-1]
+    return decisions[1], decisions[-1]
 
 
 def rule_of(radius, alpha):
@@ -55,7 +55,7 @@ def rule_of(radius, alpha):
 
 
 def from_evidence(evidence, radius, threshold):
-    """The test with another evidence or threshold."""
+    """Return the test with another evidence or threshold."""
     p0 = special.ndtr(radius / SIGMA)
 
     def rule(hits, votes):
@@ -66,24 +66,24 @@ def from_evidence(evidence, radius, threshold):
 
 
 def peeking(radius, alpha):
-    """Certified as soon as the Clopper-Pearson bound of the votes so far says so."""
+    """Return a rule that certifies as soon as the Clopper-Pearson bound of the votes so far exceeds p0."""
     p0 = special.ndtr(radius / SIGMA)
     return lambda hits, votes: np.where(lower_confidence_bound(hits, votes, alpha) > p0, 1, 0)
 
 
 def maximum_likelihood(hits, votes, p0):
-    """The likelihood under the share of the hits instead of that under the mixture."""
+    """Return the likelihood under the share of the hits instead of the mixture."""
     share = hits / votes
     return special.xlogy(hits, share / p0) + special.xlogy(votes - hits, (1 - share) / (1 - p0))
 
 
 def prior_not_normalized(hits, votes, p0):
-    """The mixture without its B(1/2, 1/2)."""
+    """Return the mixture without its B(1/2, 1/2)."""
     return log_evidence(hits, votes, p0) + special.betaln(0.5, 0.5)
 
 
 def errs(make, alpha):
-    """Whether the rejections of p = p0 have a probability greater than alpha, for some radius."""
+    """Return whether p = p0 is rejected with a probability greater than alpha, for some radius."""
     worst = max(sum(outcomes(make(radius), special.ndtr(radius / SIGMA))) for radius in RADII)
     return worst > alpha
 
@@ -95,7 +95,7 @@ def test_p0_is_rejected_with_probability_at_most_alpha_in_all_looks_together(alp
         rejected = sum(outcomes(rule_of(radius, alpha), special.ndtr(radius / SIGMA), every))
         assert rejected <= alpha, radius
         if every == 1 and radius < 1:
-            assert rejected > alpha / 3, radius  # and is not vacuous
+            assert rejected > alpha / 3, radius  # the bound is not vacuous
 
 
 @pytest.mark.parametrize("alpha", [0.05, 0.001])
@@ -114,7 +114,7 @@ def test_each_outcome_errs_with_probability_at_most_alpha_on_its_side(radius):
         assert outcomes(rule_of(radius, alpha), p)[0] <= alpha, p
     for p in 1 - (1 - p0) * np.array([0.2, 0.8, 0.99, 1]):
         assert outcomes(rule_of(radius, alpha), p)[1] <= alpha, p
-    assert outcomes(rule_of(radius, alpha), p0 / 2)[1] > 0.99  # and decides, where it is easy
+    assert outcomes(rule_of(radius, alpha), p0 / 2)[1] > 0.99  # easy cases are decided
     assert outcomes(rule_of(min(radius, 0.5), alpha), 0.999)[0] > 0.99
 
 
@@ -129,7 +129,7 @@ def test_known_decisions():
     certified = decide([1, 4, 5, 6, 7], [1, 4, 5, 6, 7], radius=0, sigma=1, alpha=0.05)
     # All of T votes at p0 = 1/2: E_T = prod (t + 1/2) / (t + 1) * 2 ** T = 14.4 for T = 6, and 26.8 for T = 7.
     assert certified.tolist() == [0, 0, 0, 0, 1] and certified.dtype == np.int8
-    assert decide(0, 7, radius=0, sigma=1, alpha=0.05) == -1  # as for the other class
+    assert decide(0, 7, radius=0, sigma=1, alpha=0.05) == -1  # by symmetry
     assert decide(900, 1000, radius=0.4, sigma=0.5, alpha=0.001) == 1  # p0 = 0.788
     assert decide(900, 1000, radius=0.64, sigma=0.5, alpha=0.001) == 0  # p0 = 0.8997
     assert decide(900, 1000, radius=1.0, sigma=0.5, alpha=0.001) == -1  # p0 = 0.977

@@ -69,7 +69,6 @@ def test_certification_counts_what_is_done(program, trained, tmp_path):
         "60 of 60 of mnist, test, of shape 28 x 28 x 1; 5 done"
         in program.succeeds("cli.certify", *wanted, "--dry_run").out
     )
-    assert "leave out --verify" in program.fails("cli.certify", *wanted, "--verify=2", "--dry_run")
 
 
 def test_memory_is_that_of_the_compiled_function():
@@ -111,8 +110,6 @@ def test_a_plan_is_refused_where_the_command_would_be(program, trained, tmp_path
 
 
 def test_what_writes_is_no_dry_run(program, tmp_path):
-    error = program.fails("cli.certify", "--merge", "a.tsv", f"--output={tmp_path / 'b.tsv'}", "--dry_run")
-    assert "merging takes seconds; leave out one" in error
     error = program.fails("cli.train", *TINY, f"--workdir={tmp_path / 'run'}", "--dry_run", "--profile=2")
     assert "profile=2 writes a trace, and dry_run is to write nothing; leave out one" in error
     assert not list(tmp_path.iterdir())

@@ -1,6 +1,7 @@
 """Runs of train.py: files, kill and resume, damaged checkpoints, divergence."""
 
 import json
+import re
 import shutil
 import signal
 import time
@@ -12,7 +13,7 @@ import pytest
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from rs_consistency.common.errors import EXIT_INTERRUPTED
-from rs_consistency.training import loop, metrics
+from rs_consistency.training import metrics
 from rs_consistency.training.checkpoints import digest
 from tests.helpers import TINY, count_lines, damage_checkpoint, final_params, kill_when, start, write_tfds
 
@@ -81,7 +82,7 @@ def test_a_killed_run_resumes_to_the_same_parameters(program, tmp_path):
 
 
 def test_a_run_with_several_steps_in_a_call_is_the_same_run(program, trained, tmp_path, monkeypatch):
-    monkeypatch.setattr(loop, "steps_per_call", lambda _: 4)
+    monkeypatch.setattr("rs_consistency.training.step.steps_per_call", lambda _: 4)
     run = tmp_path / "run"
     program.succeeds("cli.train", *TINY, "--config.checkpoint_every_steps=3", f"--workdir={run}")
     assert sorted(int(path.name) for path in (run / "checkpoints").iterdir()) == [9, 12, 14]  # keeps three
@@ -257,16 +258,21 @@ def test_train_from_another_folder(tmp_path):
     assert (tmp_path / "run" / "checkpoints" / "7").is_dir()
 
 
-def test_a_profile_names_operations_and_leaves_the_run_alone(program, trained, tmp_path):
+def test_a_profile_leaves_a_trace_and_the_run_alone(program, trained, tmp_path):
     run = tmp_path / "run"
     shutil.copytree(trained, run)
     before = {path: path.read_bytes() for path in run.rglob("*") if path.is_file()}
-    lines = program.succeeds("cli.train", *TINY, "--config.num_devices=1", f"--workdir={run}", "--profile=2").out
-    assert "noisy images/s" in lines and "Conv_1" in lines
-    shares = [float(line.split("%")[0]) for line in lines.splitlines() if line.lstrip()[:1].isdigit() and "%" in line]
-    assert 99 < sum(shares) < 101
+    line = program.succeeds("cli.train", *TINY, "--config.num_devices=1", f"--workdir={run}", "--profile=2").out
+    steps, milliseconds, speed, folder = re.match(
+        r"(\d+) steps, ([\d.]+) ms a step while tracing, (\d+) noisy images/s; the trace is in (\S+): ", line
+    ).groups()
+    assert steps == "2" and folder == str(run / "tensorboard")
+    assert float(milliseconds) * float(speed) == pytest.approx(64 * 1000, rel=0.05)  # rounded, a step of 64 images
     new = {path for path in run.rglob("*") if path.is_file()} - set(before)
     assert [path.name.split(".", 1)[1] for path in sorted(new)] == ["trace.json.gz", "xplane.pb"]
+    assert all(path.parent.parent == run / "tensorboard" / "plugins" / "profile" for path in new)
     assert all(path.read_bytes() == content for path, content in before.items())
-    message = "profile=5: use a number of steps from 1 to 4, which one epoch has"
-    assert message in program.fails("cli.train", *TINY, f"--workdir={run}", "--profile=5")
+    for number in (0, 5):
+        message = f"profile={number}: use a number of steps from 1 to 4, which one epoch has"
+        error = program.fails("cli.train", *TINY, f"--workdir={tmp_path / 'new'}", f"--profile={number}")
+        assert message in error and not (tmp_path / "new").exists()

@@ -68,7 +68,7 @@ def ask(trained, split, workdir, num_votes=40, **changes):
     config = mnist.get_config()
     config.update(changes)
     return teacher.smoothed_predictions(
-        config, split, str(trained), num_votes=num_votes, devices=jax.devices()[:2], workdir=workdir
+        config, split, trained, num_votes=num_votes, devices=jax.devices()[:2], workdir=workdir
     )
 
 

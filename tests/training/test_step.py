@@ -5,7 +5,6 @@ import functools
 import jax
 import jax.numpy as jnp
 import numpy as np
-import optax
 import pytest
 from ml_collections import ConfigDict
 
@@ -19,14 +18,7 @@ from rs_consistency.methods.base import Method, MethodOutput
 from rs_consistency.models.cifar_resnet import CifarResNet
 from rs_consistency.training.array_inputs import ArrayInputs
 from rs_consistency.training.inputs import make_order, step_sizes
-from rs_consistency.training.step import (
-    create_state,
-    make_eval_step,
-    make_model,
-    make_optimizer,
-    make_schedule,
-    make_train_steps,
-)
+from rs_consistency.training.step import compile_steps, create_state, make_model, make_schedule
 
 NUM_EXAMPLES = 40
 SHAPE = (28, 28, 1)
@@ -46,26 +38,15 @@ def examples():
 
 def run_steps(config, examples, num_devices, num_steps, extra=None, steps_per_call=1):
     devices = jax.devices()[:num_devices]
-    sizes = step_sizes(config, NUM_EXAMPLES)
-    optimizer = make_optimizer(config, sizes.steps)
-    apply_fn = make_model(config).apply
-    inputs = ArrayInputs(config, examples, examples, extra=extra or {}, sizes=sizes, devices=devices)
-    steps = make_train_steps(
-        config,
-        apply_fn=apply_fn,
-        optimizer=optimizer,
-        sizes=sizes,
-        inputs=inputs,
-        devices=devices,
-        steps_per_call=steps_per_call,
-    )
-    state = parallel.replicate(create_state(config, optimizer), devices)
+    inputs = ArrayInputs(config, examples, examples, devices=devices, extra=extra or {})
+    steps = compile_steps(config, inputs, per_call=steps_per_call)
+    state = parallel.replicate(create_state(config), devices)
     history, step = [], 0
     while step < num_steps:
-        in_epoch = sizes.steps - step % sizes.steps
+        in_epoch = inputs.sizes.steps - step % inputs.sizes.steps
         number = min(steps_per_call, num_steps - step, in_epoch)
         (feed,) = inputs.feeds(step, step + 1)
-        state, metrics = steps(state, np.int32(number), *feed.args, **feed.parts)
+        state, metrics = steps.train(state, np.int32(number), *feed.args, **feed.parts)
         assert {len(values) for values in metrics.values()} == {steps_per_call}
         history += [jax.tree.map(lambda values, i=i: np.asarray(values)[i], metrics) for i in range(number)]
         step += number
@@ -77,7 +58,7 @@ def reference_steps(config, examples, num_steps):
     num_noise, batch = config.num_noise, config.batch_size // config.num_noise
     steps = -(-NUM_EXAMPLES // batch)
     model = make_model(config)
-    params = create_state(config, make_optimizer(config, steps)).params
+    params = create_state(config).params
     momentum = jax.tree.map(jnp.zeros_like, params)
     key = noise.stream_key(config.seed, noise.Stream.TRAIN)
     draw = jax.jit(lambda *address: jax.random.normal(noise.fold(key, *address), SHAPE))
@@ -129,7 +110,7 @@ def test_steps_equal_the_reference(examples, changes):
     params, reference = reference_steps(config, examples, 5)
     np.testing.assert_allclose([step["loss"] for step in history], reference, rtol=1e-4)
     assert_close(state.params, params, atol=1e-5)  # float32 rounding of five steps
-    moved = create_state(config, make_optimizer(config, 3)).params
+    moved = create_state(config).params
     assert max(np.abs(a - b).max() for a, b in zip(*map(jax.tree.leaves, (state.params, moved)), strict=True)) > 5e-3
     assert int(state.step) == 5
 
@@ -201,12 +182,11 @@ def test_the_learning_rate_drops_by_epochs():
 def test_evaluation_counts_every_image_once(examples, num_devices, batch):
     config = small_config(eval_batch_size=batch)
     model = make_model(config)
-    params = create_state(config, optax.sgd(0.1)).params
+    params = create_state(config).params
     devices = jax.devices()[:num_devices]
-    sizes = step_sizes(config, NUM_EXAMPLES)
-    inputs = ArrayInputs(config, examples, examples, extra={}, sizes=sizes, devices=devices)
-    step = make_eval_step(config, apply_fn=model.apply, inputs=inputs, devices=devices)
-    found = [step({"params": params}, np.int32(start), *feed.args) for start, feed in inputs.test_feeds()]
+    inputs = ArrayInputs(config, examples, examples, devices=devices, extra={})
+    evaluate = compile_steps(config, inputs).evaluate
+    found = [evaluate({"params": params}, np.int32(start), *feed.args) for start, feed in inputs.test_feeds()]
     correct, seen = np.sum(found, axis=0)
 
     key = noise.stream_key(config.seed, noise.Stream.EVAL)
@@ -232,7 +212,7 @@ def test_a_model_that_cannot_take_the_images_is_told(monkeypatch):
     config = small_config()
     config.dataset.name = "specks"
     with pytest.raises(ValueError, match=r"model='lenet' cannot take the \(6, 6, 1\) images of dataset 'specks'"):
-        create_state(config, optax.sgd(0.1))
+        create_state(config)
 
 
 @pytest.fixture
@@ -242,7 +222,7 @@ def resnet8(monkeypatch):
 
 def test_batch_statistics_are_those_of_all_copies_on_all_devices(examples, resnet8):
     config = small_config(model="resnet8")
-    start = create_state(config, make_optimizer(config, 1))
+    start = create_state(config)
     one, (one_metrics,) = run_steps(config, examples, 1, 1)
     many, (many_metrics,) = run_steps(config, examples, 8, 1)
     assert one_metrics["loss"] == pytest.approx(many_metrics["loss"], rel=1e-5)
@@ -337,7 +317,7 @@ def test_augmentation_reaches_the_step_by_step_and_position(examples):
     draws = noise.training_noise(
         noise.stream_key(config.seed, noise.Stream.TRAIN), step=0, positions=jnp.arange(32), num_noise=1, shape=SHAPE
     )
-    state = create_state(config, make_optimizer(config, 1))
+    state = create_state(config)
     logits = make_model(config).apply(state.variables, images + config.sigma * draws[0])
     expected = losses.cross_entropy(logits[None], jnp.asarray(examples.labels[chosen])).mean()
     assert history[0]["loss"] == pytest.approx(float(expected), rel=1e-5)

@@ -1,0 +1,95 @@
+"""Images in memory, checked, and their votes: the shared part of `certify`, `decide` and `predict`."""
+
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+import jax
+import numpy as np
+from numpy.typing import ArrayLike
+
+from rs_consistency import noise
+from rs_consistency.common.checks import MAX_INDEX
+from rs_consistency.common.errors import UserError
+from rs_consistency.common.progress import progress_bar
+from rs_consistency.devices import parallel
+from rs_consistency.smoothing.votes import Votes, VoteSettings, count_votes, vote_settings
+
+
+class Task(NamedTuple):
+    """Checked images and the settings of their votes; from `prepare`.
+
+    Attributes:
+      images: `[B, H, W, C]` float32.
+      indices: `[B]` int64.
+      devices: devices that share the work.
+      settings: settings of the votes.
+    """
+
+    images: np.ndarray
+    indices: np.ndarray
+    devices: list[jax.Device]
+    settings: VoteSettings
+
+    def all_votes(
+        self, apply_fn: Callable[[jax.Array], jax.Array], stream: noise.Stream, desc: str, progress: bool
+    ) -> Votes:
+        """Return the votes of all images; `desc` names the progress bar on stderr."""
+        groups = count_votes(
+            lambda _, batch: apply_fn(batch),
+            (),
+            self.images,
+            self.indices,
+            settings=self.settings,
+            devices=self.devices,
+            stream=stream,
+        )
+        none = np.zeros((0, self.settings.num_classes), np.int64)
+        counted = [Votes(none, none)]
+        with progress_bar(desc, len(self.images), show=progress) as bar:
+            for votes in groups:
+                counted.append(votes)
+                bar.update(len(votes.counts))
+        return Votes(*(np.concatenate(parts) for parts in zip(*counted, strict=True)))
+
+
+def prepare(
+    images: ArrayLike, indices: ArrayLike | None, devices: Sequence[jax.Device] | None, **settings: Any
+) -> Task:
+    """Check the arguments of `certify`, `decide` or `predict`; `settings` are those of `votes.vote_settings`.
+
+    Raises:
+      UserError: for the first argument that cannot work.
+    """
+    images = check_images(images)
+    indices = check_indices(indices, len(images))
+    devices = parallel.choose_devices() if devices is None else list(devices)
+    if not devices:
+        raise UserError("devices=[]: give at least one, or None for all")
+    checked = vote_settings(**settings, image_shape=images.shape[1:], platform=devices[0].platform)
+    return Task(images, indices, devices, checked)
+
+
+def check_images(images: ArrayLike) -> np.ndarray:
+    """Return images as float32; a `UserError` for a shape other than `[B, H, W, C]` or values outside [0, 1]."""
+    images = np.asarray(images)
+    if not (np.issubdtype(images.dtype, np.number) or images.dtype == bool):
+        raise UserError(f"images are of type {images.dtype}; they must be numbers in [0, 1]")
+    if images.ndim != 4:
+        raise UserError(f"images has shape {images.shape}; it must be [B, H, W, C], one image being images[None]")
+    if images.size and not (np.isfinite(images).all() and images.min() >= 0 and images.max() <= 1):
+        raise UserError(
+            f"images lie in [{images.min()}, {images.max()}]; they must be in [0, 1] (divide uint8 images by 255)"
+        )
+    return images.astype(np.float32)
+
+
+def check_indices(indices: ArrayLike | None, num_images: int) -> np.ndarray:
+    """Return indices as int64 `[B]`, 0..B-1 for None; a `UserError` where they cannot number the images."""
+    if indices is None:
+        return np.arange(num_images)
+    array = np.asarray(indices)
+    if array.shape != (num_images,):
+        raise UserError(f"indices has shape {array.shape}; give one number for each of {num_images} images")
+    if array.size and not (np.issubdtype(array.dtype, np.integer) and array.min() >= 0 and array.max() <= MAX_INDEX):
+        raise UserError(f"indices={array}: use whole numbers from 0 to {MAX_INDEX}")
+    return array.astype(np.int64)

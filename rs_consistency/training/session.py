@@ -1,0 +1,127 @@
+"""An open run: its configuration, devices and data. The loop, the dry run and the profile begin with it."""
+
+import tempfile
+from dataclasses import dataclass
+from pathlib import Path
+
+import jax
+import numpy as np
+from ml_collections import ConfigDict
+
+from rs_consistency import data
+from rs_consistency.devices import parallel
+from rs_consistency.methods import METHODS
+from rs_consistency.training import runs
+from rs_consistency.training.array_inputs import ArrayInputs
+from rs_consistency.training.config import flatten, validate
+from rs_consistency.training.inputs import Inputs, StepSizes, step_sizes
+from rs_consistency.training.step import TrainState, create_state
+from rs_consistency.training.teacher import smoothed_predictions
+
+_FEW = 10  # training images that a measurement asks the teacher about
+
+
+@dataclass(frozen=True)
+class Session:
+    """An open run.
+
+    Attributes:
+      config: the run's configuration. Other runs in it have absolute paths.
+      devices: the devices to use.
+      train: the training split.
+      test: the test split.
+    """
+
+    config: ConfigDict
+    devices: list[jax.Device]
+    train: data.OpenSplit
+    test: data.OpenSplit
+
+    @classmethod
+    def open(cls, config: ConfigDict, workdir: Path) -> "Session":
+        """Check the config, and open devices and data; nothing is written.
+
+        Raises:
+          UserError: for a setting that cannot work, data that are not there, or, in a new run, another run that it
+            builds on and that is not there or does not fit.
+        """
+        devices = parallel.choose_devices(config.num_devices)
+        validate(config, num_devices=len(devices))
+        _settle_sources(config, is_new=not (workdir / runs.CONFIG_FILE).exists())
+        folders = {"data_dir": config.dataset.data_dir, "cache_dir": config.dataset.cache_dir}
+        train, test = (data.open_split(config.dataset.name, split, **folders) for split in ("train", "test"))
+        return cls(config, devices, train, test)
+
+    @property
+    def sizes(self) -> StepSizes:
+        """The sizes of a step and of an epoch."""
+        return step_sizes(self.config, len(self.train))
+
+    @property
+    def last_step(self) -> int:
+        """The number of steps of the whole run."""
+        return self.config.num_epochs * self.sizes.steps
+
+    def describe(self) -> str:
+        """Return dataset, model, method and length of the run in a line."""
+        config, consistency, method = self.config, self.config.consistency, self.config.method
+        if consistency.lbd > 0:
+            method += f" + consistency (lbd {consistency.lbd:g}, eta {consistency.eta:g}, {consistency.form})"
+        return (
+            f"{config.dataset.name}, {config.model}, sigma {config.sigma:g}: {method}, M {config.num_noise};"
+            f" {config.num_epochs} epochs of {self.sizes.steps} steps of {self.sizes.examples} examples"
+        )
+
+    def initial_state(self) -> TrainState:
+        """Return the state before the first step, replicated on the devices."""
+        return parallel.replicate(create_state(self.config), self.devices)
+
+    def open_inputs(self, workdir: Path | None) -> Inputs:
+        """Open the examples, for a method with a teacher together with the teacher's predictions.
+
+        Args:
+          workdir: the run's folder, which keeps the predictions. None, for a measurement: predictions of a few images
+            stand in for all, and nothing is kept.
+
+        Raises:
+          UserError: when the teacher is needed and is not there.
+        """
+        if not isinstance(self.train, data.ArraySplit):
+            from rs_consistency.training.stream_inputs import StreamInputs  # slow to import
+
+            return StreamInputs(self.config, self.train, self.test, devices=self.devices)
+        arrays, extra, teacher = self.train.arrays, {}, METHODS[self.config.method].teacher
+        if teacher and workdir:
+            extra["smoothed"] = self._ask(arrays, workdir)
+        elif teacher:
+            with tempfile.TemporaryDirectory() as folder:
+                few = self._ask(data.Split(*(rows[:_FEW] for rows in arrays)), Path(folder))
+            extra["smoothed"] = np.resize(few, (len(arrays.labels), *few.shape[1:]))
+        return ArrayInputs(self.config, arrays, self.test.arrays, devices=self.devices, extra=extra)
+
+    def _ask(self, split: data.Split, folder: Path) -> np.ndarray:
+        flat, teacher = flatten(self.config), METHODS[self.config.method].teacher
+        return smoothed_predictions(
+            self.config,
+            split,
+            Path(flat[teacher.workdir_key]),
+            num_votes=flat[teacher.num_votes_key],
+            devices=self.devices,
+            workdir=folder,
+        )
+
+
+def _settle_sources(config: ConfigDict, *, is_new: bool) -> None:
+    """Make the paths of other runs absolute, so that the run is the same from whichever folder it is continued.
+
+    A new run needs them: raise a `UserError` where one is not there or does not fit.
+    """
+    checks, teacher = {"init_from": runs.check_fits}, METHODS[config.method].teacher
+    if teacher:
+        checks[teacher.workdir_key] = runs.check_same_dataset
+    for key, check in checks.items():
+        if flatten(config)[key]:
+            path = Path(flatten(config)[key]).expanduser().resolve()
+            config.update_from_flattened_dict({key: str(path)})
+            if is_new:
+                check(config, path, name=key)
