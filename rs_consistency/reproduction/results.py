@@ -94,7 +94,7 @@ def keep(cell: Cell, workdir: Path, results: Path) -> Path:
 
 
 def _files(cell: Cell, workdir: Path) -> dict[str, bytes]:
-    """Name -> content of what is kept, `run.json` last."""
+    """Return the content of the kept files by name, `run.json` last."""
     table = in_order((workdir / CERTIFICATES).read_bytes())
     record, config = read_json(record_of(workdir / CERTIFICATES)), read_json(workdir / CONFIG_FILE)
     metrics = read_lines(workdir / METRICS_FILE)
@@ -240,4 +240,5 @@ def _train_seconds(metrics: list[dict[str, Any]], config: dict[str, Any]) -> flo
 
 
 def _certify_seconds(content: bytes) -> float:
+    """Return the sum of the column `time`."""
     return round(sum(seconds_of(line.split("\t")[5]) for line in content.decode().splitlines()[1:]), 1)
