@@ -24,6 +24,7 @@ PAGE = "report.html"
 _CSS_DPI = 96  # pixels of an inch, in style sheets
 _MOST_PANELS = 12  # of comparisons in a figure
 _MOST_PICTURED = 6  # comparisons whose images are shown
+_Reader = Callable[[np.ndarray], tuple[np.ndarray, np.ndarray]]  # numbers -> images float32 in [0, 1], and labels
 _MEANING = (
     "A certified radius says: the smoothed classifier gives this class at every point within that l2 distance of the"
     " image (pixels in [0, 1]). It is made from random votes, and wrong with probability at most alpha, for each image"
@@ -71,20 +72,6 @@ class Section(NamedTuple):
     figures: Sequence[Figure] = ()
 
 
-class Asked(NamedTuple):
-    """The answers of networks and datasets.
-
-    Attributes:
-      samples: label -> answers of the run's network.
-      readers: label -> function that reads images `[N, H, W, C]` float32 in [0, 1], and labels, by number.
-      missing: answers that are missing, with the reason, a line each.
-    """
-
-    samples: "dict[str, Samples]"
-    readers: dict[str, Callable[[np.ndarray], tuple[np.ndarray, np.ndarray]]]
-    missing: list[str]
-
-
 def write_report(
     subjects: Sequence[Subject],
     summaries: Sequence[dict[str, Any]],
@@ -113,17 +100,17 @@ def write_report(
       The path of the page.
     """
     comparisons, apart = compare(subjects)
-    asked = _ask(subjects, data_dir) if ask_networks else Asked({}, {}, [])
+    samples, readers, missing = _ask(subjects, data_dir) if ask_networks else ({}, {}, [])
     named = [{**summary, "path": one.label} for one, summary in zip(subjects, summaries, strict=True)]
     sections = [_results(subjects, named)]
     if any(one.evidence for one in subjects):
         sections.append(_votes(subjects, named))
     if comparisons:
-        sections.append(_compared(comparisons, asked))
+        sections.append(_compared(comparisons, readers))
     if any(one.metrics for one in subjects):
         sections.append(_training(subjects))
-    if asked.samples:
-        sections += [_margins(asked.samples), _strips(asked.samples)]
+    if samples:
+        sections += [_margins(samples), _strips(samples)]
     sections.append(Section("Settings", [Table("How the files were made", tables.settings(subjects))]))
     drawn, embedded = [figure for section in sections for figure in section.figures], {}
     with progress_bar("drawing", len(drawn), unit="figure", brief=True) as bar:
@@ -150,7 +137,7 @@ def write_report(
         embedded=embedded,
         meaning=_MEANING,
         recomputed=recomputed,
-        missing=[*asked.missing, *unread, *apart],
+        missing=[*missing, *unread, *apart],
     )
     write_text(folder / PAGE, page)
     return folder / PAGE
@@ -195,13 +182,13 @@ def _embed(path: Path) -> dict[str, Any]:
     return {"data": base64.b64encode(path.read_bytes()).decode("ascii"), "width": width, "height": height}
 
 
-def _ask(subjects: Sequence[Subject], data_dir: str) -> Asked:
-    """Ask the network of every subject that has a record; note why an answer is missing."""
-    asked, opened = Asked({}, {}, []), {}
+def _ask(subjects: Sequence[Subject], data_dir: str) -> "tuple[dict[str, Samples], dict[str, _Reader], list[str]]":
+    """Return by label the answers of networks and the readers of images, and a line for each missing answer."""
+    found, readers, missing, opened = {}, {}, [], {}
     for one in subjects:
         lacks = f"no logit margins and no image strip of {one.label}"
         if not one.record:  # another program's file, whose reader expects no images
-            asked.missing.append(f"{lacks}: {one.path} has no record of certify.py")
+            missing.append(f"{lacks}: {one.path} has no record of certify.py")
             continue
         from rs_consistency.report import samples  # JAX, slow to import
 
@@ -209,12 +196,12 @@ def _ask(subjects: Sequence[Subject], data_dir: str) -> Asked:
         try:
             if data not in opened:
                 opened[data] = samples.open_images(one, data_dir=data_dir)
-            asked.readers[one.label] = partial(samples.read_images, opened[data])
-            asked.samples[one.label] = samples.ask(one, opened[data])
+            readers[one.label] = partial(samples.read_images, opened[data])
+            found[one.label] = samples.ask(one, opened[data])
         except UserError as error:
-            asked.missing.append(f"{lacks}: {error}")
-            note(asked.missing[-1])
-    return asked
+            missing.append(f"{lacks}: {error}")
+            note(missing[-1])
+    return found, readers, missing
 
 
 def _results(subjects: Sequence[Subject], named: Sequence[dict[str, Any]]) -> Section:
@@ -260,7 +247,7 @@ def _votes(subjects: Sequence[Subject], named: Sequence[dict[str, Any]]) -> Sect
     return Section("Votes", [Table("What the votes said", _of_runs(tables.votes(named)))], [curves])
 
 
-def _compared(comparisons: Sequence[Comparison], asked: Asked) -> Section:
+def _compared(comparisons: Sequence[Comparison], readers: dict[str, _Reader]) -> Section:
     """Return the differences on the same images, of at least one comparison."""
     summary = "; ".join(
         f"{one.first} minus {one.second}: {one.difference.mean:+.3f}, {one.difference.gained} gained,"
@@ -278,7 +265,7 @@ def _compared(comparisons: Sequence[Comparison], asked: Asked) -> Section:
     )
     pictured = []
     for one in comparisons[:_MOST_PICTURED]:
-        read = asked.readers.get(one.first, asked.readers.get(one.second))
+        read = readers.get(one.first, readers.get(one.second))
         if read and (one.gained() or one.lost()):
             pictured.append((one, *(read(one.images[places])[0] for places in (one.gained(), one.lost()))))
     pictures = Figure(
