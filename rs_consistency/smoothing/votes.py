@@ -10,7 +10,7 @@ import numpy as np
 
 from rs_consistency import noise
 from rs_consistency.common.checks import LARGEST, MAX_SEED, number_above, whole_number
-from rs_consistency.common.errors import UserError
+from rs_consistency.common.errors import UserError, first_line
 from rs_consistency.data import DatasetInfo
 from rs_consistency.devices import parallel
 
@@ -274,8 +274,8 @@ def check_model(
     try:
         logits = jax.eval_shape(apply_fn, variables, batch)
     except Exception as error:  # a model may raise anything for images that do not fit
-        first_line = (str(error).strip() or type(error).__name__).splitlines()[0]
-        raise UserError(f"the model does not accept images of shape {tuple(image_shape)}: {first_line}") from error
+        message = f"the model does not accept images of shape {tuple(image_shape)}: {first_line(error)}"
+        raise UserError(message) from error
     if getattr(logits, "shape", None) != (batch_size, num_classes):
         raise UserError(
             f"the model gives {getattr(logits, 'shape', type(logits).__name__)} for a batch of {batch_size} images, but"

@@ -85,7 +85,7 @@ def test_the_record_binds_settings_model_and_data(trained, certified):
         "model": "linear",
         "checkpoint_step": 14,
         "parameter_digest": digest({"params": final_params(trained)}),
-        "data_digest": data.digest(data.load("mnist", "test")),
+        "data_digest": data.load("mnist", "test").digest(),
         "device": "8 x cpu (cpu)",
     }
     assert {key: record[key] for key in expected} == expected

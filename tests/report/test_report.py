@@ -393,7 +393,7 @@ def test_stored_pixels_keep_their_brightness_and_colour(monkeypatch, tmp_path, c
     stored = np.random.default_rng(0).integers(0, 256, size=(2, 4, 4, channels), dtype=np.uint8)
     stored[0, 0, 0] = 128  # mid-grey
     stored[1, 0, 0] = (255, 128, 0)[:channels]  # orange, if it has colours
-    split = data.ArraySplit(data.Split(stored, np.int32([3, 3])))
+    split = data.Split(stored, np.int32([3, 3]))
     monkeypatch.setattr(samples, "open_images", lambda one, *, data_dir: split)
     drawn = {}
     monkeypatch.setattr(
