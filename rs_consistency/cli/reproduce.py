@@ -14,6 +14,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import configs
 from rs_consistency.certificates.selection import parse_shard
 from rs_consistency.cli.common import Parser, program_words, run_main, run_program, whole
 from rs_consistency.common.checks import whole_number
@@ -70,6 +71,7 @@ def _main(argv: Sequence[str] | None) -> None:
     cells = share_of(make_plan(args.table, _options(args), workdir=folder), args.shard and parse_shard(args.shard))
     if not cells:
         raise UserError(f"shard={args.shard}: the plan has fewer cells; use fewer shards")
+    from rs_consistency.devices.host import available_cores  # JAX is slow to import
     from rs_consistency.reproduction.machine import this_machine
     from rs_consistency.reproduction.results import check_keepable, keep
     from rs_consistency.reproduction.runner import Runner
@@ -80,18 +82,21 @@ def _main(argv: Sequence[str] | None) -> None:
         if not args.dry_run:
             raise
         note(str(error))
-    jobs = _jobs(args.jobs, len(cells))
+    if args.jobs is None:
+        jobs = min(available_cores(), len(cells))
+    else:
+        jobs = whole_number("jobs", args.jobs, at_least=1, at_most=1024)
     machine = this_machine(jobs)
     if args.jobs is None and machine.platform != "cpu":
         jobs = 1
-    finished: list[Cell] = []
-
-    def on_finished(cell: Cell) -> None:
-        keep(cell, folder / cell.name, results)
-        finished.append(cell)
-
-    batch_size = None if args.batch_size is None else whole_number("batch_size", args.batch_size, at_least=1)
-    runner = Runner(folder, root=_root(), jobs=jobs, machine=machine, finished=on_finished, batch_size=batch_size)
+    runner = Runner(
+        folder,
+        root=Path(configs.__path__[0]).parent,
+        jobs=jobs,
+        machine=machine,
+        finished=lambda cell: keep(cell, folder / cell.name, results),
+        batch_size=None if args.batch_size is None else whole_number("batch_size", args.batch_size, at_least=1),
+    )
     states = [runner.look(cell) for cell in cells]
     runner.measure(cells)
     print("\n".join(filter(None, [_plan(cells, states, runner, jobs), not_available(args.table)])), flush=True)
@@ -103,7 +108,7 @@ def _main(argv: Sequence[str] | None) -> None:
     for cell in outcome.elsewhere:
         print(f"note: {cell.name}: another process is at it", file=sys.stderr)
     try:
-        if finished:
+        if outcome.finished:
             _render(args.table, results)
     except UserError as error:
         if not outcome.failed:
@@ -131,22 +136,6 @@ def _value(text: str) -> Any:
         except ValueError:
             continue
     return {"True": True, "False": False}.get(text, text)
-
-
-def _jobs(wanted: int | None, cells: int) -> int:
-    """Return the number of runs at a time on a CPU."""
-    if wanted is not None:
-        return whole_number("jobs", wanted, at_least=1, at_most=1024)
-    from rs_consistency.devices.host import available_cores  # JAX is slow to import
-
-    return min(available_cores(), cells)
-
-
-def _root() -> Path:
-    """Return the folder of `configs/`."""
-    import configs
-
-    return Path(configs.__path__[0]).parent
 
 
 def _plan(cells: Sequence[Cell], states: Sequence[Any], runner: Any, jobs: int) -> str:

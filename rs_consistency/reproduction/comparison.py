@@ -93,9 +93,7 @@ def _row(group: Sequence[Result], table: Table) -> Row:
     deviation = float(radii.mean(axis=1).std(ddof=1)) if len(group) > 1 else None
     changed = dict(phrase.partition(" ")[::2] for phrase in first.deviations)
     published = published_acr(table, first.method, first.sigma, first.lbd, changed)
-    error = None
-    if published is not None and len(per_image) > 1:
-        error = difference_error(per_image, deviation, len(group), published, table)
+    known = published is not None and len(per_image) > 1
     return Row(
         first=first,
         seeds=len(group),
@@ -105,7 +103,7 @@ def _row(group: Sequence[Result], table: Table) -> Row:
         deviation=deviation,
         interval=bootstrap_interval(per_image) if len(per_image) > 1 else Interval(acr, acr),
         published=published,
-        error=error,
+        error=difference_error(per_image, deviation, len(group), published, table) if known else None,
     )
 
 
@@ -121,13 +119,7 @@ def difference_error(
     samples (`Table.same_images` is False), it is that of both, at the measured images' standard deviation.
 
     The result is None when no deviation over seeds is known: an error from the images alone would be too small.
-
-    Args:
-      per_image: `[N]`, radius times correct, averaged over the measured seeds.
-      deviation: of the ACR over the measured seeds; None for a single seed.
-      seeds: number of measured seeds.
-      published: published ACR.
-      table: of the published ACR.
+    `per_image` `[N]` is radius times correct, averaged over the measured seeds.
     """
     known = [(seeds - 1, deviation), (published.seeds - 1, published.deviation)]
     squares = [(freedom, s**2) for freedom, s in known if s is not None and freedom]

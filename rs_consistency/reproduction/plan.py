@@ -90,9 +90,7 @@ def make_plan(table_name: str, options: Options, *, workdir: Path) -> list[Cell]
     """Return the cells of a table in the order of their runs: the first seed of every cell, then the next seed.
 
     The teacher that CAT-RS needs is another cell, with its workdir in the folder `workdir`.
-
-    Raises:
-      UserError: for an option that cannot work, or cells without published settings.
+    A `UserError` is raised for an option that cannot work, or cells without published settings.
     """
     table = table_of(table_name)
     module = importlib.import_module(f"configs.{table.config}")
@@ -261,11 +259,7 @@ def _checked(settings: Mapping[str, Any], known: Mapping[str, Any], table_name: 
 
 
 def _selection(table: Table, options: Options) -> Selection:
-    """Return every kth image of the test set, the number of images that the options ask for.
-
-    Raises:
-      UserError: for a number of images that no k gives; it names the nearest numbers.
-    """
+    """Return every kth image of the test set; a `UserError` for a number that no k gives names the nearest numbers."""
     total = data.dataset_info(options.dataset or table.dataset).test_size
     wanted = min(table.images, total)
     if options.images is not None:

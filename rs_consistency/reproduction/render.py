@@ -24,11 +24,7 @@ _ORANGE, _COLOURS = "#D55E00", ("#0072B2", "#009E73", "#CC79A7", "#56B4E9", "#00
 
 
 def render(table_name: str, results: Path) -> str:
-    """Write `table.md`, `table.tex` and the pictures of a table beside its results, and return it as text.
-
-    Raises:
-      UserError: when there are no results of the table.
-    """
+    """Write `table.md`, `table.tex` and the pictures of a table beside its results, and return it as text."""
     folder, table = results / table_name, table_of(table_name)
     found = read_results(folder)
     rows, pairs = rows_of(found, table), pairs_of(found)

@@ -65,10 +65,8 @@ def check_keepable(cells: Sequence[Cell], results: Path) -> None:
 def keep(cell: Cell, workdir: Path, results: Path) -> None:
     """Copy the kept files of a finished cell into the results, and replace those of an earlier run of the cell.
 
-    `run.json` is removed first and written last: where it exists, the other files belong to it.
-
-    Raises:
-      UserError: when the results hold the cell with other settings, or a file of the workdir is damaged.
+    `run.json` is removed first and written last: where it exists, the other files belong to it. A `UserError` is raised
+    when the results hold the cell with other settings, or a file of the workdir is damaged.
     """
     check_keepable([cell], results)
     folder = results / cell.table / cell.name
@@ -119,11 +117,7 @@ def _files(cell: Cell, workdir: Path) -> dict[str, bytes]:
 def _identity(cell: Cell) -> dict[str, Any]:
     """Return the settings that identify a kept cell."""
     return {
-        "table": cell.table,
-        "method": cell.method,
-        "sigma": cell.sigma,
-        "seed": cell.seed,
-        "lbd": cell.lbd,
+        **{name: getattr(cell, name) for name in ("table", "method", "sigma", "seed", "lbd")},
         "epochs": cell.config().num_epochs,
         "images": cell.selection.size,
         "n": cell.n,
@@ -146,8 +140,7 @@ def _json(content: Any) -> bytes:
 def read_results(folder: Path) -> list[Result]:
     """Read the finished cells in a folder such as `results/mnist`, ordered by sigma, method, weight and seed.
 
-    Raises:
-      UserError: when there is no finished cell, or a cell is damaged.
+    A `UserError` is raised when there is no finished cell, or a cell is damaged.
     """
     found = []
     for path in sorted(folder.glob(f"*/{RUN_FILE}")):
