@@ -3,7 +3,7 @@
 import hashlib
 import math
 import platform
-from collections.abc import Callable, Collection, Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
@@ -25,6 +25,7 @@ from rs_consistency.models import count_parameters
 from rs_consistency.models.inference import for_inference
 from rs_consistency.models.torch_checkpoints import ARCHITECTURES, from_torch, read_torch_checkpoint, with_input_layer
 from rs_consistency.smoothing.speed import measure_votes
+from rs_consistency.smoothing.votes import ApplyFn
 from rs_consistency.training import runs
 from rs_consistency.training.checkpoints import digest
 from rs_consistency.training.step import make_model
@@ -52,7 +53,7 @@ class Source:
     split: data.OpenSplit
     devices: Sequence[jax.Device]
     step: int | None
-    apply_fn: Callable[[Any, jax.Array], jax.Array]
+    apply_fn: ApplyFn
     variables: dict[str, Any]
     parameters: int
     binding: dict[str, Any]
@@ -78,13 +79,7 @@ class Source:
 
     @classmethod
     def from_torch(
-        cls,
-        checkpoint: Path,
-        config: ConfigDict,
-        *,
-        input_layer: str,
-        devices: Sequence[jax.Device],
-        **places: str,
+        cls, checkpoint: Path, config: ConfigDict, *, input_layer: str, devices: Sequence[jax.Device], **places: str
     ) -> Self:
         """Open the images of a dataset, and read a PyTorch checkpoint.
 

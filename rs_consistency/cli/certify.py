@@ -16,9 +16,9 @@ For every image: the class that the smoothed classifier predicts, and an l2 radi
 Installed, the program is rs-certify.
 """
 
-import contextlib
 import shlex
 from collections.abc import Iterator, Sequence
+from contextlib import closing
 from pathlib import Path
 from typing import Any
 
@@ -204,18 +204,12 @@ def _answer_all(args: Any) -> None:
     selection = Selection(len(source.split), skip, most, shard)
     output = _output(args, question.schema.name)
     identity = {**question.identity(), **source.binding}
+    held = {"schema": question.schema, "identity": identity, "selection": selection}
     if args.dry_run:
-        answered = check_answers(output, schema=question.schema, identity=identity, selection=selection)
-        print(plan(source, question, selection, output, answered=answered))
+        print(plan(source, question, selection, output, answered=check_answers(output, **held)))
         return
-    file = CertificateFile(
-        output,
-        schema=question.schema,
-        identity=identity,
-        about={**source.about(question.votes.sigma), "command": args.command},
-        selection=selection,
-    )
-    with contextlib.closing(file):
+    about = {**source.about(question.votes.sigma), "command": args.command}
+    with closing(CertificateFile(output, **held, about=about)) as file:
         print(f"devices: {parallel.describe(devices)}", flush=True)
         _fill(file, source.answers(question, file.remaining))
         file.finish()

@@ -71,9 +71,8 @@ def _memory_is_full(error: Exception) -> bool:
     """Return whether an error says that the memory of this machine, or of a device of JAX, is full."""
     jax = sys.modules.get("jax")  # slow to import, and not every program needs it
     of_device = jax is not None and isinstance(error, jax.errors.JaxRuntimeError)
-    return isinstance(error, MemoryError) or (
-        of_device and re.search("RESOURCE_EXHAUSTED|[Oo]ut of memory", str(error)) is not None
-    )
+    full = re.search("RESOURCE_EXHAUSTED|[Oo]ut of memory", str(error)) is not None
+    return isinstance(error, MemoryError) or (of_device and full)
 
 
 class Parser(argparse.ArgumentParser):
