@@ -16,7 +16,7 @@ from typing import Any
 
 import configs
 from rs_consistency.certificates.selection import parse_shard
-from rs_consistency.cli.common import Parser, program_words, run_main, run_program, whole
+from rs_consistency.cli.common import Parser, entry_points, program_words, whole
 from rs_consistency.common.checks import whole_number
 from rs_consistency.common.errors import EXIT_FAILED_CELLS, UserError, note
 from rs_consistency.reproduction.plan import Cell, Options, deviations, make_plan, not_available, share_of
@@ -59,7 +59,7 @@ def _parser() -> Parser:
     return parser
 
 
-def _main(argv: Sequence[str] | None) -> None:
+def _main(argv: Sequence[str]) -> None:
     args = _parser().parse_args(argv)
     results = args.results.expanduser()
     if args.render:
@@ -161,11 +161,4 @@ def _render(table: str, results: Path) -> None:
     print(render(table, results))
 
 
-def main(argv: Sequence[str] | None = None) -> None:
-    """Run the command."""
-    run_main(_main, argv)
-
-
-def run() -> None:
-    """Run the command as all that its process does."""
-    run_program(main)
+main, run = entry_points(_main)
