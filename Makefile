@@ -7,7 +7,7 @@ DEMO ?= runs/demo
 DEMO_SKIP ?= 10
 DEMO_N ?= 10000
 
-.PHONY: demo test test-all test-torch docs lint format clean
+.PHONY: demo test test-docs test-all test-torch docs lint format clean
 
 $(VENV)/installed: setup.py constraints.txt
 	$(PYTHON) -c 'import sys; v = sys.version_info[:2]; sys.exit(None if (3, 11) <= v <= (3, 13) else f"error: Python {v[0]}.{v[1]} at {sys.executable}: use 3.11 to 3.13, make PYTHON=python3.11")'
@@ -23,13 +23,17 @@ demo: $(VENV)/installed
 	$(RUN) certify.py --workdir=$(DEMO)/gaussian --skip=$(DEMO_SKIP) --n=$(DEMO_N)
 	$(RUN) analyze.py $(DEMO)/consistency $(DEMO)/gaussian --radii 0 0.5 1 1.5 --output=$(DEMO)
 
-# Two files at a time: most of the time goes into compiling, one core each.
+# Two files at a time, on a core each; all but tests/documentation. Compiled programs stay in .pytest_cache.
 test: $(VENV)/installed
 	$(RUN) -m pytest -n 2 --dist loadfile
 
-# Also what takes longer than its worth in every run.
+# The notebooks, the documentation with its commands and examples, the installed commands.
+test-docs: $(VENV)/installed
+	$(RUN) -m pytest -n 2 --dist worksteal tests/documentation
+
+# All of it, with the tests that take longer than their worth in every run.
 test-all: $(VENV)/installed
-	$(RUN) -m pytest -n 2 --dist loadfile -m ""
+	$(RUN) -m pytest -n 2 --dist loadfile -m "" tests tests/documentation
 
 # What needs PyTorch, which no other target installs: its checkpoints, read and written. None of it is skipped here.
 # PyTorch's build for the CPU is smaller than what pip takes by default; PIP_EXTRA_INDEX_URL can name where it is.

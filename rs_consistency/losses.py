@@ -139,10 +139,8 @@ def consistency(logits: jax.Array, *, lbd: float, eta: float = 0.5, form: str = 
 
     log_probs = log_softmax(logits)  # [M, B, K]
     if form == "mse":
-        if num_copies == 1:
-            return jnp.zeros_like(log_probs[0, :, 0])
         probs = jnp.exp(log_probs[:2])
-        return lbd * jnp.square(probs[0] - probs[1]).sum(axis=-1)
+        return lbd * jnp.square(probs[0] - probs[-1]).sum(axis=-1)  # 0 for M = 1, where lbd is 0
 
     log_mean = jax.nn.logsumexp(log_probs, axis=0) - math.log(num_copies)  # [B, K]
     mean = jnp.exp(log_mean)

@@ -96,7 +96,5 @@ def bound_uniform(seed: int, indices: np.ndarray) -> np.ndarray:
     """
     key = stream_key(seed, Stream.BOUND)
     words = jax.vmap(lambda index: jax.random.bits(jax.random.fold_in(key, index), (2,), jnp.uint32))
-    high, low = (
-        np.asarray(words(jnp.asarray(indices, jnp.int32)), np.uint64).T if len(indices) else np.zeros((2, 0), np.uint64)
-    )
+    high, low = np.asarray(words(jnp.asarray(indices, jnp.int32)), np.uint64).T
     return ((high << np.uint64(21) | low >> np.uint64(11)) + np.uint64(1)) * 2.0**-53

@@ -87,16 +87,3 @@ def certify(workdir, named):
         file.append([[int(index), 3, 3, config["sigma"], 1, 1.0, 100, 90, 10, 3]])
     file.finish()
     file.close()
-
-
-def plan(folder, *arguments):
-    """reproduce.py with these programs; its arguments are those of the command line."""
-    from rs_consistency.cli import reproduce
-    from rs_consistency.reproduction import runner
-
-    runner.Runner.__init__.__kwdefaults__["modules"] = dict.fromkeys(("train", "certify", "measure"), "tests.fakes")
-    reproduce.main([f"--workdir={folder}", f"--results={folder}-results", *arguments])
-
-
-if __name__ == "__main__":
-    plan(*sys.argv[1:])

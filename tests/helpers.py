@@ -1,6 +1,6 @@
 """What several test modules use."""
 
-import importlib
+import importlib.util
 import io
 import json
 import os
@@ -26,6 +26,8 @@ TINY = [
     "--config.num_epochs=2",
     "--config.eval_batch_size=25",
 ]
+# The same with the linear model of toy.py: for tests whose subject is no network.
+TOY = [*TINY, "--config.model=linear"]
 
 
 class Program:
@@ -60,16 +62,37 @@ class Program:
         return lines[0]
 
 
+# Runs a script that knows the model of toy.py, in the runs of a plan as well.
+_WITH_TOY = f"""
+import runpy, sys
+sys.path[0] = {str(ROOT)!r}
+import tests.toy
+if sys.argv[1].endswith("reproduce.py"):
+    from rs_consistency.reproduction.runner import Runner
+    from tests.plans import TOYS
+    Runner.__init__.__kwdefaults__["modules"] = TOYS
+del sys.argv[0]
+runpy.run_path(sys.argv[0], run_name="__main__")
+"""
+
 # A shell's background jobs, such as a CI's, ignore Ctrl-C, and so would what they start.
 CTRL_C_WORKS = ("env", "--default-signal=INT")
 
 
-def start(script, *args, limit_kib=None, cwd=ROOT):
-    """Starts a top-level script in a process of its own, as a user would; no file may grow beyond the limit."""
-    command = [*CTRL_C_WORKS, sys.executable, str(ROOT / script), *map(str, args)]
+def start(script, *args, toy=False, limit_kib=None, cwd=ROOT):
+    """Start a top-level script in a process of its own, as a user would.
+
+    With `toy` it knows the linear model. No file may grow beyond the limit. The process reads the suite's compiled
+    programs and adds none, so that killing it cannot leave half of one behind.
+    """
+    runner = ["-c", _WITH_TOY] if toy else []
+    command = [*CTRL_C_WORKS, sys.executable, *runner, str(ROOT / script), *map(str, args)]
     if limit_kib:
         command = ["bash", "-c", f'ulimit -f {limit_kib}; exec "$@"', "bash", *command]
-    return subprocess.Popen(command, cwd=cwd, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    environment = {**os.environ, "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "1e9"}
+    return subprocess.Popen(
+        command, cwd=cwd, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    )
 
 
 def kill_when(process, ready, seconds=120):
@@ -84,13 +107,10 @@ def kill_when(process, ready, seconds=120):
     assert process.returncode == -9, "ended before it was killed"
 
 
-def need_torch():
-    """PyTorch; without it the test is skipped, except in `make test-torch`, where that would be a failure."""
-    if os.environ.get("RS_CONSISTENCY_NEEDS_TORCH"):
-        import torch
-
-        return torch
-    return pytest.importorskip("torch")
+# In `make test-torch`, nothing is skipped: without PyTorch the import fails.
+needs_torch = pytest.mark.skipif(
+    "RS_CONSISTENCY_NEEDS_TORCH" not in os.environ and importlib.util.find_spec("torch") is None, reason="needs PyTorch"
+)
 
 
 def processes_with(text):

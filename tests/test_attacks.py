@@ -84,9 +84,9 @@ def lenet():
     model = create_model("lenet", num_classes=10)
     images = jax.random.uniform(jax.random.key(0), (3, 28, 28, 1))
     images = images.at[0].set(0.0).at[1].set(1.0)  # at the walls of the box
-    variables = model.init(jax.random.key(1), images)
+    variables = jax.jit(model.init)(jax.random.key(1), images)
     noise = 0.5 * jax.random.normal(jax.random.key(2), (2, 3, 28, 28, 1))
-    return lambda images: model.apply(variables, images, train=False), images, jnp.array([1, 2, 3]), noise
+    return jax.jit(lambda images: model.apply(variables, images, train=False)), images, jnp.array([1, 2, 3]), noise
 
 
 @pytest.mark.parametrize("epsilon", [0.25, 1.0, 8.0])

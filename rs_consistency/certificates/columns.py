@@ -29,22 +29,17 @@ import re
 from collections.abc import Iterable, Mapping, Sequence
 from datetime import timedelta
 from decimal import ROUND_FLOOR, Decimal
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import ArrayLike
 
 from rs_consistency.common.checks import MAX_INDEX
 from rs_consistency.statistics import sequential
-from rs_consistency.statistics.bounds import ABSTAIN, most_of_others
-
-if TYPE_CHECKING:
-    from rs_consistency.smoothing.certify import Certification  # imports JAX, slowly
 
 FIELD_COLUMNS = ("idx", "label", "predict", "radius", "correct", "time")
-CERTIFIED = "certified"
 WORDS = {  # a decision -> its word in a file
-    sequential.CERTIFIED: CERTIFIED,
+    sequential.CERTIFIED: "certified",
     sequential.NOT_CERTIFIED: "not_certified",
     sequential.UNDECIDED: "undecided",
 }
@@ -106,69 +101,6 @@ CERTIFY = Schema("certify", ("count0", "count", "count_runner_up", "selected"))
 DECIDE = Schema("decide", ("count0", "count", "votes", "selected", "decision"))
 PREDICT = Schema("predict", ("count", "count_runner_up", "p_value"))
 SCHEMAS = {schema.name: schema for schema in (CERTIFY, DECIDE, PREDICT)}
-
-
-def certify_rows(indices: np.ndarray, labels: np.ndarray, result: "Certification", seconds: ArrayLike) -> list[Row]:
-    """Return the rows of G images of mode `certify`: numbers and classes `[G]`, seconds `[G]` or one number."""
-    selected = result.counts0.argmax(axis=1)
-    return make_rows(
-        idx=indices,
-        label=labels,
-        predict=result.prediction,
-        radius=result.radius,
-        time=seconds,
-        count0=result.counts0.max(axis=1),
-        count=np.take_along_axis(result.counts, selected[:, None], axis=1)[:, 0],
-        count_runner_up=most_of_others(result.counts, selected),
-        selected=selected,
-    )
-
-
-def decide_rows(
-    indices: ArrayLike,
-    labels: ArrayLike,
-    *,
-    count0: ArrayLike,
-    count: ArrayLike,
-    votes: ArrayLike,
-    selected: ArrayLike,
-    decision: Sequence[str],
-    radius: float,
-    seconds: ArrayLike,
-) -> list[Row]:
-    """Return the rows of G images of mode `decide`: where certified, the selected class at the radius; else abstention.
-
-    All but the radius are columns, `[G]` or one value.
-    """
-    certified = np.asarray(decision) == CERTIFIED
-    exact = Decimal(repr(float(radius)))  # as the user wrote it: 0.3, not the float64 beside it, which is a little less
-    return make_rows(
-        idx=indices,
-        label=labels,
-        predict=np.where(certified, selected, ABSTAIN),
-        radius=np.where(certified, exact, Decimal(0)),
-        time=seconds,
-        count0=count0,
-        count=count,
-        votes=votes,
-        selected=selected,
-        decision=decision,
-    )
-
-
-def predict_rows(
-    indices: ArrayLike,
-    labels: ArrayLike,
-    prediction: ArrayLike,
-    *,
-    count: ArrayLike,
-    count_runner_up: ArrayLike,
-    p_value: ArrayLike,
-    seconds: ArrayLike,
-) -> list[Row]:
-    """Return the rows of G images of mode `predict`, which certify no radius; all are columns, `[G]` or one value."""
-    counts = {"count": count, "count_runner_up": count_runner_up, "p_value": p_value}
-    return make_rows(idx=indices, label=labels, predict=prediction, radius=0.0, time=seconds, **counts)
 
 
 def make_rows(**columns: ArrayLike) -> list[Row]:

@@ -11,7 +11,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from rs_consistency.certificates.columns import CERTIFY, DECIDE, WORDS, Row, Schema, decide_rows, make_rows
+from rs_consistency.certificates.columns import CERTIFY, DECIDE, WORDS, Row, Schema, make_rows
 from rs_consistency.certificates.read import Certificates, Table, certificate_path, read_rows, to_columns
 from rs_consistency.certificates.record import Record, Settings, record_path
 from rs_consistency.common import checks
@@ -91,7 +91,7 @@ def load(
     if bonferroni:
         each = checks.probability("alpha", each / len(rows))
     settings = settings._replace(alpha=each, bound=bound or settings.bound)
-    proven, lower = _certificates(settings, rows)
+    proven, lower = _certificates(settings, _columns(rows))
     if recompute:
         table = to_columns(file, {row["idx"]: row for row in proven})
     else:
@@ -104,54 +104,59 @@ def contradictions(table: Table) -> dict[int, str]:
     schema, settings = table.record.schema, table.record.settings
     possible = [row for row in table.rows.values() if _is_possible(schema, settings, row)]
     found = dict.fromkeys(table.rows, _impossible(settings))
-    for old, new in zip(possible, rebuild(schema, settings, possible), strict=True):
+    proven = rows_of_counts(schema, settings, _columns(possible)) if possible else []
+    for old, new in zip(possible, proven, strict=True):
         differing = [f"{name} {old[name]}, its counts give {new[name]}" for name in old if old[name] != new[name]]
         found[old["idx"]] = ", ".join(differing)
     return {index: text for index, text in found.items() if text}
 
 
-def rebuild(schema: Schema, settings: Settings, rows: Sequence[Row]) -> list[Row]:
-    """Return the rows that the program writes for these counts, with these settings.
+def rows_of_counts(schema: Schema, settings: Settings, columns: dict[str, np.ndarray]) -> list[Row]:
+    """Return the rows that the program writes for G images with these counts and settings.
 
-    Labels and times are kept; so are a prediction's class, which no count names, and a p-value that rounding changed.
+    Args:
+      schema: the kind of the lines.
+      settings: how the votes were cast.
+      columns: `[G]` or one value each: idx, label and time, which are kept, and the counts, with `selected` where there
+        are n0 votes. Mode predict needs `predict`, the most voted class, which no count names. A `p_value` that differs
+        from the computed one by rounding is kept, too.
     """
-    if not rows:
-        return []
     if schema is CERTIFY:
-        return _certificates(settings, rows)[0]
-    return (_decisions if schema is DECIDE else _predictions)(settings, rows)
+        return _certificates(settings, columns)[0]
+    return (_decisions if schema is DECIDE else _predictions)(settings, columns)
 
 
-def _certificates(settings: Settings, rows: Sequence[Row]) -> tuple[list[Row], np.ndarray]:
-    """Return the rebuilt rows, and the lower confidence bounds of p_A."""
-    columns, uniform = _columns(rows), None
-    count, runner_up = columns["count"], columns["count_runner_up"]
+def _certificates(settings: Settings, columns: dict[str, np.ndarray]) -> tuple[list[Row], np.ndarray]:
+    """Return the rows, and the lower confidence bounds of p_A."""
+    uniform, counts = None, (columns["count"], columns["count_runner_up"], settings.n)
     if settings.bound == "randomized":
         from rs_consistency.noise import bound_uniform  # imports JAX, slowly, which no other bound needs
 
         uniform = bound_uniform(settings.seed, columns["idx"])
-    n, alpha, sigma, bound = settings.n, settings.alpha, settings.sigma, settings.bound
-    proven = certify_votes(count, runner_up, n, alpha=alpha, sigma=sigma, bound=bound, uniform=uniform)
+    alpha, sigma, bound = settings.alpha, settings.sigma, settings.bound
+    proven = certify_votes(*counts, alpha=alpha, sigma=sigma, bound=bound, uniform=uniform)
     prediction = np.where(proven.certified, columns["selected"], ABSTAIN)
     return make_rows(**columns | {"predict": prediction, "radius": proven.radius}), proven.lower
 
 
-def _decisions(settings: Settings, rows: Sequence[Row]) -> list[Row]:
-    columns, sigma = _columns(rows), drawn_sigma(settings.sigma)
-    count, votes = columns["count"], columns["votes"]
+def _decisions(settings: Settings, columns: dict[str, np.ndarray]) -> list[Row]:
+    count, votes, sigma = columns["count"], columns["votes"], drawn_sigma(settings.sigma)
     decided = sequential.decide(count, votes, radius=settings.radius, sigma=sigma, alpha=settings.alpha)
     early = (decided == sequential.UNDECIDED) & (votes < settings.n)
     words = [_MORE_VOTES if one else WORDS[each] for one, each in zip(early, decided.tolist(), strict=True)]
-    counts = {name: columns[name] for name in ("count0", "count", "votes", "selected")}
-    return decide_rows(
-        columns["idx"], columns["label"], decision=words, radius=settings.radius, seconds=columns["time"], **counts
-    )
+    certified = decided == sequential.CERTIFIED
+    prediction = np.where(certified, columns["selected"], ABSTAIN)
+    exact = Decimal(
+        repr(settings.radius)
+    )  # as the user wrote it: 0.3, not the float64 beside it, which is a little less
+    radius = np.where(certified, exact, Decimal(0))
+    return make_rows(**columns | {"predict": prediction, "radius": radius, "decision": words})
 
 
-def _predictions(settings: Settings, rows: Sequence[Row]) -> list[Row]:
-    columns = _columns(rows)
+def _predictions(settings: Settings, columns: dict[str, np.ndarray]) -> list[Row]:
     exact = p_value_of(columns["count"], columns["count_runner_up"])
-    p_value = np.where(np.isclose(columns["p_value"], exact, rtol=1e-9, atol=1e-300), columns["p_value"], exact)
+    written = columns.get("p_value", exact)
+    p_value = np.where(np.isclose(written, exact, rtol=1e-9, atol=1e-300), written, exact)
     named = np.where(columns["predict"] == ABSTAIN, "a class", columns["predict"].astype(object))
     prediction = np.where(p_value > settings.alpha, ABSTAIN, named)
     return make_rows(**columns | {"predict": prediction, "radius": 0.0, "p_value": p_value})

@@ -1,31 +1,20 @@
 """The question of certify.py about each image: a certificate, a decision at one radius, or a prediction."""
 
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple
 
 import jax
 import numpy as np
 
 from rs_consistency import noise
-from rs_consistency.certificates.columns import (
-    CERTIFY,
-    DECIDE,
-    PREDICT,
-    SCHEMAS,
-    WORDS,
-    Row,
-    Schema,
-    certify_rows,
-    decide_rows,
-    predict_rows,
-)
+from rs_consistency.certificates.columns import CERTIFY, DECIDE, PREDICT, SCHEMAS, Row, Schema
+from rs_consistency.certificates.proof import rows_of_counts
+from rs_consistency.certificates.record import Settings
 from rs_consistency.common.checks import one_of, probability
 from rs_consistency.common.errors import UserError
 from rs_consistency.data import DatasetInfo
-from rs_consistency.smoothing.certify import conclude
 from rs_consistency.smoothing.pool import LOOK_EVERY, Decisions, check_radius, decide_images
-from rs_consistency.smoothing.predict import conclude_prediction
 from rs_consistency.smoothing.votes import Votes, VoteSettings, count_votes
 from rs_consistency.statistics.bounds import BOUNDS, N0, most_of_others
 
@@ -50,7 +39,7 @@ class Question(NamedTuple):
     radius: float | None
 
     def identity(self) -> dict[str, Any]:
-        """Return the settings that the answers depend on, for the record; `question_of_record` reads them back."""
+        """Return the settings that the answers depend on, for the record; see `record.Settings`."""
         votes = self.votes
         settings = {"sigma": votes.sigma, "n0": votes.n0, "n": votes.n, "alpha": self.alpha, "seed": votes.seed}
         if self.bound is not None:
@@ -63,21 +52,18 @@ class Question(NamedTuple):
 def make_question(
     mode: str,
     *,
-    sigma: Any,
-    n: Any,
+    info: DatasetInfo,
+    platform: str,
     alpha: Any,
-    seed: Any,
     n0: Any = None,
     bound: Any = None,
     radius: Any = None,
-    batch_size: Any = None,
-    info: DatasetInfo,
-    platform: str,
+    **votes: Any,
 ) -> Question:
     """Return a checked question about the images of a dataset.
 
     None stands for the default of a setting, and for a setting that the mode does not have. The settings are the
-    attributes of `Question`, and the arguments of `votes.vote_settings`.
+    attributes of `Question`; `votes` are sigma, n, seed and batch_size, as for `votes.vote_settings`.
 
     Raises:
       UserError: for the first setting that cannot work, or that the mode does not have.
@@ -96,34 +82,10 @@ def make_question(
     elif schema is CERTIFY:
         bound = BOUNDS[0] if bound is None else bound
         one_of("bound", bound, BOUNDS)
-    selects = schema is not PREDICT
-    votes = VoteSettings.for_dataset(
-        info,
-        sigma=sigma,
-        n=n,
-        seed=seed,
-        batch_size=batch_size,
-        n0=(N0 if n0 is None else n0) if selects else 0,
-        least_n0=int(selects),
-        platform=platform,
-    )
-    return Question(schema, votes, probability("alpha", alpha), bound, radius)
-
-
-def question_of_record(record: Mapping[str, Any], *, info: DatasetInfo, platform: str, batch_size: Any) -> Question:
-    """Return the question that a file answers, from its record.
-
-    Raises:
-      UserError: for a record that lacks a setting, or holds one that cannot work.
-    """
-    mode = record.get("mode", CERTIFY.name)
-    names = ["sigma", "n", "alpha", "seed"]
-    names += {CERTIFY.name: ["n0", "bound"], DECIDE.name: ["n0", "radius"]}.get(mode, [])
-    missing = [name for name in names if name not in record]
-    if missing:
-        raise UserError(f"the record lacks {', '.join(missing)}: how the file was made is not known; certify again")
-    settings = {name: record[name] for name in names}
-    return make_question(mode, **settings, batch_size=batch_size, info=info, platform=platform)
+    if schema is not PREDICT:
+        votes |= {"n0": N0 if n0 is None else n0, "least_n0": 1}
+    settings = VoteSettings.for_dataset(info, platform=platform, **votes)
+    return Question(schema, settings, probability("alpha", alpha), bound, radius)
 
 
 def answer(
@@ -144,60 +106,33 @@ def answer(
     Raises:
       UserError: for a model that does not accept the images, does not give K logits, or gives NaN.
     """
-    network = (apply_fn, variables, images, indices)
+    schema, network = question.schema, (apply_fn, variables, images, indices)
     settings = {"settings": question.votes, "devices": devices}
-    if question.schema is DECIDE:
+    if schema is DECIDE:
         groups = decide_images(*network, **settings, radius=question.radius, alpha=question.alpha)
-        placed = ((group.positions, group) for group in groups)
     else:
-        stream = noise.Stream.PREDICT if question.schema is PREDICT else noise.Stream.CERTIFY
-        placed = _in_order(count_votes(*network, **settings, stream=stream))
-    rows = {CERTIFY.name: _certified, DECIDE.name: _decided, PREDICT.name: _predicted}[question.schema.name]
+        stream = noise.Stream.PREDICT if schema is PREDICT else noise.Stream.CERTIFY
+        groups = count_votes(*network, **settings, stream=stream)
+    recorded, done = Settings(**question.identity()), 0
     before = time.perf_counter()
-    for positions, group in placed:
+    for group in groups:
+        positions = group.positions if schema is DECIDE else np.arange(done, done + len(group.counts))
+        done += len(positions)
         now = time.perf_counter()
-        yield rows(question, group, indices[positions], labels[positions], (now - before) / len(positions))
+        about = {"idx": indices[positions], "label": labels[positions], "time": (now - before) / len(positions)}
+        yield rows_of_counts(schema, recorded, about | columns_of_counts(schema, group))
         before = now
 
 
-def _in_order(groups: Iterable[Votes]) -> Iterator[tuple[np.ndarray, Votes]]:
-    """Yield the positions of the images of each group, and the group."""
-    done = 0
-    for votes in groups:
-        yield np.arange(done, done + len(votes.counts)), votes
-        done += len(votes.counts)
-
-
-def _certified(question: Question, votes: Votes, indices: np.ndarray, labels: np.ndarray, seconds: float) -> list[Row]:
-    uniform = noise.bound_uniform(question.votes.seed, indices) if question.bound == "randomized" else None
-    result = conclude(*votes, alpha=question.alpha, sigma=question.votes.sigma, bound=question.bound, uniform=uniform)
-    return certify_rows(indices, labels, result, seconds)
-
-
-def _decided(
-    question: Question, group: Decisions, indices: np.ndarray, labels: np.ndarray, seconds: float
-) -> list[Row]:
-    return decide_rows(
-        indices,
-        labels,
-        count0=group.counts0[np.arange(len(indices)), group.selected],
-        count=group.hits,
-        votes=group.votes,
-        selected=group.selected,
-        decision=[WORDS[decision] for decision in group.decision.tolist()],
-        radius=question.radius,
-        seconds=seconds,
-    )
-
-
-def _predicted(question: Question, votes: Votes, indices: np.ndarray, labels: np.ndarray, seconds: float) -> list[Row]:
-    result = conclude_prediction(votes.counts, alpha=question.alpha)
-    return predict_rows(
-        indices,
-        labels,
-        result.prediction,
-        count=result.counts.max(axis=1),
-        count_runner_up=most_of_others(result.counts, result.counts.argmax(axis=1)),
-        p_value=result.p_value,
-        seconds=seconds,
-    )
+def columns_of_counts(schema: Schema, group: Votes | Decisions) -> dict[str, np.ndarray]:
+    """Return the columns of a group's counts, `[G]` each, as `proof.rows_of_counts` takes them."""
+    if schema is DECIDE:
+        count0 = group.counts0[np.arange(len(group.selected)), group.selected]
+        return {"count0": count0, "count": group.hits, "votes": group.votes, "selected": group.selected}
+    counts = group.counts
+    chosen = (counts if schema is PREDICT else group.counts0).argmax(axis=1)
+    count = np.take_along_axis(counts, chosen[:, None], axis=1)[:, 0]
+    columns = {"count": count, "count_runner_up": most_of_others(counts, chosen)}
+    if schema is PREDICT:
+        return {"predict": chosen, **columns}
+    return {"count0": group.counts0.max(axis=1), **columns, "selected": chosen}

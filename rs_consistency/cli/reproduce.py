@@ -131,17 +131,7 @@ def _options(args: Any) -> Options:
         if not separator or not key:
             raise UserError(f"config={text}: write KEY=VALUE, such as optimizer.lr=0.02")
         settings[key] = _value(value)
-    return Options(
-        methods=args.methods,
-        sigmas=args.sigmas,
-        seeds=args.seeds,
-        images=args.images,
-        n=args.n,
-        epochs=args.epochs,
-        dataset=args.dataset,
-        model=args.model,
-        settings=settings,
-    )
+    return Options(**{name: getattr(args, name) for name in Options._fields if name != "settings"}, settings=settings)
 
 
 def _value(text: str) -> Any:

@@ -11,28 +11,13 @@ _BRIEF_SECONDS = 2  # in a terminal
 
 
 def progress_bar(
-    desc: str,
-    total: int,
-    *,
-    unit: str = "img",
-    initial: int = 0,
-    brief: bool = False,
-    show: bool = True,
-    **settings: Any,
+    desc: str, total: int, *, unit: str = "img", brief: bool = False, show: bool = True, **settings: Any
 ) -> tqdm:
     """Return a progress bar on stderr, with the time that is left: to be used in a `with` block.
 
-    A terminal sees it move. A log file gets a line every 30 seconds.
-
-    Args:
-      desc: the name in front of the bar.
-      total: number of units until the end.
-      unit: name of a unit.
-      initial: units that were done before.
-      brief: whether the work is mostly over in seconds. Such a bar appears after 2 seconds in a terminal, after 30 in
-        a log file, and leaves no line behind.
-      show: whether there is a bar at all.
-      **settings: further settings of `tqdm`.
+    A terminal sees it move. A log file gets a line every 30 seconds. If the work is mostly over in seconds (`brief`),
+    the bar appears after 2 seconds in a terminal, after 30 in a log file, and leaves no line behind. Further settings
+    are of `tqdm`.
     """
     in_terminal = sys.stderr.isatty()
     every = 0.1 if in_terminal else _SECONDS_BETWEEN_LINES
@@ -41,7 +26,6 @@ def progress_bar(
         desc=desc,
         total=total,
         unit=unit,
-        initial=initial,
         leave=not brief,
         disable=not show,
         mininterval=every,

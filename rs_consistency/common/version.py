@@ -7,16 +7,10 @@ from importlib import metadata
 from pathlib import Path
 
 PACKAGE = Path(__file__).parents[1]
-_SECONDS_FOR_GIT = 5
-# Read-only, whatever the user's configuration says.
-_GIT = ("git", "-c", "core.fsmonitor=false", "--no-optional-locks")
 
 
 def code_version() -> dict[str, str | None]:
-    """Return the identity of the running code: `code_version`, `code_digest` and `git_commit`.
-
-    See `package_version`, `source_digest` and `git_commit`.
-    """
+    """Return the identity of the running code: `package_version`, `source_digest` and `git_commit`."""
     return {
         "code_version": package_version("rs-consistency"),
         "code_digest": source_digest(PACKAGE),
@@ -63,12 +57,13 @@ def _git(folder: Path, *arguments: str) -> str | None:
     environment = {name: value for name, value in os.environ.items() if not name.startswith("GIT_")}
     try:
         done = subprocess.run(
-            [*_GIT, *arguments],
+            # Read-only, whatever the user's configuration says.
+            ["git", "-c", "core.fsmonitor=false", "--no-optional-locks", *arguments],
             cwd=folder,
             env=environment,
             stdin=subprocess.DEVNULL,
             capture_output=True,
-            timeout=_SECONDS_FOR_GIT,
+            timeout=5,
             check=True,
         )
     except (OSError, subprocess.SubprocessError):

@@ -7,7 +7,8 @@ Images are stored as uint8. `to_unit` returns the float32 images in [0, 1] that 
 """
 
 import hashlib
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
 from typing import NamedTuple, Protocol
 
 import jax
@@ -20,22 +21,21 @@ from rs_consistency.data.datasets import DATASETS, SPLITS, DatasetInfo, dataset_
 __all__ = [
     "DATASETS",
     "SPLITS",
-    "ArraySplit",
     "DatasetInfo",
     "Examples",
     "OpenSplit",
     "Split",
     "check_split",
     "dataset_info",
-    "digest",
     "load",
     "open_split",
     "to_unit",
 ]
 
 
-class Split(NamedTuple):
-    """A split of a dataset.
+@dataclass(frozen=True)
+class Split:
+    """A split of a dataset in memory. It unpacks as `images, labels`, and its length is N.
 
     Attributes:
       images: `[N, H, W, C]` uint8.
@@ -44,6 +44,23 @@ class Split(NamedTuple):
 
     images: np.ndarray
     labels: np.ndarray
+
+    def __iter__(self) -> Iterator[np.ndarray]:
+        return iter((self.images, self.labels))
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+    def digest(self) -> str:
+        """Return the SHA-256 of shape, images and labels, as a hexadecimal string."""
+        sha = hashlib.sha256(str(self.images.shape).encode())
+        sha.update(np.ascontiguousarray(self.images))
+        sha.update(np.ascontiguousarray(self.labels, dtype="<i4"))
+        return sha.hexdigest()
+
+    def read(self, indices: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """Return images and labels of the examples with these numbers."""
+        return self.images[indices], self.labels[indices]
 
 
 class Examples(NamedTuple):
@@ -88,7 +105,7 @@ def load(name: str, split: str, *, data_dir: str = "", cache_dir: str = "") -> S
 
 
 class OpenSplit(Protocol):
-    """A split whose examples are read by number: `ArraySplit`, or `streaming.StreamedSplit`."""
+    """A split whose examples are read by number: a `Split`, or a `streaming.StreamedSplit`."""
 
     def __len__(self) -> int:
         """Return the number of examples."""
@@ -103,28 +120,6 @@ class OpenSplit(Protocol):
         ...
 
 
-class ArraySplit:
-    """A split in memory.
-
-    Attributes:
-      arrays: all images and labels.
-    """
-
-    def __init__(self, arrays: Split) -> None:
-        self.arrays = arrays
-
-    def __len__(self) -> int:
-        return len(self.arrays.labels)
-
-    def digest(self) -> str:
-        """Return `digest` of the arrays."""
-        return digest(self.arrays)
-
-    def read(self, indices: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """Return images uint8 `[B, H, W, C]` and labels int32 `[B]` by number."""
-        return self.arrays.images[indices], self.arrays.labels[indices]
-
-
 def open_split(name: str, split: str, *, data_dir: str = "", cache_dir: str = "") -> OpenSplit:
     """Open a split of any dataset: in memory, or streamed from the prepared folder if it does not fit.
 
@@ -132,7 +127,7 @@ def open_split(name: str, split: str, *, data_dir: str = "", cache_dir: str = ""
     """
     info = dataset_info(name)
     if info.read is not None or split not in SPLITS:
-        return ArraySplit(load(name, split, data_dir=data_dir, cache_dir=cache_dir))
+        return load(name, split, data_dir=data_dir, cache_dir=cache_dir)
     from rs_consistency.data import streaming  # slow to import, and only needed here
 
     stored_as = {"train": "train", "test": "validation"}[split]
@@ -158,11 +153,3 @@ def to_unit(images: jax.Array) -> jax.Array:
     `smoothing.votes.to_float` does the same on the host.
     """
     return images.astype(jnp.float32) / 255
-
-
-def digest(split: Split) -> str:
-    """Return the SHA-256 of a split's shape, images and labels, as a hexadecimal string."""
-    sha = hashlib.sha256(str(split.images.shape).encode())
-    sha.update(np.ascontiguousarray(split.images))
-    sha.update(np.ascontiguousarray(split.labels, dtype="<i4"))
-    return sha.hexdigest()

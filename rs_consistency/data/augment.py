@@ -11,26 +11,19 @@ _PADDING = 4
 def crop_and_flip(keys: jax.Array, images: jax.Array) -> jax.Array:
     """Return random crops of the original size after padding 4 pixels with zeros, mirrored half of the time.
 
-    This is the published augmentation of CIFAR-10.
-
-    Args:
-      keys: a random key, or `[B]` keys, a key for each example.
-      images: `[B, H, W, C]`.
-
-    Returns:
-      `[B, H, W, C]`; with `[B]` keys, image b is a function of keys[b] and images[b] alone.
+    This is the published augmentation of CIFAR-10. Image b of `[B, H, W, C]` depends on keys[b] and images[b] alone.
     """
 
     def one(key: jax.Array, image: jax.Array) -> jax.Array:
         crop_key, flip_key = jax.random.split(key)
         return _flip(flip_key, _crop(crop_key, image))
 
-    return jax.vmap(one)(_for_each(keys, images), images)
+    return jax.vmap(one)(keys, images)
 
 
 def crop(keys: jax.Array, images: jax.Array) -> jax.Array:
     """Return random crops as `crop_and_flip`, but never mirrored: for digits and letters."""
-    return jax.vmap(_crop)(_for_each(keys, images), images)
+    return jax.vmap(_crop)(keys, images)
 
 
 def none(keys: jax.Array, images: jax.Array) -> jax.Array:
@@ -44,10 +37,6 @@ AUGMENTATIONS: dict[str, Callable[[jax.Array, jax.Array], jax.Array]] = {
     "crop": jax.jit(crop),
     "crop_and_flip": jax.jit(crop_and_flip),
 }
-
-
-def _for_each(keys: jax.Array, images: jax.Array) -> jax.Array:
-    return keys if keys.ndim else jax.random.split(keys, images.shape[0])
 
 
 def _crop(key: jax.Array, image: jax.Array) -> jax.Array:

@@ -17,15 +17,10 @@ _MNIST_FILES = tuple(
 
 
 class Original(NamedTuple):
-    """The origin of a dataset.
+    """The origin of a dataset."""
 
-    Attributes:
-      url: address from which TFDS downloads; empty if a licence is needed.
-      files: names of the original files.
-    """
-
-    url: str
-    files: tuple[str, ...]
+    url: str  # from which TFDS downloads; empty if a licence is needed
+    files: tuple[str, ...]  # names of the original files
 
 
 ORIGINALS: dict[str, Original] = {
@@ -41,18 +36,11 @@ ORIGINALS: dict[str, Original] = {
 
 
 def prepare(name: str, *, data_dir: str = "", manual_dir: str = "") -> Path:
-    """Prepare a dataset.
+    """Prepare a dataset of `ORIGINALS`, and return the prepared folder.
 
-    Args:
-      name: a key of `ORIGINALS`.
-      data_dir: TFDS folder; empty for `$TFDS_DATA_DIR`, else `~/tensorflow_datasets`.
-      manual_dir: folder with the original files; empty to download them.
-
-    Returns:
-      The prepared folder.
-
-    Raises:
-      UserError: within seconds, for an unknown name, or if TensorFlow is missing or the download is out of reach.
+    An empty data_dir stands for TFDS's own (`resolve_data_dir`). The original files come from manual_dir; if it is
+    empty, they are downloaded. An unknown name, missing files, TensorFlow that is missing, and a download out of reach
+    are a `UserError` within seconds.
     """
     if name not in ORIGINALS:
         raise UserError(f"dataset {name!r} cannot be prepared; use one of {', '.join(ORIGINALS)}")
@@ -66,26 +54,25 @@ def prepare(name: str, *, data_dir: str = "", manual_dir: str = "") -> Path:
         )
     if importlib.util.find_spec("tensorflow") is None:
         raise UserError(f"preparing {name!r} needs TensorFlow, which is not installed: pip install tensorflow-cpu")
-    if not manual_dir and not ORIGINALS[name].url:
+    originals = Path(manual_dir).expanduser() if manual_dir else None
+    if originals:
+        _check_files(name, originals)
+    elif ORIGINALS[name].url:
+        _check_network(name)
+    else:
         raise UserError(
             f"{name!r} cannot be downloaded without a licence; get {' and '.join(ORIGINALS[name].files)}"
             " (image-net.org), and give their folder with --manual_dir"
         )
-    if manual_dir:
-        _check_files(name, Path(manual_dir).expanduser())
-    else:
-        _check_network(name)
 
     import tensorflow_datasets as tfds
 
-    download_config = tfds.download.DownloadConfig(
-        manual_dir=str(Path(manual_dir).expanduser().resolve()) if manual_dir else None
-    )
+    download_config = tfds.download.DownloadConfig(manual_dir=str(originals.resolve()) if originals else None)
     try:
         builder = tfds.builder(tfds_name(name), data_dir=str(folder), file_format="array_record")
         builder.download_and_prepare(download_config=download_config)
     except Exception as error:  # downloads, checksums and writing fail in many ways
-        remedy = "give the original files" if manual_dir else "try again"
+        remedy = "give the original files" if originals else "try again"
         raise UserError(f"{name!r} could not be prepared: {first_line(error)}; {remedy}") from error
     return Path(builder.data_path)
 

@@ -22,11 +22,11 @@ import signal
 import threading
 import warnings
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import AbstractContextManager
+from dataclasses import dataclass
 from multiprocessing import resource_tracker
 from pathlib import Path
-from typing import Any
 
 import grain
 import jax
@@ -47,40 +47,26 @@ _THREADS = min(8, os.cpu_count() or 1)
 # The most in shared memory: a batch being made, in the worker's queue, taken out of the queue, and being copied.
 _BATCHES_PER_WORKER = 4
 _OTHER_OPEN_FILES = 512
+_PROFILING = "grain_enable_multiprocess_worker_profiling"
 
 # Some of ImageNet's photographs have odd EXIF data, which nothing here uses.
 warnings.filterwarnings("ignore", "Corrupt EXIF data", UserWarning)
 
 
+@dataclass(frozen=True)
 class StreamedSplit:
-    """A split of a prepared dataset, whose examples are read on demand. It can be pickled.
+    """A split of a prepared dataset, whose examples are read on demand. It can be pickled."""
 
-    Attributes:
-      name: `name (split)`, for messages.
-      folder: the prepared version's folder.
-      image_shape: (S, S, 3) of the decoded images.
-      num_classes: K; labels are in 0..K-1.
-    """
-
-    def __init__(
-        self,
-        name: str,
-        split: str,
-        folder: Path,
-        image_shape: tuple[int, int, int],
-        num_classes: int,
-        shards: list[Any],
-    ) -> None:
-        self.name = f"{name} ({split})"
-        self.folder = folder
-        self.image_shape = image_shape
-        self.num_classes = num_classes
-        self._split = split
-        self._shards = [Path(shard.filename) for shard in shards]
-        self._records = ArrayRecordDataSource(shards)
+    name: str  # of dataset and split, for messages
+    split: str  # TFDS's name
+    folder: Path  # of the prepared version
+    image_shape: tuple[int, int, int]  # (S, S, 3) of the decoded images
+    num_classes: int
+    files: list[Path]
+    records: ArrayRecordDataSource  # of all files
 
     def __len__(self) -> int:
-        return len(self._records)
+        return len(self.records)
 
     def digest(self) -> str:
         """Return a SHA-256, as a hexadecimal string, that identifies the data without reading them.
@@ -88,24 +74,18 @@ class StreamedSplit:
         It covers the split's name, the names and sizes of its files, and TFDS's description of the dataset, but neither
         the folder's path nor any time.
         """
-        sha = hashlib.sha256(self._split.encode())
-        for path in sorted(self._shards):
+        sha = hashlib.sha256(self.split.encode())
+        for path in sorted(self.files):
             sha.update(f"\n{path.name} {path.stat().st_size}".encode())
         for name in ("dataset_info.json", "features.json"):
             sha.update(f"\n{name} {hashlib.sha256((self.folder / name).read_bytes()).hexdigest()}".encode())
         return sha.hexdigest()
 
     def read(self, indices: Sequence[int]) -> Batch:
-        """Return examples by number, decoded for evaluation.
+        """Return examples by number, in 0..N-1, decoded for evaluation.
 
-        Args:
-          indices: `[B]` in 0..N-1.
-
-        Returns:
-          Images uint8 `[B, S, S, 3]`, as `central_crop` makes them, and labels int32 `[B]`.
-
-        Raises:
-          UserError: for a damaged example, or a label out of range.
+        The images are uint8 `[B, S, S, 3]`, as `central_crop` makes them, and the labels int32 `[B]`. Errors are as for
+        `decode`.
         """
         images, labels = np.empty((len(indices), *self.image_shape), np.uint8), np.empty(len(indices), np.int32)
 
@@ -119,13 +99,12 @@ class StreamedSplit:
     def decode(self, index: int, fit: Callable[[Image.Image, int], Image.Image]) -> tuple[np.ndarray, np.int32]:
         """Return an example: the image `[S, S, 3]`, as `fit(image, S)` makes it, and the label.
 
-        Raises:
-          UserError: for a damaged example, or a label out of range.
+        Raise a `UserError` for a damaged example, or a label out of range.
         """
         if not 0 <= index < len(self):
             raise IndexError(f"{self.name}: example {index} is outside 0..{len(self) - 1}")
         try:
-            features = tf_example_pb2.Example.FromString(self._records[index]).features.feature
+            features = tf_example_pb2.Example.FromString(self.records[index]).features.feature
             label = features["label"].int64_list.value[0]
             with Image.open(io.BytesIO(features["image"].bytes_list.value[0])) as image:
                 # A few of ImageNet's images are grey or CMYK.
@@ -144,24 +123,13 @@ class StreamedSplit:
 
 
 def open_split(
-    name: str,
-    tfds_split: str,
-    data_dir: str,
-    *,
-    image_shape: tuple[int, int, int],
-    num_classes: int,
+    name: str, tfds_split: str, data_dir: str, *, image_shape: tuple[int, int, int], num_classes: int
 ) -> StreamedSplit:
     """Open a split of a dataset that TFDS has prepared as array_record.
 
-    Args:
-      name: name of the dataset, here or in TFDS.
-      tfds_split: TFDS's name of the split, such as `train` or `validation`.
-      data_dir: TFDS folder; empty for `$TFDS_DATA_DIR`, else `~/tensorflow_datasets`.
-      image_shape: (S, S, 3) of the decoded images.
-      num_classes: K.
-
-    Raises:
-      UserError: for a dataset that is not prepared, has another format, lacks the split, or is damaged.
+    The dataset has its name here or in TFDS, the split TFDS's, such as `validation`. An empty data_dir stands for
+    TFDS's own (`resolve_data_dir`). Raise a `UserError` for a dataset that is not prepared, has another format, lacks
+    the split, or is damaged.
     """
     if image_shape[0] != image_shape[1] or image_shape[2] != 3:
         raise UserError(f"image_shape={image_shape} cannot be streamed; use (S, S, 3)")
@@ -179,20 +147,21 @@ def open_split(
         raise unreadable(folder, first_line(error), name) from error
     if not shards:
         raise UserError(f"{folder} has no split {tfds_split!r}; use one of {', '.join(sorted(splits))}")
-    missing = [shard.filename for shard in shards if not Path(shard.filename).is_file()]
+    files = [Path(shard.filename) for shard in shards]
+    missing = [path.name for path in files if not path.is_file()]
     if missing:
-        raise unreadable(folder, f"{Path(missing[0]).name} is missing", name)
-    _allow_open_files(len(shards) + _OTHER_OPEN_FILES)
-    return StreamedSplit(name, tfds_split, folder, image_shape, num_classes, shards)
+        raise unreadable(folder, f"{missing[0]} is missing", name)
+    _allow_open_files(len(files) + _OTHER_OPEN_FILES)
+    records = ArrayRecordDataSource(shards)
+    return StreamedSplit(f"{name} ({tfds_split})", tfds_split, folder, image_shape, num_classes, files, records)
 
 
 def _allow_open_files(needed: int) -> None:
     """Raise the soft limit if it is lower: all shards stay open, 1,024 of ImageNet, and 1,024 is a usual limit."""
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     if resource.RLIM_INFINITY != soft < needed:
-        resource.setrlimit(
-            resource.RLIMIT_NOFILE, (needed if hard == resource.RLIM_INFINITY else min(needed, hard), hard)
-        )
+        most = needed if hard == resource.RLIM_INFINITY else min(needed, hard)
+        resource.setrlimit(resource.RLIMIT_NOFILE, (most, hard))
 
 
 class Batches(Iterator[Batch], AbstractContextManager):
@@ -201,13 +170,18 @@ class Batches(Iterator[Batch], AbstractContextManager):
     Use it in a `with` block, or `close` it, so that the workers end. They also end after the last batch.
     """
 
-    def __init__(self, batches: grain.MapDataset, num_workers: int, batch_bytes: int) -> None:
+    def __init__(self, batches: grain.MapDataset, split: StreamedSplit, batch_size: int, num_workers: int) -> None:
+        num_workers = min(num_workers, len(batches))
         if num_workers:
             # Each worker makes its batches one after the other, in a single thread.
             read = grain.ReadOptions(num_threads=0, prefetch_buffer_size=0)
+            batch_bytes = batch_size * math.prod(split.image_shape)
             dataset = _through_pipes_if_needed(batches.to_iter_dataset(read), num_workers, batch_bytes)
             workers = grain.MultiprocessingOptions(num_workers=num_workers, per_worker_buffer_size=1)
-            _let_grain_ask_for_profiling()
+            # Grain reads this flag of absl, which refuses to answer before it has parsed a command line. The programs
+            # here have no absl flags. `present` makes absl answer with the default, no, as Grain does in its workers.
+            if not flags.FLAGS.is_parsed() and _PROFILING in flags.FLAGS:
+                flags.FLAGS[_PROFILING].present = 1
             dataset = dataset.mp_prefetch(workers, worker_init_fn=_start_worker)
         else:
             read = grain.ReadOptions(num_threads=_THREADS, prefetch_buffer_size=_THREADS)
@@ -221,15 +195,14 @@ class Batches(Iterator[Batch], AbstractContextManager):
         # the thread that starts the tracker, which must be another thread.
         resource_tracker.ensure_running()
         self._thread = ThreadPoolExecutor(1, "batches", signal.pthread_sigmask, (signal.SIG_BLOCK, [signal.SIGINT]))
-        self._pending = self._thread.submit(self._take)
-        self._closed = False
+        self._pending: Future[Batch | None] | None = self._thread.submit(self._take)  # None if closed
 
     def _take(self) -> Batch | None:
         batch = next(self._iterator, None)
         return batch and (self._own(batch[0]), self._own(batch[1]))
 
     def __next__(self) -> Batch:
-        if self._closed:
+        if self._pending is None:
             raise StopIteration
         try:
             batch = self._pending.result()
@@ -247,15 +220,14 @@ class Batches(Iterator[Batch], AbstractContextManager):
 
     def close(self) -> None:
         """End threads and worker processes, after the batches that they are making."""
-        if self._closed:
+        if self._pending is None:
             return
-        self._closed = True
-        closing = self._thread.submit(self._iterator.close)
-        self._thread.shutdown()
-        closing.result()
+        self._pending = None
+        with self._thread:
+            self._thread.submit(self._iterator.close).result()
         # Grain's last exceptions refer to the last batches. Unless they are collected now, Python's resource tracker
         # finds their shared memory when the program ends, and warns.
-        self._iterator = self._pending = closing = None
+        self._iterator = None
         gc.collect()
 
     def __exit__(self, *_: object) -> None:
@@ -274,41 +246,23 @@ def training_batches(
 ) -> Batches:
     """Return augmented batches of the global steps first_step, ..., num_steps - 1.
 
+    A batch holds images uint8 `[B, S, S, 3]` and labels int32 `[B]`; a damaged example is a `UserError`. With
+    num_workers = 0, threads of this process make the batches.
+
     Step s belongs to epoch s // steps_per_epoch. An epoch is a permutation of all examples, a function of the seed and
     the epoch. After its end it starts over, so that the last batch of an epoch is full. An image is cropped at random
     (8 to 100% of the area, log-uniform ratio within 3/4 and 4/3), resized to `[S, S]` and flipped with probability
     1/2, as a function of the seed, the epoch and the position in the epoch.
-
-    Args:
-      split: the split to read.
-      seed: any integer.
-      batch_size: B.
-      steps_per_epoch: T.
-      first_step: the first global step, such as the number of finished steps.
-      num_steps: the global step to stop before.
-      num_workers: number of processes; 0 for threads of this process.
-
-    Returns:
-      An iterator of (images uint8 `[B, S, S, 3]`, labels int32 `[B]`). A damaged example is a `UserError`.
     """
     order = TrainingOrder(len(split), seed, batch_size * steps_per_epoch, batch_size * num_steps)
     batches = grain.MapDataset.source(order).map(functools.partial(_augmented, split, seed))
-    return _start(batches.batch(batch_size)[first_step:], split, batch_size, num_workers)
+    return Batches(batches.batch(batch_size)[first_step:], split, batch_size, num_workers)
 
 
 def evaluation_batches(split: StreamedSplit, *, batch_size: int, num_workers: int) -> Batches:
-    """Return batches of all examples in order, decoded as by `StreamedSplit.read`. The last batch may be shorter.
-
-    Args:
-      split: the split to read.
-      batch_size: B.
-      num_workers: number of processes; 0 for threads of this process.
-
-    Returns:
-      An iterator of (images uint8 `[B, S, S, 3]`, labels int32 `[B]`). A damaged example is a `UserError`.
-    """
+    """Return batches of all examples in order, decoded as by `StreamedSplit.read`. The last batch may be shorter."""
     batches = grain.MapDataset.source(range(len(split))).map(functools.partial(split.decode, fit=central_crop))
-    return _start(batches.batch(batch_size), split, batch_size, num_workers)
+    return Batches(batches.batch(batch_size), split, batch_size, num_workers)
 
 
 def _augmented(split: StreamedSplit, seed: int, visit: Visit) -> tuple[np.ndarray, np.int32]:
@@ -318,18 +272,11 @@ def _augmented(split: StreamedSplit, seed: int, visit: Visit) -> tuple[np.ndarra
     return split.decode(index, lambda image, size: random_crop(image, size, draws))
 
 
-def _start(batches: grain.MapDataset, split: StreamedSplit, batch_size: int, num_workers: int) -> Batches:
-    return Batches(batches, min(num_workers, len(batches)), batch_size * math.prod(split.image_shape))
-
-
 def _through_pipes_if_needed(dataset: grain.IterDataset, num_workers: int, batch_bytes: int) -> grain.IterDataset:
     """Keep batches out of a shared memory that is too small for them: its overflow would kill a worker."""
     needed = num_workers * _BATCHES_PER_WORKER * batch_bytes
-    try:
-        free = shutil.disk_usage("/dev/shm").free
-    except OSError:
-        return dataset  # not Linux
-    if free >= needed:
+    shared = Path("/dev/shm")  # of Linux alone
+    if not shared.exists() or (free := shutil.disk_usage(shared).free) >= needed:
         return dataset
     note(
         f"/dev/shm has {free >> 20} MiB free and {num_workers} workers may use {needed >> 20}; batches go through"
@@ -337,16 +284,6 @@ def _through_pipes_if_needed(dataset: grain.IterDataset, num_workers: int, batch
     )
     options = grain.experimental.DatasetOptions(min_shm_size=2**62)
     return grain.experimental.WithOptionsIterDataset(dataset, options)
-
-
-def _let_grain_ask_for_profiling() -> None:
-    """Make absl answer for the flag that Grain reads: absl refuses until it has parsed a command line.
-
-    The programs here have no absl flags. `present` makes absl answer for this flag alone, with its default, no. Grain
-    does the same for its flags in its workers.
-    """
-    if not flags.FLAGS.is_parsed() and (name := "grain_enable_multiprocess_worker_profiling") in flags.FLAGS:
-        flags.FLAGS[name].present = 1
 
 
 def _start_worker(index: int, count: int) -> None:

@@ -6,13 +6,6 @@ from typing import Any
 
 import jax
 
-# XLA's YNNPACK fusions make convolution gradients slow on the CPU: a LeNet step ran at 2,780 noisy images/s with
-# them and 5,260 without (2 cores, 256 images). They help a forward pass alone, so only training turns them off. With
-# batch norm, the fusions of reductions and of elementwise operations stay: a ResNet-20 step ran at 270 noisy images/s
-# with these two and 230 without any. A LeNet step, whose convolutions are matrix products, ran at 4,700 and 5,500.
-_YNN_FUSIONS = "xla_cpu_experimental_ynn_fusion_type"
-_CPU_TRAINING = {_YNN_FUSIONS: ""}
-_CPU_TRAINING_CONVOLUTIONS = {_YNN_FUSIONS: "LIBRARY_FUSION_TYPE_REDUCE,LIBRARY_FUSION_TYPE_ELTWISE"}
 _PIECE = 64  # noisy images
 _LEAST_PIECE = 16  # noisy images; with smaller pieces the loop takes most of a step
 
@@ -21,13 +14,16 @@ _LEAST_PIECE = 16  # noisy images; with smaller pieces the loop takes most of a 
 def training_compiler_options(platform: str, *, matrix_products: bool) -> dict[str, str] | None:
     """Return the XLA options for a training step on a platform; None if the installed jaxlib does not know them.
 
-    Args:
-      platform: platform of the devices.
-      matrix_products: whether the model's convolutions are matrix products on the CPU: `models.QUICK_IN_LOOPS`.
+    XLA's YNNPACK fusions make convolution gradients slow on the CPU: a LeNet step ran at 2,780 noisy images/s with them
+    and 5,260 without (2 cores, 256 images). They help a forward pass alone, so only training turns them off. With batch
+    norm, the fusions of reductions and of elementwise operations stay: a ResNet-20 step ran at 270 noisy images/s with
+    these two and 230 without any. A LeNet step ran at 4,700 and 5,500: the convolutions of `models.QUICK_IN_LOOPS` are
+    `matrix_products` on the CPU.
     """
     if platform != "cpu":
         return None
-    options = _CPU_TRAINING if matrix_products else _CPU_TRAINING_CONVOLUTIONS
+    fusions = "" if matrix_products else "LIBRARY_FUSION_TYPE_REDUCE,LIBRARY_FUSION_TYPE_ELTWISE"
+    options = {"xla_cpu_experimental_ynn_fusion_type": fusions}
     try:
         jax.jit(lambda x: x, compiler_options=options).lower(0.0).compile()
     except jax.errors.JaxRuntimeError:
@@ -47,18 +43,13 @@ def steps_per_call(platform: str) -> int:
 def pieces_of(examples: int, num_noise: int, platform: str) -> int:
     """Return the number of pieces of a step, computed one after the other: several on the CPU, to suit its caches.
 
+    It divides the number of examples on a device, of `num_noise` copies each. It is 1 if the pieces would be too small,
+    such as for a prime number of examples.
+
     Only for `models.QUICK_IN_LOOPS`. Pieces of 64 noisy images in a compiled loop, against the whole (LeNet, two cores
     of an AMD EPYC, medians of 6 rounds): Gaussian 8,900 noisy images a second against 7,800, Consistency 8,900 against
     7,900, SmoothAdv 1,610 against 1,350. MACER, 4,096 in a step: 3,913 against 2,246 (two cores of an Intel Xeon, where
     steps of 256 gained nothing and lost nothing).
-
-    Args:
-      examples: number of examples on a device.
-      num_noise: M, noisy copies of each.
-      platform: platform of the devices.
-
-    Returns:
-      A divisor of `examples`. It is 1 if the pieces would be too small, such as for a prime number of examples.
     """
     if platform != "cpu":
         return 1
@@ -72,15 +63,7 @@ def repeat(body: Callable[[Any, Any], Any], times: int, start: Any, *, compiled:
 
     On the CPU the loop is unrolled, since XLA's convolution gradients inside a compiled loop ran 5.9 times slower there
     (the ten attack steps on 64 MNIST images, LeNet, 2 cores). Elsewhere it is a compiled loop, which compiles fast.
-
-    Args:
-      body: (index, value) -> value, of the same shapes and types.
-      times: number of repetitions.
-      start: the first value.
-      compiled: whether to compile a loop on the CPU, too. LeNet loses nothing: its convolutions are matrix products.
-
-    Returns:
-      The last value.
+    With `compiled` it is one on the CPU, too: LeNet loses nothing, since its convolutions are matrix products.
     """
     if times > 1 and (compiled or jax.default_backend() != "cpu"):
         return jax.lax.fori_loop(0, times, body, start)

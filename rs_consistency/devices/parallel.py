@@ -19,11 +19,7 @@ AXIS = "devices"
 
 
 def choose_devices(count: int = 0) -> list[jax.Device]:
-    """Return the first `count` local devices; 0 means all.
-
-    Raises:
-      UserError: when there are fewer.
-    """
+    """Return the first `count` local devices; 0 means all. Raise a `UserError` if there are fewer."""
     devices = jax.local_devices()
     if not 0 <= count <= len(devices):
         raise UserError(
@@ -69,7 +65,7 @@ def spread(
     donate: tuple[int, ...] = (),
     compiler_options: dict[str, str] | None = None,
 ) -> Callable[..., Any]:
-    """Compile `fn(shard, *args, **parts)` to run on all devices at once.
+    """Return `fn(shard, *args, **parts)` compiled as `compiled(*args, **parts)`, to run on all devices at once.
 
     Args:
       fn: function of `shard` (int32 scalar, 0..len(devices)-1), the replicated `args`, and the device's parts, without
@@ -78,9 +74,6 @@ def spread(
       devices: local devices to use.
       donate: positions in `args` whose buffers may be reused for the results.
       compiler_options: XLA options for this function alone.
-
-    Returns:
-      `compiled(*args, **parts)`, with replicated results.
     """
     mapped = jax.pmap(
         lambda shard, args, parts: fn(shard, *args, **parts),

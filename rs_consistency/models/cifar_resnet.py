@@ -12,9 +12,6 @@ class CifarResNet(ImageClassifier):
     Source: He et al. (CVPR 2016), section 4.2, but with a 1x1 convolution on a shortcut whose shape changes, as in
     the models of Cohen et al. (ICML 2019). On 32x32x3 images with K = 10 ResNet-20 has 272,474 parameters and
     ResNet-110 1,730,714.
-
-    Attributes:
-      depth: 6n + 2.
     """
 
     depth: int = 20

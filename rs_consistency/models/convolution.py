@@ -6,7 +6,7 @@ order of the terms.
 
 import functools
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -16,13 +16,10 @@ import numpy as np
 def convolution(columns: int) -> Callable[..., jax.Array]:
     """Return the convolution for a `flax.linen.Conv(conv_general_dilated=...)`, chosen by platform.
 
-    On CPUs and GPUs it is a matrix product for up to `columns` neighbouring output pixels at once: `as_matrix_product`.
-    LeNet, one core of an Intel Xeon, medians: forward 1.5 times as many images a second as XLA's convolution, gradient
-    of the parameters 1.9 times, gradient of the images 2.7 times. On one NVIDIA H100, 256 noisy images in a step: 1.5
-    times as many Gaussian steps a second, 1.6 times as many of SmoothAdv. Elsewhere it is XLA's convolution.
-
-    Args:
-      columns: largest number of output pixels of a row at once.
+    On CPUs and GPUs it is `as_matrix_product`, for up to `columns` neighbouring output pixels at once. LeNet, one core
+    of an Intel Xeon, medians: forward 1.5 times as many images a second as XLA's convolution, gradient of the
+    parameters 1.9 times, gradient of the images 2.7 times. On one NVIDIA H100, 256 noisy images in a step: 1.5 times as
+    many Gaussian steps a second, 1.6 times as many of SmoothAdv. Elsewhere it is XLA's convolution.
     """
     if jax.default_backend() not in ("cpu", "gpu"):
         return jax.lax.conv_general_dilated
@@ -48,17 +45,10 @@ def as_matrix_product(
 ) -> jax.Array:
     """Return a convolution `[N, H, W, C]` * `[kh, kw, C, F]` -> `[N, H', W', F]`, computed as one matrix product.
 
-    A row of the left matrix is a window that `c` neighbouring output pixels see; c is the largest divisor of W' up to
-    `columns`. The right matrix `[kh * window, c * F]` holds the kernel c times, shifted, and zeros elsewhere. Compared
-    with a window for each pixel (c = 1), less is copied and the product has more columns, at the price of
-    multiplications by these zeros.
-
-    Args:
-      images: `[N, H, W, C]`.
-      kernel: `[kh, kw, C, F]`, of the same type.
-      strides: strides of rows and columns.
-      padding: `VALID`, `SAME`, or (before, after) for rows and columns.
-      columns: largest number of output pixels at once.
+    The padding is `VALID`, `SAME`, or (before, after) for rows and columns. A row of the left matrix is a window that
+    `c` neighbouring output pixels see; c is the largest divisor of W' up to `columns`. The right matrix
+    `[kh * window, c * F]` holds the kernel c times, shifted, and zeros elsewhere. Compared with a window for each pixel
+    (c = 1), less is copied and the product has more columns, at the price of multiplications by these zeros.
     """
     padding = _pads(images, kernel, strides, padding)
     if any(amount for side in padding for amount in side):
@@ -118,62 +108,47 @@ def inference_convolution(
 _FEW_CHANNELS = 16
 _TILE = 4  # output rows, or columns, at a time
 _TAPS = 5
-_POINTS = (0, 1, -1, 2, -2, 0.5, -0.5)  # and infinity
 
 
 def winograd_rows(images: jax.Array, kernel: jax.Array, *, padding: Sequence[Sequence[int]]) -> jax.Array:
-    """Return a 5 x 5 convolution of stride 1, four output rows at a time with 2/5 of the multiplications.
+    """Return a convolution `[N, H, W, C]` * `[5, 5, C, F]` -> `[N, H', W', F]` of stride 1; H' is a multiple of 4.
 
-    Along the height it is Winograd's F(4, 5): eight 1 x 5 convolutions of sums of rows instead of twenty of rows. Along
-    the width it stays a convolution, so that all sums are of whole rows, which are contiguous in memory.
-
-    Args:
-      images: `[N, H, W, C]`.
-      kernel: `[5, 5, C, F]`.
-      padding: (before, after) for rows and columns; the number of output rows H' must be a multiple of 4.
-
-    Returns:
-      `[N, H', W', F]`, with a few times the rounding errors of the plain sum.
+    It takes four output rows at a time, with 2/5 of the multiplications and a few times the rounding errors of the
+    plain sum. Along the height it is Winograd's F(4, 5): eight 1 x 5 convolutions of sums of rows instead of twenty of
+    rows. Along the width it stays a convolution, so that all sums are of whole rows, which are contiguous in memory.
 
     Source: Lavin and Gray, Fast algorithms for convolutional neural networks (CVPR 2016).
     """
     padded = jnp.pad(images, ((0, 0), *map(tuple, padding), (0, 0)))
     height = padded.shape[1] - _TAPS + 1
-    transforms = _cook_toom(_TAPS, _POINTS)
+    of_images, of_kernel, of_products = _cook_toom()
     # Row i of every tile: [N, H'/4, W, C].
     rows = [padded[:, row : row + height - _TILE + 1 : _TILE] for row in range(_TILE + _TAPS - 1)]
-    kernels = jnp.einsum("ti,ijcf->tjcf", jnp.asarray(transforms.kernel, kernel.dtype), kernel)
+    kernels = jnp.einsum("ti,ijcf->tjcf", jnp.asarray(of_kernel, kernel.dtype), kernel)
     products = []
-    for point, weights in enumerate(transforms.images):
+    for point, weights in enumerate(of_images):
         row = _sum(weights, rows)
         products.append(as_matrix_product(row, kernels[point, None], strides=(1, 1), padding="VALID", columns=2))
-    tiles = jnp.stack([_sum(weights, products) for weights in transforms.outputs], axis=2)  # [N, H'/4, 4, W', F]
+    tiles = jnp.stack([_sum(weights, products) for weights in of_products], axis=2)  # [N, H'/4, 4, W', F]
     return tiles.reshape(len(images), height, tiles.shape[3], kernel.shape[-1])
 
 
-class _Transforms(NamedTuple):
-    """Winograd's matrices for tiles `[T]`, kernels `[R]` and products `[T]`; T = 4 + R - 1."""
-
-    images: np.ndarray  # [T, T]
-    kernel: np.ndarray  # [T, R]
-    outputs: np.ndarray  # [4, T]
-
-
 @functools.cache
-def _cook_toom(taps: int, points: tuple[float, ...]) -> _Transforms:
-    """Return F(4, taps), from interpolation at the points and at infinity: the transposed product of two polynomials.
+def _cook_toom() -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Return the matrices of F(4, 5) for images `[8, 8]`, kernels `[8, 5]` and products `[4, 8]`.
 
-    `outputs @ ((kernel @ k) * (images @ x))` is the correlation of x with k.
+    `of_products @ ((of_kernel @ k) * (of_images @ x))` is the correlation of x with k. It is the transposed product of
+    two polynomials, from interpolation at seven points and at infinity.
     """
-    size = len(points) + 1
+    points = (0, 1, -1, 2, -2, 0.5, -0.5)
 
     def evaluate(count: int) -> np.ndarray:
         """Return polynomials of `count` coefficients at the points and, at infinity, their leading coefficient."""
         return np.vstack([np.vander(points, count, increasing=True), np.eye(count)[-1:]])
 
-    images = np.linalg.inv(evaluate(size)).T
+    images = np.linalg.inv(evaluate(len(points) + 1)).T
     scale = np.abs(images).max(axis=1, keepdims=True)  # sums of images with small weights round less
-    return _Transforms(np.round(images / scale, 12), evaluate(taps) * scale, evaluate(_TILE).T)
+    return np.round(images / scale, 12), evaluate(_TAPS) * scale, evaluate(_TILE).T
 
 
 def _sum(weights: Sequence[float], arrays: Sequence[jax.Array]) -> jax.Array:

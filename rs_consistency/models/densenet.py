@@ -13,12 +13,9 @@ class DenseNet(ImageClassifier):
     Source: Huang et al. (CVPR 2017), DenseNet-B. Between the blocks there is only a 2x2 average pool: nothing is
     compressed, so there is no 1x1 convolution. DenseNet-40 has 6 layers in a block, and 211,978 parameters on 32x32x3
     images with K = 10.
-
-    Attributes:
-      layers: number of layers in a block.
     """
 
-    layers: int = 6
+    layers: int = 6  # in a block
 
     @nn.compact
     def __call__(self, images: jax.Array, *, train: bool = False) -> jax.Array:

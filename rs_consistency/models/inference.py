@@ -2,7 +2,7 @@
 
 from collections import defaultdict
 from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
 import flax.linen as nn
 import jax
@@ -27,8 +27,8 @@ def for_inference(
 
     - Batch normalization after an `nn.Conv` without bias is folded if nothing else uses the output of the convolution:
       the factors go into the kernel, and a shift, the bias of the convolution, is added in its place.
-    - Any other batch normalization becomes a multiplication and an addition.
-    - The input normalization of an `ImageClassifier` becomes a multiplication and an addition.
+    - Any other batch normalization, and the input normalization of an `ImageClassifier`, becomes a multiplication and
+      an addition.
     - An `nn.Conv` computes by `convolution.inference_convolution`.
     - Parameters of `nn.Conv` and `nn.Dense` are cast to the type that the layer computes in.
 
@@ -39,23 +39,19 @@ def for_inference(
     *Guarantee.* The logits equal `model.apply(variables, images, train=False)` up to rounding in the model's type. So a
     vote can differ only where the two largest logits differ by no more than this rounding.
 
-    Args:
-      model: any module of flax linen that takes `(images, train=False)`.
-      variables: variables of `model.init`, or trained; not changed.
-      image_shape: `(H, W, C)` of the images.
+    The model is any module of flax linen that takes `(images, train=False)`, for images of the shape `(H, W, C)`. Its
+    variables are not changed. The new ones are `params`, without batch normalization, and `affine`.
 
     Returns:
       `(apply_fn, variables)`: `apply_fn(variables, images [N, H, W, C])` returns logits `[N, K]`. It raises a
-      ValueError for images of another shape or the original variables. The new variables are `params`, without batch
-      normalization, and `affine`.
+      ValueError for images of another shape or the original variables.
 
     Raises:
       ValueError: when batch statistics have another use than running averages in an `nn.BatchNorm` over the last axis,
         or when the model does not take the images.
     """
     image_shape = tuple(image_shape)
-    trace = _trace(model, variables, image_shape)
-    ready = _transform(trace, variables)
+    ready = _transform(*_trace(model, variables, image_shape), variables)
 
     def apply_fn(variables: Any, images: jax.Array) -> jax.Array:
         if images.shape[1:] != image_shape:
@@ -102,20 +98,15 @@ def _batch_norm_arguments(
     return x, use_running_average
 
 
-class _Trace(NamedTuple):
-    """The layers that a model calls for an image.
+def _trace(
+    model: nn.Module, variables: Any, image_shape: tuple[int, ...]
+) -> tuple[dict[Path, list[nn.Module]], dict[Path, Path]]:
+    """Return the layers that a model calls for an image, and which batch normalizations can be folded.
 
-    Attributes:
-      layers: path -> the `nn.BatchNorm`, `nn.Conv` or `nn.Dense` there, for each of its calls.
-      folds: path of a batch normalization -> path of the convolution that it is folded into.
+    The layers are path -> the `nn.BatchNorm`, `nn.Conv` or `nn.Dense` there, for each of its calls; the folds are path
+    of a batch normalization -> path of its convolution. The model runs abstractly, with a tag on every input of a batch
+    normalization and output of a convolution.
     """
-
-    layers: dict[Path, list[nn.Module]]
-    folds: dict[Path, Path]
-
-
-def _trace(model: nn.Module, variables: Any, image_shape: tuple[int, ...]) -> _Trace:
-    """Run the model abstractly, with a tag on every input of a batch normalization and output of a convolution."""
     layers: dict[Path, list[nn.Module]] = defaultdict(list)
     tags: dict[str, nn.Module] = {}
 
@@ -157,21 +148,22 @@ def _trace(model: nn.Module, variables: Any, image_shape: tuple[int, ...]) -> _T
             norm = used_by[0]
             if len(layers[conv.path]) == len(layers[norm.path]) == 1:  # shared layers cannot be folded separately
                 folds[norm.path] = conv.path
-    return _Trace(dict(layers), folds)
+    return layers, folds
 
 
-def _transform(trace: _Trace, variables: Any) -> dict[str, Any]:
+def _transform(layers: dict[Path, list[nn.Module]], folds: dict[Path, Path], variables: Any) -> dict[str, Any]:
     """Return the variables of `for_inference`."""
     params, stats = (flatten_dict(variables.get(name, {})) for name in ("params", "batch_stats"))
     affine, factors = {}, {}
-    for path, (layer, *_) in trace.layers.items():
+    starts = {"scale": 1.0, "bias": 0.0}  # for a batch normalization without these parameters
+    for path, (layer, *_) in layers.items():
         if type(layer) is nn.BatchNorm:
             mean, var = (np.asarray(stats.pop((*path, name)), np.float64) for name in ("mean", "var"))
-            scale, bias = (np.asarray(params.pop((*path, name), start), np.float64) for name, start in _STARTS)
+            scale, bias = (np.asarray(params.pop((*path, name), start), np.float64) for name, start in starts.items())
             factor = scale / np.sqrt(var + layer.epsilon)
             affine[*path, "shift"] = jnp.asarray(bias - mean * factor, jnp.float32)
-            if path in trace.folds:
-                factors[trace.folds[path]] = factor
+            if path in folds:
+                factors[folds[path]] = factor
             else:
                 affine[*path, "scale"] = jnp.asarray(factor, jnp.float32)
     if stats:
@@ -179,7 +171,7 @@ def _transform(trace: _Trace, variables: Any) -> dict[str, Any]:
             f"batch statistics {'/'.join(next(iter(stats)))} belong to no nn.BatchNorm that the model calls"
         )
 
-    for path, (layer, *_) in trace.layers.items():
+    for path, (layer, *_) in layers.items():
         for name in ("kernel", "bias"):
             value = params.get((*path, name))
             if value is None:
@@ -190,6 +182,3 @@ def _transform(trace: _Trace, variables: Any) -> dict[str, Any]:
             params[*path, name] = jnp.asarray(value, dtype)
     others = {name: value for name, value in variables.items() if name not in ("params", "batch_stats")}
     return {**others, "params": unflatten_dict(params), AFFINE: unflatten_dict(affine)}
-
-
-_STARTS = (("scale", 1.0), ("bias", 0.0))  # parameters of batch normalization, and their values if it has none

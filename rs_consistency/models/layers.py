@@ -34,11 +34,7 @@ class ImageClassifier(nn.Module):
     axis_name: Sequence[str] = ()
 
     def prepare(self, images: jax.Array, *, min_size: int = 1) -> jax.Array:
-        """Return checked and normalized images `[N, H, W, C]` in `dtype`.
-
-        Raises:
-          ValueError: for another rank, another number of channels than `mean` has, or a side below `min_size`.
-        """
+        """Return normalized images `[N, H, W, C]` in `dtype`. Raise a ValueError for images that do not fit."""
         if images.ndim != 4:
             raise ValueError(f"images of shape {images.shape} are not [N, H, W, C]")
         height, width = images.shape[1:3]
@@ -53,9 +49,6 @@ class ImageClassifier(nn.Module):
 
         Normalization is part of the model because noise and radii are in units of the [0, 1] image. `for_inference`
         replaces this method by a multiply-add.
-
-        Raises:
-          ValueError: when `mean` or `std` does not have a number for each channel.
         """
         mean, std = tuple(self.mean), tuple(self.std)
         if not mean:

@@ -13,12 +13,9 @@ class ResNet(ImageClassifier):
 
     Source: He et al. (CVPR 2016), with the stride on the 3x3 convolution of a block as in torchvision. ResNet-50
     has 3, 4, 6 and 3 blocks: with K = 1000 25,557,032 parameters.
-
-    Attributes:
-      blocks: number of blocks in each of the four stages.
     """
 
-    blocks: Sequence[int] = (3, 4, 6, 3)
+    blocks: Sequence[int] = (3, 4, 6, 3)  # in each stage
 
     @nn.compact
     def __call__(self, images: jax.Array, *, train: bool = False) -> jax.Array:

@@ -40,7 +40,6 @@ _NORMALIZATION = {"means": "mean", "sds": "std"}  # tensor of the layer in front
 
 # Layer in front of the model -> its tensors.
 INPUT_LAYERS = {"normalize": ("means", "sds"), "center": ("means",), "none": ()}
-_TOLERANCE = 1e-4
 
 
 class TorchCheckpoint(NamedTuple):
@@ -124,7 +123,7 @@ def from_torch(
     for key, values in normalization.items():
         ours = getattr(info, _NORMALIZATION[key])
         theirs = tuple(float(value) for value in values.ravel())
-        if len(ours) != len(theirs) or not np.allclose(ours, theirs, atol=_TOLERANCE):
+        if len(ours) != len(theirs) or not np.allclose(ours, theirs, atol=1e-4):
             raise UserError(f"{name}: normalization {key}={theirs} is not that of {dataset}, {ours}; use its dataset")
     variables = {}
     for path, shape in _shapes(model, dataset).items():
@@ -211,19 +210,12 @@ def export_torch(variables: Mapping[str, Any], model: str, path: Path, *, epoch:
 
 
 class _Tensor(NamedTuple):
-    """The counterpart of a variable in a state dictionary.
-
-    Attributes:
-      name: its name.
-      shape: its shape.
-      parts: shape of the variable, with all axes apart that change places.
-      order: for each axis of the tensor its number in `parts`.
-    """
+    """The counterpart of a variable in a state dictionary."""
 
     name: str
     shape: tuple[int, ...]
-    parts: tuple[int, ...]
-    order: tuple[int, ...]
+    parts: tuple[int, ...]  # shape of the variable, with all axes apart that change places
+    order: tuple[int, ...]  # for each axis of the tensor its number in `parts`
 
     def to_torch(self, variable: np.ndarray) -> np.ndarray:
         return variable.reshape(self.parts).transpose(self.order).reshape(self.shape)

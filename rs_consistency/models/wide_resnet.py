@@ -11,10 +11,6 @@ class WideResNet(ImageClassifier):
 
     Source: Zagoruyko and Komodakis (BMVC 2016). The stages have 16, 32, 64 times `widen` channels. On 32x32x3
     images with K = 10 WRN-28-10 has 36,479,194 parameters.
-
-    Attributes:
-      depth: 6n + 4.
-      widen: width, as a multiple of a ResNet's.
     """
 
     depth: int = 28

@@ -1,7 +1,7 @@
 """The contents of a report: certificate files with the records beside them, and comparisons of two files."""
 
 import itertools
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -82,22 +82,18 @@ def subject(label: str, path: Path, certificates: Certificates, evidence: Eviden
 
     Only a record of certify.py counts as a record: another program's file may have any file beside it.
     """
-    file = certificate_path(path)
-    folder, notes = file.parent, []
-    beside = file.with_name(file.name.removesuffix(".gz")).with_suffix(".json")
-    record = _read(beside, notes)
-    try:
-        record = Record.from_json(beside, record).to_json() if "parameter_digest" in record else {}
-    except UserError as error:
-        record = {}
-        notes.append(str(error))
-    config = _read(folder / "config.json", notes)
-    workdir = folder if config else None
-    if not config and isinstance(record.get("config"), dict):
+    file, notes, metrics = certificate_path(path), [], []
+    record = _read(file.with_name(file.name.removesuffix(".gz")).with_suffix(".json"), notes, _read_record)
+    config = _read(file.parent / "config.json", notes)
+    workdir = file.parent if config else None
+    if workdir:
+        from rs_consistency.training.metrics import METRICS_FILE, read_lines  # TensorBoard's writer, slow to import
+
+        metrics = _read(workdir / METRICS_FILE, notes, read_lines) or []
+    elif isinstance(record.get("config"), dict):
         config = record["config"]
     radii = certificates.radius * certificates.correct
     interval = bootstrap_interval(radii) if len(radii) > 1 else None
-    metrics = _metrics(folder, notes) if workdir else []
     return Subject(label, path, certificates, evidence, record, config, metrics, workdir, interval, notes)
 
 
@@ -119,20 +115,15 @@ def compare(subjects: Sequence[Subject]) -> tuple[list[Comparison], list[str]]:
     return found, apart
 
 
-def _read(path: Path, notes: list[str]) -> dict[str, Any]:
-    """Read a JSON object; an empty one where there is no file, or, with a note, where the file is damaged."""
+def _read(path: Path, notes: list[str], read: Callable[[Path], Any] = read_json) -> Any:
+    """Return the content of a file; {} where there is no file, or, with a note, where it is damaged."""
     try:
-        return read_json(path) if path.is_file() else {}
+        return read(path) if path.is_file() else {}
     except UserError as error:
         notes.append(str(error))
         return {}
 
 
-def _metrics(folder: Path, notes: list[str]) -> list[dict[str, Any]]:
-    from rs_consistency.training.metrics import METRICS_FILE, read_lines  # TensorBoard's writer, slow to import
-
-    try:
-        return read_lines(folder / METRICS_FILE)
-    except UserError as error:
-        notes.append(str(error))
-        return []
+def _read_record(path: Path) -> dict[str, Any]:
+    record = read_json(path)
+    return Record.from_json(path, record).to_json() if "parameter_digest" in record else {}

@@ -10,7 +10,7 @@ from matplotlib.ticker import MaxNLocator
 
 from rs_consistency.certificates.measures import acr
 from rs_consistency.report.contents import Comparison, Subject
-from rs_consistency.report.plots import COLOURS, line_style, plain, plt, save
+from rs_consistency.report.plots import COLOURS, legend_below, line_style, plain, plt, save
 from rs_consistency.statistics.bounds import ABSTAIN
 
 if TYPE_CHECKING:  # JAX, slow to import, which most figures have no use for
@@ -21,11 +21,14 @@ _LEAST_BINS, _MOST_BINS = 16, 60
 _NAME_WIDTH = 26  # characters of a label beside an axis
 _IN_A_ROW = 3  # panels of comparisons
 _CLASSES_SHOWN = 4  # with most votes
+_BARS_WIDTH = 1.8  # in widths of a picture
 
 
 def save_acr(subjects: Sequence[Subject], path: Path) -> None:
     """Draw the ACR of each subject with its 95 % interval over images."""
-    figure, axes = plt.subplots(figsize=(6.4, 1.2 + 0.5 * len(subjects)), layout="constrained")
+    names = [plain(one.label, _NAME_WIDTH) for one in subjects]
+    row = max(0.5, 0.3 + 0.16 * max(name.count("\n") for name in names))  # inches
+    figure, axes = plt.subplots(figsize=(6.4, 1.2 + row * len(subjects)), layout="constrained")
     for place, one in enumerate(subjects):
         value = acr(one.certificates)
         low, high = one.interval or (value, value)
@@ -34,7 +37,7 @@ def save_acr(subjects: Sequence[Subject], path: Path) -> None:
         axes.errorbar(value, place, xerr=error, **style)
         above = {"xytext": (0, 7), "textcoords": "offset points", "ha": "center", "fontsize": 9}
         axes.annotate(f"{value:.4f}", (value, place), **above)
-    axes.set_yticks(range(len(subjects)), [plain(one.label, _NAME_WIDTH) for one in subjects])
+    axes.set_yticks(range(len(subjects)), names)
     axes.set(xlabel="average certified radius (bar: 95 %, bootstrap over images)", ylim=(len(subjects) - 0.5, -0.8))
     axes.margins(x=0.15)
     axes.grid(axis="x", alpha=0.3)
@@ -82,7 +85,7 @@ def save_gained_lost(pictures: Sequence[tuple[Comparison, np.ndarray, np.ndarray
       path: of the PNG.
     """
     columns = max(max(len(gained), len(lost)) for _, gained, lost in pictures)
-    rows, size = 2 * len(pictures), (1 + 1.3 * columns, 1.75 * 2 * len(pictures))
+    rows, size = 2 * len(pictures), (1.3 + 1.3 * columns, 1.75 * 2 * len(pictures))
     figure, panels = plt.subplots(rows, columns, figsize=size, squeeze=False, layout="constrained")
     for axes in panels.flat:
         axes.axis("off")
@@ -90,7 +93,7 @@ def save_gained_lost(pictures: Sequence[tuple[Comparison, np.ndarray, np.ndarray
     for one, *both in pictures:
         for name, places, images in zip(("gained", "lost"), (one.gained(), one.lost()), both, strict=True):
             line = next(lines)
-            _beside(line[0], f"{name}\n{plain(one.first, 16)}\nminus\n{plain(one.second, 16)}")
+            _beside(line[0], f"{name}\n{plain(one.first, 20)}\nminus\n{plain(one.second, 20)}")
             for axes, place, image in zip(line, places, images, strict=False):
                 first, second = one.radii[:, place]
                 _picture(axes, image)
@@ -120,18 +123,19 @@ def save_training(subjects: Sequence[Subject], path: Path) -> None:
         axes.xaxis.get_major_locator().set_params(integer=True)
         axes.grid(alpha=0.3)
     if handles:
-        figure.legend(handles.values(), handles.keys(), loc="outside lower center", ncols=min(3, len(handles)))
+        columns = min(3, len(handles), max(1, 90 // (8 + max(map(len, handles)))))  # as many as have room
+        legend_below(figure, list(handles.values()), list(handles), room=2, columns=columns)
     save(figure, path)
 
 
 def save_margins(samples: "Mapping[str, Samples]", path: Path) -> None:
     """Draw histograms of the logit margin of clean and noisy images, a panel for each run, on common axes."""
-    rows, size = len(samples), (6.4, 1 + 2.3 * len(samples))
+    rows, size = len(samples), (6.4, 1 + 2.7 * len(samples))
     shared = {"sharex": True, "sharey": True, "squeeze": False}
     figure, panels = plt.subplots(rows, 1, figsize=size, layout="constrained", **shared)
     everything = [values.ravel() for one in samples.values() for values in (one.clean_margins, one.noisy_margins)]
     low, high = np.quantile(np.concatenate(everything), [0.001, 0.999])
-    number = int(np.clip(2 * np.sqrt(max(map(len, everything))), _LEAST_BINS, _MOST_BINS))
+    number = int(np.clip(2 * np.sqrt(min(map(len, everything))), _LEAST_BINS, _MOST_BINS))
     bins = np.linspace(min(low, -1), max(high, 1), number + 1)  # values outside are drawn at the ends
     filled = {"histtype": "stepfilled", "facecolor": COLOURS[5], "edgecolor": "0.35", "hatch": "////", "alpha": 0.6}
     line = {"histtype": "step", "color": "black", "linewidth": 1.6}
@@ -150,10 +154,8 @@ def save_margins(samples: "Mapping[str, Samples]", path: Path) -> None:
             axes.hist(inside, bins=bins, density=True, label=text + more, **style)
         axes.axvline(0, color="0.2", linewidth=0.8, linestyle=":")
         axes.set(ylabel="density")
-        axes.set_title(plain(label), fontsize=10)
-        axes.legend(fontsize=8, loc="upper left")
-    top = max(axes.get_ylim()[1] for axes in panels[:, 0])
-    panels[0, 0].set_ylim(0, 1.3 * top)  # room for the legends
+        above = {"loc": "lower left", "bbox_to_anchor": (0, 1), "frameon": False, "alignment": "left", "fontsize": 8}
+        axes.legend(title=plain(label), title_fontsize=10, borderaxespad=0.2, **above)
     panels[-1, 0].set_xlabel("logit margin: true class minus the largest other one")
     save(figure, path)
 
@@ -164,7 +166,7 @@ def save_strip(label: str, one: "Samples", path: Path) -> None:
     Pixels of noisy copies outside [0, 1] are drawn as 0 or 1.
     """
     rows, copies = one.copies.shape[:2]
-    widths = [1.0] * (1 + copies) + [1.8]
+    widths = [1.0] * (1 + copies) + [_BARS_WIDTH]
     size = 1.1 * sum(widths) + 0.6, 1.28 * rows + 0.6
     grid = {"width_ratios": widths, "squeeze": False, "layout": "constrained"}
     figure, panels = plt.subplots(rows, copies + 2, figsize=size, **grid)
@@ -194,7 +196,7 @@ def _bars(axes: Axes, votes: np.ndarray, label: int) -> None:
         axes.text(1.04, place, _percent(share), ha="left", va="center", fontsize=7)
     axes.set_yticks(range(len(order)), [str(number) for number in order], fontsize=7)
     axes.set(xlim=(0, 1.3), ylim=(_CLASSES_SHOWN - 0.4, -0.6))
-    axes.set_xticks([])
+    axes.set(xticks=[], box_aspect=1 / _BARS_WIDTH)
     axes.spines[["top", "right", "bottom"]].set_visible(False)
 
 

@@ -1,6 +1,7 @@
 """Curves of certificates: certified accuracy and p_A; the styles, labels and files of all figures."""
 
 import os
+import re
 import textwrap
 import warnings
 from collections.abc import Mapping, Sequence
@@ -9,6 +10,7 @@ from typing import Any
 
 import matplotlib
 import numpy as np
+from matplotlib.artist import Artist
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from scipy import special
@@ -30,6 +32,8 @@ _TICKS = (0.01, 0.1, 0.3, 0.5, 0.7, 0.9, 0.99, 0.999, 0.9999, 0.99999, 0.9999999
 DPI = 200  # of a PNG
 _ROUNDING = 1e-9  # of a count that is whole but for rounding
 _LEGEND_WIDTH = 72  # characters
+_ROW_INCHES = 0.21  # of a legend
+_WORDS = re.compile(r"(\s+|[^\s/_-]*[/_-]+)")  # a line may end behind each
 _LEFTMOST = 0.01  # an image with a smaller p_A is far from any certificate, and drawn as if it had this one
 
 
@@ -55,10 +59,22 @@ def save(figure: Figure, path: Path) -> None:
 def plain(text: str, width: int = _LEGEND_WIDTH) -> str:
     """Return text that a figure shows as it is, in lines of at most `width` characters.
 
-    Matplotlib would take dollars as mathematics, and leave a name that begins with an underscore out of a legend.
+    Lines end behind a space, slash, underscore or hyphen where they can. Matplotlib would take dollars as mathematics,
+    and leave a name that begins with an underscore out of a legend.
     """
-    lines = textwrap.wrap(text, width)
+    wrapper = textwrap.TextWrapper(width)
+    wrapper.wordsep_re = _WORDS
+    lines = wrapper.wrap(text)
     return ("\n".join([" " + line if line.startswith("_") else line for line in lines])).replace("$", r"\$")
+
+
+def legend_below(
+    figure: Figure, handles: Sequence[Artist], labels: Sequence[str], *, room: int = 6, columns: int = 1
+) -> None:
+    """Write a legend below the axes. The figure becomes higher by all rows of it beyond the `room`."""
+    figure.legend(handles, labels, loc="outside lower center", ncols=columns)
+    rows = sum(label.count("\n") + 1 for label in labels) / columns
+    figure.set_figheight(figure.get_figheight() + _ROW_INCHES * max(0, rows - room))
 
 
 def save_curves(tables: Mapping[str, Certificates], path: Path) -> None:
@@ -90,7 +106,7 @@ def save_curves(tables: Mapping[str, Certificates], path: Path) -> None:
     axes.set(xlabel="l2 radius (bands: 95 % over images)", ylabel="certified accuracy", ylim=(0, 1.01))
     axes.set_xlim(left=0)
     axes.grid(alpha=0.3)
-    figure.legend(loc="outside lower center")
+    legend_below(figure, *axes.get_legend_handles_labels())
     save(figure, path)
 
 
@@ -136,7 +152,7 @@ def save_p_a(evidences: Mapping[str, Evidence | None], path: Path) -> None:
     top = axes.secondary_xaxis("top", xlabel=above)
     top.set_xticks(np.arange(np.floor(right) + 1))  # to the left of 0 there is no radius
     axes.grid(alpha=0.3)
-    figure.legend(loc="outside lower center")
+    legend_below(figure, *axes.get_legend_handles_labels())
     save(figure, path)
 
 

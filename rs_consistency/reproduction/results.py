@@ -98,6 +98,7 @@ def _files(cell: Cell, workdir: Path) -> dict[str, bytes]:
     metrics = read_lines(workdir / METRICS_FILE)
     train, certify = _commands(cell)
     rows, record, made = table.rows.values(), table.record.to_json(), table.record.provenances()
+    lines = table.record.schema.text(rows).encode()
     record |= {"command": certify, "config": _without_places(record["config"])}
     run = {
         **_identity(cell),
@@ -111,9 +112,7 @@ def _files(cell: Cell, workdir: Path) -> dict[str, bytes]:
         "continued_with": made[1:],
     }
     return {
-        PACKED: gzip.compress(
-            table.record.schema.text(rows).encode(), mtime=0
-        ),  # without a time: the same bytes at every call
+        PACKED: gzip.compress(lines, mtime=0),  # without a time: the same bytes at every call
         RECORD: _json(record),
         CONFIG_FILE: _json(_without_places(config)),
         METRICS_FILE: "".join(json.dumps(line) + "\n" for line in metrics).encode(),

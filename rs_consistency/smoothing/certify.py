@@ -93,18 +93,8 @@ def certify(
     """
     alpha = probability("alpha", alpha)
     one_of("bound", bound, BOUNDS)
-    task = prepare(
-        images,
-        indices,
-        devices,
-        sigma=sigma,
-        num_classes=num_classes,
-        n0=n0,
-        least_n0=1,
-        n=n,
-        seed=seed,
-        batch_size=batch_size,
-    )
+    settings = {"sigma": sigma, "num_classes": num_classes, "n0": n0, "n": n, "seed": seed, "batch_size": batch_size}
+    task = prepare(images, indices, devices, least_n0=1, **settings)
     votes = task.all_votes(apply_fn, noise.Stream.CERTIFY, "certifying", progress)
     uniform = noise.bound_uniform(task.settings.seed, task.indices) if bound == "randomized" else None
     return conclude(*votes, alpha=alpha, sigma=task.settings.sigma, bound=bound, uniform=uniform)

@@ -6,8 +6,7 @@ import jax
 import numpy as np
 from numpy.typing import ArrayLike
 
-from rs_consistency.common.progress import progress_bar
-from rs_consistency.smoothing.images import prepare
+from rs_consistency.smoothing.images import join, prepare
 from rs_consistency.smoothing.pool import Decisions, decide_images
 from rs_consistency.statistics.bounds import ALPHA, N0, N
 
@@ -49,58 +48,20 @@ def decide(
     >>> result.decision, result.votes
     (array([ 1, -1], dtype=int8), array([464,  64]))
 
-    Args:
-      apply_fn: function that JAX can trace, `[N, H, W, C]` float32 -> logits `[N, K]`; it includes any normalization.
-      images: `[B, H, W, C]`, in [0, 1].
-      sigma: standard deviation of the noise, in units of the images.
-      radius: l2, at least 0, in units of the images.
-      num_classes: K.
-      n0: votes that select the class.
-      n: the most further votes.
-      alpha: error probability of one image's statement, in (0, 1), at least 1e-100.
-      seed: seed of the noise.
-      batch_size: noisy images at a time, in blocks of 16 on each device; None for a choice by device. No effect on the
-        result.
-      indices: `[B]`, numbers that address the images' noise, 0..B-1 by default.
-      devices: local devices that share the work; None for all.
-      progress: whether to show a progress bar on stderr.
+    `radius` is an l2 distance, at least 0, in units of the images, and `n` the most further votes. A batch of noisy
+    images is made of blocks of 16 on each device; `batch_size` has no effect on the result. The other arguments, and
+    the errors, are as for `rs_consistency.certify`.
 
     Returns:
       NumPy arrays in the order of the images, see `Decisions`.
-
-    Raises:
-      UserError: a `ValueError`, for settings or images outside their range, or a model that does not fit images and
-        num_classes, or gives NaN.
     """
-    task = prepare(
-        images,
-        indices,
-        devices,
-        sigma=sigma,
-        num_classes=num_classes,
-        n0=n0,
-        least_n0=1,
-        n=n,
-        seed=seed,
-        batch_size=batch_size,
-    )
-    groups = decide_images(
-        lambda _, batch: apply_fn(batch),
-        (),
-        task.images,
-        task.indices,
-        settings=task.settings,
-        radius=radius,
-        alpha=alpha,
-        devices=task.devices,
-    )
+    settings = {"sigma": sigma, "num_classes": num_classes, "n0": n0, "n": n, "seed": seed, "batch_size": batch_size}
+    task = prepare(images, indices, devices, least_n0=1, **settings)
+    asked = (lambda _, batch: apply_fn(batch), (), task.images, task.indices)
+    groups = decide_images(*asked, settings=task.settings, radius=radius, alpha=alpha, devices=task.devices)
     none = np.zeros(0, np.int64)
     no_counts = np.zeros((0, task.settings.num_classes), np.int64)
-    decided = [Decisions(none, none, none, no_counts, none, none, np.zeros(0, np.int8))]
-    with progress_bar("deciding", len(task.images), show=progress) as bar:
-        for group in groups:
-            decided.append(group)
-            bar.update(len(group.positions))
-    together = Decisions(*(np.concatenate(parts) for parts in zip(*decided, strict=True)))
-    order = np.argsort(together.positions)
-    return Decisions(*(part[order] for part in together))
+    no_decisions = Decisions(none, none, none, no_counts, none, none, np.zeros(0, np.int8))
+    decided = join(no_decisions, groups, "deciding", len(task.images), progress)
+    order = np.argsort(decided.positions)
+    return Decisions(*(part[order] for part in decided))

@@ -1,7 +1,7 @@
 """Images in memory, checked, and their votes: the shared part of `certify`, `decide` and `predict`."""
 
-from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any, NamedTuple, TypeVar
 
 import jax
 import numpy as np
@@ -14,16 +14,11 @@ from rs_consistency.common.progress import progress_bar
 from rs_consistency.devices import parallel
 from rs_consistency.smoothing.votes import Votes, VoteSettings, count_votes, vote_settings
 
+_Group = TypeVar("_Group", bound=tuple)  # arrays about some images: `Votes` or `Decisions`
+
 
 class Task(NamedTuple):
-    """Checked images and the settings of their votes; from `prepare`.
-
-    Attributes:
-      images: `[B, H, W, C]` float32.
-      indices: `[B]` int64.
-      devices: devices that share the work.
-      settings: settings of the votes.
-    """
+    """Checked images `[B, H, W, C]` float32, their indices `[B]` int64, and the settings of their votes."""
 
     images: np.ndarray
     indices: np.ndarray
@@ -34,32 +29,26 @@ class Task(NamedTuple):
         self, apply_fn: Callable[[jax.Array], jax.Array], stream: noise.Stream, desc: str, progress: bool
     ) -> Votes:
         """Return the votes of all images; `desc` names the progress bar on stderr."""
-        groups = count_votes(
-            lambda _, batch: apply_fn(batch),
-            (),
-            self.images,
-            self.indices,
-            settings=self.settings,
-            devices=self.devices,
-            stream=stream,
-        )
+        asked = (lambda _, batch: apply_fn(batch), (), self.images, self.indices)
+        groups = count_votes(*asked, settings=self.settings, devices=self.devices, stream=stream)
         none = np.zeros((0, self.settings.num_classes), np.int64)
-        counted = [Votes(none, none)]
-        with progress_bar(desc, len(self.images), show=progress) as bar:
-            for votes in groups:
-                counted.append(votes)
-                bar.update(len(votes.counts))
-        return Votes(*(np.concatenate(parts) for parts in zip(*counted, strict=True)))
+        return join(Votes(none, none), groups, desc, len(self.images), progress)
+
+
+def join(empty: _Group, groups: Iterable[_Group], desc: str, total: int, progress: bool) -> _Group:
+    """Return groups of images as one group, each array of `empty` and theirs put together; with a progress bar."""
+    parts = [empty]
+    with progress_bar(desc, total, show=progress) as bar:
+        for group in groups:
+            parts.append(group)
+            bar.update(len(group[0]))
+    return type(empty)(*(np.concatenate(arrays) for arrays in zip(*parts, strict=True)))
 
 
 def prepare(
     images: ArrayLike, indices: ArrayLike | None, devices: Sequence[jax.Device] | None, **settings: Any
 ) -> Task:
-    """Check the arguments of `certify`, `decide` or `predict`; `settings` are those of `votes.vote_settings`.
-
-    Raises:
-      UserError: for the first argument that cannot work.
-    """
+    """Check the arguments of `certify`, `decide` or `predict`; `settings` are those of `votes.vote_settings`."""
     images = check_images(images)
     indices = check_indices(indices, len(images))
     devices = parallel.choose_devices() if devices is None else list(devices)

@@ -85,9 +85,6 @@ def decide_images(
     `radius` and `alpha` are as for `decide`, the other arguments as for `votes.count_votes`. `settings.n` is the cap. A
     device takes the whole blocks that fit into its share of `settings.batch_size`, at least one.
 
-    Yields:
-      Groups of one image or more.
-
     Raises:
       UserError: for a radius or alpha outside its range, or a model that does not accept the images, does not give K
         logits, or gives NaN.
@@ -147,15 +144,8 @@ def _compile(
         slot, index, phase, first, length = jnp.repeat(blocks, LOOK_EVERY, axis=0).T
         place = jnp.tile(jnp.arange(LOOK_EVERY), per_device)
         addresses = (index, phase, first + place)
-        voted = cast(
-            apply_fn,
-            variables,
-            pool[slot],
-            key=key,
-            addresses=addresses,
-            sigma=settings.sigma,
-            num_classes=num_classes,
-        )
+        asked = (apply_fn, variables, pool[slot])
+        voted = cast(*asked, key=key, addresses=addresses, sigma=settings.sigma, num_classes=num_classes)
         block = jnp.repeat(jnp.arange(per_device), LOOK_EVERY)
         counts = jnp.zeros((len(devices), per_device, num_classes + 1), jnp.int32)  # the last class: NaN
         return parallel.sum_over_devices(counts.at[shard, block, voted].add((place < length).astype(jnp.int32)))
@@ -244,8 +234,7 @@ class _Schedule:
         np.add.at(self._counts0, slot[selecting], counts[selecting])
         self._refuse(slot[selecting & nan])
         # Blocks come in order, so the selection of the images in the others is complete.
-        measuring = ~selecting
-        return self._measure(slot[measuring], number[measuring], counts[measuring], nan[measuring])
+        return self._measure(*(each[~selecting] for each in (slot, number, counts, nan)))
 
     def _measure(self, slot: np.ndarray, number: np.ndarray, counts: np.ndarray, nan: np.ndarray) -> Decisions | None:
         """Look after each block of the estimation; the first block with a decision, or at the cap, ends its image."""
@@ -265,15 +254,8 @@ class _Schedule:
         done = slot[ends]
         positions = self._position[done]
         self._position[done] = -1
-        return Decisions(
-            positions,
-            self._indices[positions],
-            selected[ends],
-            self._counts0[done],
-            hits[ends],
-            votes[ends],
-            decision[ends],
-        )
+        counted = (selected[ends], self._counts0[done], hits[ends], votes[ends], decision[ends])
+        return Decisions(positions, self._indices[positions], *counted)
 
     def _refuse(self, slots: np.ndarray) -> None:
         """Raise a `UserError` for the image in the first of the slots, if there is one."""

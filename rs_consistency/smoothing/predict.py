@@ -11,7 +11,7 @@ from rs_consistency import noise
 from rs_consistency.common.checks import check_all, number_array, probability
 from rs_consistency.common.errors import UserError
 from rs_consistency.smoothing.images import prepare
-from rs_consistency.statistics.bounds import ABSTAIN, ALPHA, N, p_value_of
+from rs_consistency.statistics.bounds import ABSTAIN, ALPHA, N, most_of_others, p_value_of
 
 
 class Prediction(NamedTuple):
@@ -61,30 +61,14 @@ def predict(
     >>> predict(is_bright, images, sigma=0.5, num_classes=2, n=100).prediction
     array([ 0, -1,  1])
 
-    Args:
-      apply_fn: function that JAX can trace, `[N, H, W, C]` float32 -> logits `[N, K]`; it includes any normalization.
-      images: `[B, H, W, C]`, in [0, 1].
-      sigma: standard deviation of the noise, in units of the images.
-      num_classes: K.
-      n: votes on an image.
-      alpha: error probability of one image's statement, in (0, 1), at least 1e-100.
-      seed: seed of the noise.
-      batch_size: noisy images at a time; None for a choice by device. No effect on the votes.
-      indices: `[B]`, numbers that address the images' noise, 0..B-1 by default.
-      devices: local devices that share the work; None for all.
-      progress: whether to show a progress bar on stderr.
+    `n` is the number of votes on an image. The other arguments, and the errors, are as for `rs_consistency.certify`.
 
     Returns:
       NumPy arrays, see `Prediction`.
-
-    Raises:
-      UserError: a `ValueError`, for settings or images outside their range, or a model that does not fit images and
-        num_classes, or gives NaN.
     """
     alpha = probability("alpha", alpha)
-    task = prepare(
-        images, indices, devices, sigma=sigma, num_classes=num_classes, n=n, seed=seed, batch_size=batch_size
-    )
+    settings = {"sigma": sigma, "num_classes": num_classes, "n": n, "seed": seed, "batch_size": batch_size}
+    task = prepare(images, indices, devices, **settings)
     votes = task.all_votes(apply_fn, noise.Stream.PREDICT, "predicting", progress)
     return conclude_prediction(votes.counts, alpha=alpha)
 
@@ -112,7 +96,6 @@ def conclude_prediction(counts: ArrayLike, *, alpha: float) -> Prediction:
     )
     counts = counts.astype(np.int64)
     check_all("votes of an image", counts.sum(axis=1), counts.sum(axis=1) >= 1, "use at least 1")
-    two = np.sort(np.pad(counts, ((0, 0), (1, 0))), axis=1)[:, -2:]  # [B, 2], the runner-up first; 0 for K = 1
-    runner_up, most = two.T.astype(np.float64)
-    p_value = p_value_of(most, runner_up)
-    return Prediction(np.where(p_value <= alpha, counts.argmax(axis=1), ABSTAIN), p_value, counts)
+    most = counts.argmax(axis=1)
+    p_value = p_value_of(counts.max(axis=1), most_of_others(counts, most))
+    return Prediction(np.where(p_value <= alpha, most, ABSTAIN), p_value, counts)

@@ -18,12 +18,7 @@ _MEASURED_BATCHES = 8  # of an image
 
 
 class VoteCost(NamedTuple):
-    """The cost of votes.
-
-    Attributes:
-      per_second: votes a second on the wall clock, over all devices.
-      bytes_per_device: largest memory of a compiled batch; None where XLA does not say.
-    """
+    """Votes a second on the wall clock, over all devices; largest memory of a batch, None where XLA does not say."""
 
     per_second: float
     bytes_per_device: int | None
@@ -42,28 +37,19 @@ def measure_votes(
     # Whole batches on all devices: then the images make several groups, and all but the first are timed.
     short = settings._replace(n0=1, n=_MEASURED_BATCHES * rows * len(devices) - 1)
     many = images[np.arange(_MEASURED_IMAGES) % len(images)]
-    counted, start = 0, 0.0
-    for votes in count_votes(
-        apply_fn, variables, many, np.arange(len(many)), settings=short, devices=devices, stream=noise.Stream.PREDICT
-    ):
-        if start == 0.0:  # the first group compiles
-            start = time.perf_counter()
-            continue
+    asked = (apply_fn, variables, many, np.arange(len(many)))
+    groups = count_votes(*asked, settings=short, devices=devices, stream=noise.Stream.PREDICT)
+    next(groups)  # compiles
+    counted, start = 0, time.perf_counter()
+    for votes in groups:
         counted += len(votes.counts) * (short.n0 + short.n)
         if time.perf_counter() - start > _MEASURED_SECONDS:
             break
     per_second = counted / (time.perf_counter() - start)
 
     def one_batch(variables: Any, key: jax.Array, images: jax.Array, index: jax.Array) -> jax.Array:
-        return cast(
-            apply_fn,
-            variables,
-            images,
-            key=key,
-            addresses=(index, index, index),
-            sigma=settings.sigma,
-            num_classes=settings.num_classes,
-        )
+        noisy = {"key": key, "addresses": (index, index, index), "sigma": settings.sigma}
+        return cast(apply_fn, variables, images, **noisy, num_classes=settings.num_classes)
 
     batch = jax.ShapeDtypeStruct((rows, *images.shape[1:]), jnp.float32)
     index = jax.ShapeDtypeStruct((rows,), jnp.int32)

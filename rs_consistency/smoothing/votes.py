@@ -10,7 +10,7 @@ import numpy as np
 
 from rs_consistency import noise
 from rs_consistency.common.checks import LARGEST, MAX_SEED, number_above, whole_number
-from rs_consistency.common.errors import UserError
+from rs_consistency.common.errors import UserError, first_line
 from rs_consistency.data import DatasetInfo
 from rs_consistency.devices import parallel
 
@@ -24,7 +24,8 @@ _BATCH = {"cpu": (128, 3 * 2**16)}
 _BATCH_ELSEWHERE = (16384, 2**24)
 _LEAST_BATCH = 16
 _GROUP_VALUES = 2**26  # pixel values in a group of images at most: 256 MiB
-# On a CPU, convolutions in a compiled loop are slow and a call costs little. An accelerator would wait for the host.
+# Batches in one call of the device, in a compiled loop. On a CPU, convolutions in a compiled loop are slow and a call
+# costs little. An accelerator would wait for the host.
 _BATCHES_PER_CALL = {"cpu": 1}
 _BATCHES_PER_CALL_ELSEWHERE = 16
 # Row numbers are int32 on the devices: n0 + n and the 256 batches of a group must stay below 2**31 together.
@@ -111,7 +112,6 @@ def count_votes(
     settings: VoteSettings,
     devices: Sequence[jax.Device],
     stream: noise.Stream = noise.Stream.CERTIFY,
-    batches_per_call: int | None = None,
 ) -> Iterator[Votes]:
     """Yield the votes of the images, group after group, in order.
 
@@ -131,10 +131,6 @@ def count_votes(
       settings: from `vote_settings`.
       devices: local devices that share a batch.
       stream: purpose of the noise.
-      batches_per_call: batches in one call of the device, in a compiled loop; None for a choice by platform.
-
-    Yields:
-      The counts of the next group of images.
 
     Raises:
       UserError: when the model does not accept the images, does not give K logits, or gives NaN.
@@ -142,8 +138,7 @@ def count_votes(
     num_classes, per_image = settings.num_classes, settings.n0 + settings.n
     per_device = -(-settings.batch_size // len(devices))
     check_model(apply_fn, variables, images.shape[1:], num_classes=num_classes, batch_size=per_device)
-    if batches_per_call is None:
-        batches_per_call = _BATCHES_PER_CALL.get(devices[0].platform, _BATCHES_PER_CALL_ELSEWHERE)
+    batches_per_call = _BATCHES_PER_CALL.get(devices[0].platform, _BATCHES_PER_CALL_ELSEWHERE)
     rows_per_call = per_device * len(devices) * batches_per_call
     group = min(max(len(images), 1), -(-_CALLS_IN_GROUP * rows_per_call // per_image))
     group = min(group, max(1, _GROUP_VALUES // max(1, math.prod(images.shape[1:]))))
@@ -154,17 +149,8 @@ def count_votes(
     for first in range(0, len(images), group):
         num_real = min(group, len(images) - first)
         chosen = np.minimum(np.arange(first, first + group), len(images) - 1)  # the last group is padded
-        arrays = parallel.replicate(
-            (
-                key,
-                np.float32(settings.sigma),
-                numbers,
-                to_float(images[chosen]),
-                indices[chosen].astype(np.int32),
-                np.int32(num_real),
-            ),
-            devices,
-        )
+        about_images = (to_float(images[chosen]), indices[chosen].astype(np.int32), np.int32(num_real))
+        arrays = parallel.replicate((key, np.float32(settings.sigma), numbers, *about_images), devices)
         counts = parallel.replicate(np.zeros((2, group, num_classes + 1), np.int32), devices)
         for start in range(0, num_real * per_image, rows_per_call):
             counts = compiled(counts, variables, *arrays, np.int32(start))
@@ -232,16 +218,10 @@ def cast(
     sigma: jax.Array | float,
     num_classes: int,
 ) -> jax.Array:
-    """Return one vote for each row, on a device.
+    """Return one vote for each of the images `[N, H, W, C]` float32 in [0, 1], on a device.
 
-    Args:
-      apply_fn: (variables, `[N, H, W, C]`) -> logits `[N, K]`.
-      variables: first argument of `apply_fn`.
-      images: `[N, H, W, C]` float32 in [0, 1], without noise.
-      key: key of the noise stream.
-      addresses: `[N]` int32 each: the image's index, 0 for the selection or 1 for the estimation, number of the vote.
-      sigma: standard deviation of the noise.
-      num_classes: K.
+    `key` is the key of the noise stream. The `addresses` are `[N]` int32 each: the image's index, 0 for the selection
+    or 1 for the estimation, number of the vote. The other arguments are as for `count_votes` and `VoteSettings`.
 
     Returns:
       `[N]` int32, the class with the largest logit, the lowest of equals; K where a logit is NaN.
@@ -274,8 +254,8 @@ def check_model(
     try:
         logits = jax.eval_shape(apply_fn, variables, batch)
     except Exception as error:  # a model may raise anything for images that do not fit
-        first_line = (str(error).strip() or type(error).__name__).splitlines()[0]
-        raise UserError(f"the model does not accept images of shape {tuple(image_shape)}: {first_line}") from error
+        message = f"the model does not accept images of shape {tuple(image_shape)}: {first_line(error)}"
+        raise UserError(message) from error
     if getattr(logits, "shape", None) != (batch_size, num_classes):
         raise UserError(
             f"the model gives {getattr(logits, 'shape', type(logits).__name__)} for a batch of {batch_size} images, but"

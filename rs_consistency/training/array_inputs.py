@@ -26,12 +26,12 @@ class ArrayInputs:
         extra: Mapping[str, np.ndarray],
     ) -> None:
         """Copies the arrays; `extra` `[N, ...]` becomes `Batch.extra` of a method."""
-        self.sizes, self.devices = step_sizes(config, len(train.labels)), devices
+        self.sizes, self.devices = step_sizes(config, len(train)), devices
         self._train = parallel.replicate(data.Examples(train.images, train.labels, dict(extra)), devices)
         self._test = parallel.replicate(tuple(test), devices)
         self._eval_batch_size = config.eval_batch_size
-        self._order = make_order(config, len(train.labels))
-        self.num_test_examples = len(test.labels)
+        self._order = make_order(config, len(train))
+        self.num_test_examples = len(test)
 
     def feeds(self, first_step: int, end_step: int) -> Generator[Feed, None, None]:
         """See `Inputs`."""

@@ -14,7 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 import orbax.checkpoint as ocp
 
-from rs_consistency.common.errors import UserError
+from rs_consistency.common.errors import UserError, first_line
 
 _DIGEST_BYTES = hashlib.sha256().digest_size
 
@@ -159,5 +159,4 @@ def _reason(error: Exception) -> str:
         if isinstance(cause, OSError) and cause.errno in _DISK_ERRORS:
             return cause.strerror
         cause = cause.__cause__ or cause.__context__
-    first_line = (str(error).strip() or type(error).__name__).splitlines()[0]
-    return first_line.split(" See full TensorStore details")[0][:160]
+    return first_line(error).split(" See full TensorStore details")[0][:160]

@@ -86,18 +86,18 @@ class Session:
         Raises:
           UserError: when the teacher is needed and is not there.
         """
-        if not isinstance(self.train, data.ArraySplit):
+        if not isinstance(self.train, data.Split):
             from rs_consistency.training.stream_inputs import StreamInputs  # slow to import
 
             return StreamInputs(self.config, self.train, self.test, devices=self.devices)
-        arrays, extra, teacher = self.train.arrays, {}, METHODS[self.config.method].teacher
+        extra, teacher = {}, METHODS[self.config.method].teacher
         if teacher and workdir:
-            extra["smoothed"] = self._ask(arrays, workdir)
+            extra["smoothed"] = self._ask(self.train, workdir)
         elif teacher:
             with tempfile.TemporaryDirectory() as folder:
-                few = self._ask(data.Split(*(rows[:_FEW] for rows in arrays)), Path(folder))
-            extra["smoothed"] = np.resize(few, (len(arrays.labels), *few.shape[1:]))
-        return ArrayInputs(self.config, arrays, self.test.arrays, devices=self.devices, extra=extra)
+                few = self._ask(data.Split(self.train.images[:_FEW], self.train.labels[:_FEW]), Path(folder))
+            extra["smoothed"] = np.resize(few, (len(self.train), *few.shape[1:]))
+        return ArrayInputs(self.config, self.train, self.test, devices=self.devices, extra=extra)
 
     def _ask(self, split: data.Split, folder: Path) -> np.ndarray:
         flat, teacher = flatten(self.config), METHODS[self.config.method].teacher

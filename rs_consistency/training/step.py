@@ -12,7 +12,7 @@ from flax import struct
 from ml_collections import ConfigDict
 
 from rs_consistency import data, methods, models, noise
-from rs_consistency.common.errors import UserError
+from rs_consistency.common.errors import UserError, first_line
 from rs_consistency.data.augment import AUGMENTATIONS
 from rs_consistency.devices.compiler import pieces_of, repeat, steps_per_call, training_compiler_options
 from rs_consistency.devices.parallel import AXIS, replicated_sharding, spread, sum_over_devices
@@ -89,7 +89,7 @@ def create_state(config: ConfigDict) -> TrainState:
     except (TypeError, ValueError, ZeroDivisionError) as error:  # shapes that vanish or do not match
         raise UserError(
             f"model={config.model!r} cannot take the {tuple(shape)} images of dataset {config.dataset.name!r}"
-            f" ({str(error).splitlines()[0]}); use another model"
+            f" ({first_line(error)}); use another model"
         ) from error
     params = model_state.pop("params")
     # The initial state of the optimizer does not depend on when the learning rate drops, so on no length of an epoch.

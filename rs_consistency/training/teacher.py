@@ -54,7 +54,7 @@ def smoothed_predictions(
     """
     path, info = workdir / FILE, data.dataset_info(config.dataset.name)
     kept = _read(path)
-    if kept is None or len(kept.counts) < len(split.labels):
+    if kept is None or len(kept.counts) < len(split):
         run = runs.restore(teacher, devices, name="the teacher's workdir")
         teacher_digest = digest(run.variables)
         if kept is not None and kept.teacher == teacher_digest:
@@ -81,7 +81,7 @@ def _vote(
     run: runs.Run, split: data.Split, kept: _Kept, settings: VoteSettings, devices: Sequence[jax.Device], path: Path
 ) -> _Kept:
     """Return the votes on all images; save them now and then, and at the end."""
-    done, total, saved = len(kept.counts), len(split.labels), time.monotonic()
+    done, total, saved = len(kept.counts), len(split), time.monotonic()
     groups = count_votes(
         *run.classifier(),
         split.images[done:],

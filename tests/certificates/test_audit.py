@@ -9,13 +9,13 @@ import pytest
 import rs_consistency
 from rs_consistency import noise
 from rs_consistency.certificates import audit
-from rs_consistency.certificates.columns import CERTIFY, DECIDE, PREDICT, certify_rows, decide_rows, predict_rows
+from rs_consistency.certificates.columns import CERTIFY, DECIDE, PREDICT, make_rows
+from rs_consistency.certificates.proof import rows_of_counts
+from rs_consistency.certificates.question import columns_of_counts
 from rs_consistency.certificates.read import read_table
 from rs_consistency.certificates.selection import Selection
 from rs_consistency.certificates.write import CertificateFile
 from rs_consistency.common.errors import UserError
-from rs_consistency.noise import bound_uniform
-from rs_consistency.smoothing.certify import Certification, conclude
 from rs_consistency.smoothing.votes import Votes, count_votes, vote_settings
 from rs_consistency.statistics.bounds import BOUNDS, certify_votes, p_value_of
 
@@ -55,8 +55,10 @@ def certified(path, bound="clopper_pearson"):
     found = certify_votes(
         count, others, 300, alpha=0.001, sigma=0.5, bound=bound, uniform=noise.bound_uniform(3, INDICES)
     )
-    result = Certification(np.where(found.certified, selected, -1), found.radius, *votes)
-    return save(path, CERTIFY, {**SETTINGS, "bound": bound}, certify_rows(INDICES, LABELS, result, 0.1))
+    counts = {"count0": votes.counts0.max(1), "count": count, "count_runner_up": others, "selected": selected}
+    prediction = np.where(found.certified, selected, -1)
+    rows = make_rows(idx=INDICES, label=LABELS, predict=prediction, radius=found.radius, time=0.1, **counts)
+    return save(path, CERTIFY, {**SETTINGS, "bound": bound}, rows)
 
 
 @pytest.fixture
@@ -72,14 +74,8 @@ def verify(path, indices=INDICES[:10], *, votes=None, here=HERE):
 
 def redrawn_rows(table, indices, labels, votes):
     """The rows of fresh votes at the recorded settings."""
-    result = conclude(
-        *votes,
-        alpha=SETTINGS["alpha"],
-        sigma=SETTINGS["sigma"],
-        bound=table.record.settings.bound,
-        uniform=bound_uniform(SETTINGS["seed"], indices),
-    )
-    return certify_rows(indices, labels, result, 0.0)
+    columns = {"idx": indices, "label": labels, "time": 0.0, **columns_of_counts(CERTIFY, votes)}
+    return rows_of_counts(CERTIFY, table.record.settings, columns)
 
 
 def forge(path, index, *, with_digest=True, **cells):
@@ -120,7 +116,8 @@ def test_votes_of_a_model_reproduce_and_those_of_another_do_not(tmp_path):
         devices=jax.devices()[:1],
         **settings,
     )
-    rows = certify_rows(np.arange(0, 12, 2), np.zeros(6, int), result, 0.1)
+    counts = columns_of_counts(CERTIFY, Votes(result.counts0, result.counts))
+    rows = make_rows(idx=range(0, 12, 2), label=0, predict=result.prediction, radius=result.radius, time=0.1, **counts)
     path = save(tmp_path / "c.tsv", CERTIFY, {**SETTINGS, "bound": "clopper_pearson"}, rows)
     chosen = np.array([2, 8])
     checked = vote_settings(**settings, num_classes=3, batch_size=64, image_shape=(4, 4, 1), platform="cpu")
@@ -225,16 +222,17 @@ def test_an_unfinished_file_is_told(path):
 
 
 def test_decisions_and_predictions(tmp_path):
-    decided = decide_rows(
-        INDICES[:3],
-        LABELS[:3],
+    decided = make_rows(
+        idx=INDICES[:3],
+        label=LABELS[:3],
+        predict=[1, -1, -1],
+        radius=[0.75, 0.0, 0.0],
+        time=1,
         count0=[10, 8, 6],
         count=[160, 20, 280],
         votes=[160, 64, 300],
         selected=[1, 0, 2],
         decision=["certified", "not_certified", "undecided"],
-        radius=0.75,
-        seconds=1,
     )
     path = save(tmp_path / "d.tsv", DECIDE, {**SETTINGS, "radius": 0.75, "look_every": 16}, decided)
     assert audit.compare(read_table(path), decided, HERE).text() == "3 of 3 lines reproduce"
@@ -252,14 +250,15 @@ def test_decisions_and_predictions(tmp_path):
     text = audit.compare(read_table(path), decided, HERE).text()
     assert "image 4: decision undecided, its counts give none before more votes" in text
 
-    predicted = predict_rows(
-        INDICES[:2],
-        LABELS[:2],
-        [1, -1],
+    predicted = make_rows(
+        idx=INDICES[:2],
+        label=LABELS[:2],
+        predict=[1, -1],
+        radius=0.0,
+        time=0,
         count=[90, 51],
         count_runner_up=[10, 49],
         p_value=p_value_of([90, 51], [10, 49]),
-        seconds=0,
     )
     path = save(tmp_path / "p.tsv", PREDICT, SETTINGS, predicted)
     assert audit.compare(read_table(path), predicted, HERE).ok

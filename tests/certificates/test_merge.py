@@ -6,13 +6,13 @@ import shutil
 import numpy as np
 import pytest
 
-from rs_consistency.certificates.columns import CERTIFY, certify_rows
+from rs_consistency.certificates.columns import CERTIFY, make_rows
 from rs_consistency.certificates.merge import merge
 from rs_consistency.certificates.read import read_table
 from rs_consistency.certificates.selection import Selection, Shard, parse_shard
 from rs_consistency.certificates.write import CertificateFile
 from rs_consistency.common.errors import UserError
-from rs_consistency.smoothing.certify import Certification
+from rs_consistency.statistics.bounds import most_of_others
 from tests.helpers import rows
 
 SETTINGS = {"sigma": 0.5, "n0": 100, "n": 100, "alpha": 0.001, "seed": 0, "bound": "clopper_pearson"}
@@ -23,8 +23,18 @@ WHOLE = Selection(split_size=41, skip=2, most=20)
 def results(indices):
     """Rows that depend on the images alone, but for the time."""
     counts = np.stack([np.roll([90 - i, i, 10], i) for i in indices])
-    result = Certification(np.where(indices % 4, counts.argmax(1), -1), indices / 7.0, counts, counts)
-    return certify_rows(indices, indices % 3, result, np.random.default_rng().uniform())
+    selected = counts.argmax(1)
+    return make_rows(
+        idx=indices,
+        label=indices % 3,
+        predict=np.where(indices % 4, selected, -1),
+        radius=indices / 7.0,
+        time=np.random.default_rng().uniform(),
+        count0=counts.max(1),
+        count=counts.max(1),
+        count_runner_up=most_of_others(counts, selected),
+        selected=selected,
+    )
 
 
 def write(path, selection, *, device="cpu", images=None, **changed):

@@ -7,13 +7,12 @@ import numpy as np
 import pytest
 from scipy import special, stats
 
-from rs_consistency.certificates.columns import CERTIFY, certify_rows
+from rs_consistency.certificates.columns import CERTIFY, make_rows
 from rs_consistency.certificates.proof import load
 from rs_consistency.certificates.read import read_certificates
 from rs_consistency.certificates.selection import Selection
 from rs_consistency.certificates.write import CertificateFile
 from rs_consistency.noise import bound_uniform
-from rs_consistency.smoothing.certify import Certification
 from rs_consistency.statistics.bounds import BOUNDS, certify_votes
 
 N0, N, SIGMA, ALPHA, SEED = 20, 1000, 0.5, 0.001, 7
@@ -25,15 +24,10 @@ def write(path, bound=BOUNDS[0]):
     """A file as certify.py writes it: the i-th image has COUNTS[i] votes for the selected class, i % 3."""
     images = np.arange(len(COUNTS))
     selected = images % 3
-    counts0, counts = np.zeros((len(images), 10), int), np.zeros((len(images), 10), int)
-    counts0[images, selected] = N0
-    counts[images, selected] = COUNTS
-    others = N - np.array(COUNTS)
-    counts[images, 4] = others * 2 // 3
-    counts[images, 5] = others - others * 2 // 3
+    runner_up = (N - np.array(COUNTS)) * 2 // 3
     proven = certify_votes(
         COUNTS,
-        counts[:, 3:].max(1),
+        runner_up,
         N,
         alpha=ALPHA,
         sigma=SIGMA,
@@ -47,7 +41,8 @@ def write(path, bound=BOUNDS[0]):
         path, schema=CERTIFY, identity=identity, about={"device": "", "versions": {}}, selection=selection
     )
     labels = np.where(images == 3, 9, selected)  # one is wrong
-    file.append(certify_rows(INDICES, labels, Certification(prediction, proven.radius, counts0, counts), 0.1))
+    counts = {"count0": N0, "count": COUNTS, "count_runner_up": runner_up, "selected": selected}
+    file.append(make_rows(idx=INDICES, label=labels, predict=prediction, radius=proven.radius, time=0.1, **counts))
     file.close()
     return path
 

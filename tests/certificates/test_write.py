@@ -11,21 +11,17 @@ import numpy as np
 import pytest
 
 from rs_consistency.certificates import write
-from rs_consistency.certificates.columns import (
-    CERTIFY,
-    DECIDE,
-    PREDICT,
-    certify_rows,
-    decide_rows,
-    format_time,
-    predict_rows,
-)
+from rs_consistency.certificates.columns import CERTIFY, DECIDE, PREDICT, format_time
+from rs_consistency.certificates.proof import rows_of_counts
+from rs_consistency.certificates.question import columns_of_counts
 from rs_consistency.certificates.read import read_table
-from rs_consistency.certificates.record import Record
+from rs_consistency.certificates.record import Record, Settings
 from rs_consistency.certificates.selection import Selection, parse_shard
 from rs_consistency.certificates.write import CertificateFile
 from rs_consistency.common.errors import UserError
-from rs_consistency.smoothing.certify import Certification
+from rs_consistency.smoothing.pool import Decisions
+from rs_consistency.smoothing.votes import Votes
+from rs_consistency.statistics.bounds import p_value_of
 
 SETTINGS = {"sigma": 0.5, "n0": 10, "n": 100, "alpha": 0.001, "seed": 0, "bound": "clopper_pearson"}
 IDENTITY = {**SETTINGS, "parameter_digest": "ab"}
@@ -71,39 +67,44 @@ def path(tmp_path):
     return tmp_path / "c.tsv"
 
 
+def rows_of(schema, group, **settings):
+    """The rows of images 4, 7 and 9, with the classes 1, 0 and 2, from their counts."""
+    columns = columns_of_counts(schema, group)
+    number = len(columns["count"])
+    about = {"idx": np.array([4, 7, 9][:number]), "label": np.array([1, 0, 2][:number]), "time": 0.25}
+    return rows_of_counts(schema, Settings(sigma=0.5, n=100, alpha=0.001, seed=0, **settings), about | columns)
+
+
 def test_rows_of_a_certification_by_hand():
-    counts = np.array([[5, 90, 5], [40, 30, 30]])
-    result = Certification(np.array([1, -1]), np.array([0.4, 0.0]), np.array([[0, 10, 0], [5, 5, 0]]), counts)
-    lines = [CERTIFY.line(each) for each in certify_rows(np.array([4, 7]), np.array([1, 0]), result, 0.25)]
+    votes = Votes(np.array([[0, 10, 0], [5, 5, 0]]), np.array([[5, 90, 5], [40, 30, 30]]))
+    lines = [CERTIFY.line(each) for each in rows_of(CERTIFY, votes, n0=10, bound="clopper_pearson")]
+    # 0.77533 is the Clopper-Pearson bound at 90 of 100 votes, and 0.5 * Phi^-1(0.77533) = 0.3782577.
     assert lines == [
-        "4\t1\t1\t0.400000\t1\t0:00:00.250000\t10\t90\t5\t1\n",
+        "4\t1\t1\t0.378257\t1\t0:00:00.250000\t10\t90\t5\t1\n",
         "7\t0\t-1\t0.000000\t0\t0:00:00.250000\t5\t40\t30\t0\n",
     ]
 
 
 def test_rows_of_decisions_and_predictions_by_hand():
-    decided = decide_rows(
-        [4, 7, 9],
-        [1, 0, 2],
-        count0=[10, 8, 6],
-        count=[90, 20, 50],
-        votes=[95, 60, 100],
-        selected=[1, 0, 2],
-        decision=["certified", "not_certified", "undecided"],
-        radius=0.5,
-        seconds=[1, 2, 3],
+    counts0 = np.array([[0, 10, 0], [8, 1, 1], [2, 2, 6]])
+    hits, votes, word = np.array([95, 20, 70]), np.array([96, 64, 100]), np.zeros(3, np.int8)
+    decided = rows_of(
+        DECIDE,
+        Decisions(np.arange(3), np.array([4, 7, 9]), counts0.argmax(1), counts0, hits, votes, word),
+        n0=10,
+        radius=0.3,
+        look_every=16,
     )
     assert [DECIDE.line(each) for each in decided] == [
-        "4\t1\t1\t0.500000\t1\t0:00:01.000000\t10\t90\t95\t1\tcertified\n",
-        "7\t0\t-1\t0.000000\t0\t0:00:02.000000\t8\t20\t60\t0\tnot_certified\n",
-        "9\t2\t-1\t0.000000\t0\t0:00:03.000000\t6\t50\t100\t2\tundecided\n",
+        "4\t1\t1\t0.300000\t1\t0:00:00.250000\t10\t95\t96\t1\tcertified\n",
+        "7\t0\t-1\t0.000000\t0\t0:00:00.250000\t8\t20\t64\t0\tnot_certified\n",
+        "9\t2\t-1\t0.000000\t0\t0:00:00.250000\t6\t70\t100\t2\tundecided\n",
     ]
-    predicted = predict_rows(
-        [4, 7], [1, 0], [1, -1], count=[90, 51], count_runner_up=[10, 49], p_value=[2**-60, 0.92], seconds=0
-    )
+    none = np.zeros((2, 3), int)
+    predicted = rows_of(PREDICT, Votes(none, np.array([[3, 90, 7], [51, 49, 0]])))
     assert [PREDICT.line(each) for each in predicted] == [
-        "4\t1\t1\t0.000000\t1\t0:00:00.000000\t90\t10\t8.673617379884035e-19\n",
-        "7\t0\t-1\t0.000000\t0\t0:00:00.000000\t51\t49\t0.92\n",
+        f"4\t1\t1\t0.000000\t1\t0:00:00.250000\t90\t7\t{float(p_value_of(90, 7))!r}\n",
+        f"7\t0\t-1\t0.000000\t0\t0:00:00.250000\t51\t49\t{float(p_value_of(51, 49))!r}\n",
     ]
     for schema, rows in {DECIDE: decided, PREDICT: predicted}.items():
         for each in rows:

@@ -7,13 +7,14 @@ import numpy as np
 import pytest
 
 from rs_consistency import data, decide, noise, predict
+from rs_consistency.certificates.write import CertificateFile
 from rs_consistency.common.errors import EXIT_NOT_REPRODUCED
 from rs_consistency.models import create_model
 from rs_consistency.statistics import bounds
-from tests.helpers import ROOT, count_lines, final_params, kill_when, rows, start
+from tests.helpers import ROOT, count_lines, final_params, rows
 
-QUICK = ["--n=300", "--batch_size=128", "--skip=2"]
-SETTINGS = {"sigma": 0.5, "num_classes": 10, "n": 300}
+QUICK = ["--n=100", "--batch_size=128", "--skip=2"]
+SETTINGS = {"sigma": 0.5, "num_classes": 10, "n": 100}
 
 
 def table(path):
@@ -23,9 +24,15 @@ def table(path):
 
 
 @pytest.fixture(scope="module")
+def trained(toy_trained):
+    """The run of the linear model: none of these tests is about a network."""
+    return toy_trained
+
+
+@pytest.fixture(scope="module")
 def classifier(trained):
     """The run's classifier as a function, and its 30 images."""
-    params, model = final_params(trained), create_model("lenet", num_classes=10)
+    params, model = final_params(trained), create_model("linear", num_classes=10)
     indices = np.arange(0, 60, 2)
     images = data.load("mnist", "test").images[indices] / np.float32(255)
     return (lambda batch: model.apply({"params": params}, batch)), images, indices
@@ -58,7 +65,7 @@ def test_decisions_are_those_of_the_library(program, trained, classifier, tmp_pa
     assert f"at radius 0.3 certified {certified.sum()}" in out
     assert f"{expected.votes.mean():.0f} votes a decision" in out
     record = json.loads((tmp_path / "d.json").read_text())
-    assert (record["mode"], record["radius"], record["n"]) == ("decide", 0.3, 300) and "bound" not in record
+    assert (record["mode"], record["radius"], record["n"]) == ("decide", 0.3, 100) and "bound" not in record
     # Any tool of the field reads it: the certified accuracy at that radius.
     program.succeeds("cli.analyze", tmp_path / "d.tsv", "--radii", "0.3", "--format=json")
     (summary,) = json.loads(program.out)
@@ -85,7 +92,7 @@ def test_other_bounds_change_the_radii_of_the_same_votes(program, trained, certi
         assert found[name] == published[name]
     count, runner_up, index = (np.array(list(map(int, found[name]))) for name in ("count", "count_runner_up", "idx"))
     expected = bounds.certify_votes(
-        count, runner_up, 300, alpha=0.001, sigma=0.5, bound=bound, uniform=noise.bound_uniform(0, index)
+        count, runner_up, 100, alpha=0.001, sigma=0.5, bound=bound, uniform=noise.bound_uniform(0, index)
     )
     np.testing.assert_allclose(list(map(float, found["radius"])), expected.radius, atol=1e-6)
     assert found["radius"] != published["radius"]
@@ -151,16 +158,24 @@ def test_an_audit_finds_a_forged_line_and_another_model(program, trained, certif
     assert "parameter_digest" in program.fails(*command, f"--output={forged}")
 
 
-def test_killed_decisions_continue_to_the_same_file(program, trained, tmp_path):
-    command = [f"--workdir={trained}", "--mode=decide", "--radius=0.45", "--n=3000", "--batch_size=128"]
-    whole, killed = tmp_path / "whole.tsv", tmp_path / "killed.tsv"
-    program.succeeds("cli.certify", *command, f"--output={whole}")
-    process = start("certify.py", *command, f"--output={killed}")
-    kill_when(process, lambda: count_lines(killed) >= 4)
-    assert count_lines(killed) < 61
-    program.succeeds("cli.certify", *command, f"--output={killed}")
+def test_interrupted_decisions_continue_to_the_same_file(program, trained, tmp_path, monkeypatch):
+    command = ["cli.certify", f"--workdir={trained}", *QUICK, "--mode=decide", "--radius=0.45"]
+    whole, stopped = tmp_path / "whole.tsv", tmp_path / "stopped.tsv"
+    program.succeeds(*command, f"--output={whole}")
+    append = CertificateFile.append
+
+    def interrupt(self, lines):
+        append(self, lines)
+        if count_lines(stopped) >= 5:
+            raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(CertificateFile, "append", interrupt)
+        assert "interrupted; the same command continues" in program.fails(*command, f"--output={stopped}")
+    assert 5 <= count_lines(stopped) < 31
+    program.succeeds(*command, f"--output={stopped}")
     assert "images already" in program.err
-    assert rows(killed) == rows(whole)
+    assert rows(stopped) == rows(whole)
 
 
 def test_another_dtype_is_another_function_and_recorded(program, trained, tmp_path):

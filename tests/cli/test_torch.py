@@ -10,7 +10,9 @@ import pytest
 from rs_consistency.common.errors import UserError
 from rs_consistency.models.torch_checkpoints import export_torch, from_torch, read_torch_checkpoint
 from rs_consistency.training import runs
-from tests.helpers import ROOT, final_variables, need_torch, rows
+from tests.helpers import ROOT, final_variables, needs_torch, rows
+
+pytestmark = needs_torch
 
 
 @pytest.fixture(scope="module")
@@ -18,7 +20,6 @@ def exported(trained, tmp_path_factory):
     """The small run as a checkpoint of the published code: by the program."""
     from rs_consistency.cli import export_torch as program
 
-    need_torch()
     path = tmp_path_factory.mktemp("torch") / "checkpoint.pth.tar"
     program.main([f"--workdir={trained}", f"--output={path}"])
     return path
@@ -42,7 +43,8 @@ def test_a_run_is_exported_whole(exported, trained, program, tmp_path):
 @pytest.mark.parametrize("kind", ["zip", "legacy"])
 @pytest.mark.parametrize("content", ["published", "state alone"])
 def test_files_as_they_were_published_are_read(exported, tmp_path, kind, content):
-    torch = need_torch()
+    import torch
+
     whole = torch.load(exported, weights_only=True)
     weights = [torch.nn.Parameter(value.clone()) for value in whole["state_dict"].values()]
     optimizer = torch.optim.SGD(weights, lr=0.1, momentum=0.9, weight_decay=1e-4)
@@ -59,7 +61,8 @@ def test_files_as_they_were_published_are_read(exported, tmp_path, kind, content
 
 
 def test_keys_that_are_no_names_are_refused(tmp_path):
-    torch = need_torch()
+    import torch
+
     torch.save({"state_dict": {3: torch.zeros(1)}}, tmp_path / "numbers.pth")
     with pytest.raises(UserError, match=r"numbers.pth holds no state dictionary"):
         read_torch_checkpoint(tmp_path / "numbers.pth")

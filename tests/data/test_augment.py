@@ -40,8 +40,6 @@ def test_an_image_depends_on_its_own_key_alone():
     whole = augment(keys, images)
     np.testing.assert_array_equal(augment(keys[2:4], images[2:4]), whole[2:4])
     assert (augment(keys[::-1], images) != whole).any()
-    one_key = jax.random.key(3)
-    np.testing.assert_array_equal(augment(one_key, images), augment(jax.random.split(one_key, 5), images))
 
 
 def test_none_leaves_the_images():

@@ -197,6 +197,6 @@ def test_what_is_prepared_needs_nothing(program, tfds_dir):
 
 def test_the_digest_names_images_and_labels():
     split = data.Split(np.zeros((2, 2, 2, 1), np.uint8), np.array([0, 1], np.int32))
-    assert data.digest(split) == data.digest(data.Split(split.images.copy(), split.labels.copy()))
-    assert data.digest(split) != data.digest(data.Split(split.images + 1, split.labels))
-    assert data.digest(split) != data.digest(data.Split(split.images, split.labels[::-1]))
+    assert split.digest() == data.Split(split.images.copy(), split.labels.copy()).digest()
+    assert split.digest() != data.Split(split.images + 1, split.labels).digest()
+    assert split.digest() != data.Split(split.images, split.labels[::-1]).digest()

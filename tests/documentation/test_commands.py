@@ -21,12 +21,12 @@ NOT_RUN = {
     r"python (train|certify|analyze)\.py .*\bruns/(mnist|sa|teacher|catrs|consistency|gaussian|macer|NAME)\b": (
         "minutes to days of training, most of it on data that is downloaded; like it, runs of the demo in the tutorial"
     ),
-    r"python certify\.py --torch_checkpoint=": "a file that is downloaded; tests/test_torch_programs.py",
-    r"(rs-export-torch|python -m rs_consistency\.cli\.export_torch)\b": "PyTorch; tests/test_torch_programs.py",
-    r"python -m rs_consistency\.data\.prepare ": "a download; tests/test_data.py",
+    r"python certify\.py --torch_checkpoint=": "a file that is downloaded; tests/cli/test_torch.py",
+    r"(rs-export-torch|python -m rs_consistency\.cli\.export_torch)\b": "PyTorch; tests/cli/test_torch.py",
+    r"python -m rs_consistency\.data\.prepare ": "a download; tests/data/test_data.py",
     r"python benchmarks/": "minutes to hours, and PyTorch",
-    r"(python reproduce\.py|rs-reproduce)\b": "hours; tests/test_reproduce.py",
-    r"python examples/": "tests/test_examples.py",
+    r"(python reproduce\.py|rs-reproduce)\b": "hours; tests/reproduction/test_reproduce.py",
+    r"python examples/": "tests/documentation/test_examples.py",
 }
 IS_COMMAND = re.compile(r"(python3? (?:-m )?[\w./]+|rs-[a-z-]+)(?= |$)")
 FENCE = re.compile(r"^```(\S*)\n(.*?)^```", re.MULTILINE | re.DOTALL)

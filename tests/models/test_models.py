@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from rs_consistency import UserError
-from rs_consistency.models import create_model
+from rs_consistency.models import MODELS, create_model
 from rs_consistency.models.layers import average_pool_2x2, max_pool_2x2
 from rs_consistency.models.wide_resnet import WideResNet
 from tests.references import (
@@ -242,7 +242,8 @@ def test_images_of_another_shape_than_the_model_s():
         shapes(create_model("resnet20", num_classes=10, mean=(0.5,) * 3, std=(0.2,) * 3), (32, 32, 1))
 
 
-def test_an_unknown_model_is_named():
+def test_an_unknown_model_is_named(monkeypatch):
+    monkeypatch.delitem(MODELS, "linear")  # which is of the tests
     known = "densenet40, lenet, resnet110, resnet20, resnet50, wideresnet28_10"
     with pytest.raises(UserError, match=f"model='vgg' is unknown; use one of {known}"):
         create_model("vgg", num_classes=10)

@@ -17,7 +17,7 @@ from rs_consistency.models.torch_checkpoints import (
     to_torch,
     with_input_layer,
 )
-from tests.helpers import need_torch
+from tests.helpers import needs_torch
 
 DATASETS = {"lenet": "mnist", "resnet50": "imagenet"}
 LAST_IN_BLOCK = {"resnet20": "bn2", "resnet110": "bn2", "resnet50": "bn3"}
@@ -244,9 +244,11 @@ def torch_network(name, torch, num_classes):
     return ResNet([(int(name[6:]) - 2) // 6] * 3, (16, 32, 64), bottleneck=False)
 
 
+@needs_torch
 @pytest.mark.parametrize("name", ARCHITECTURES)
 def test_logits_are_those_of_pytorch_both_ways(name, tmp_path):
-    torch = need_torch()
+    import torch
+
     model, variables, info = make(name)
 
     class Normalize(torch.nn.Module):
@@ -277,8 +279,10 @@ def test_logits_are_those_of_pytorch_both_ways(name, tmp_path):
     jax.tree.map(np.testing.assert_array_equal, back, variables)
 
 
+@needs_torch
 def test_nothing_in_a_checkpoint_is_executed(tmp_path):
-    torch = need_torch()
+    import torch
+
     victim = tmp_path / "victim"
 
     class Malicious:

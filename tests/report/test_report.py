@@ -393,7 +393,7 @@ def test_stored_pixels_keep_their_brightness_and_colour(monkeypatch, tmp_path, c
     stored = np.random.default_rng(0).integers(0, 256, size=(2, 4, 4, channels), dtype=np.uint8)
     stored[0, 0, 0] = 128  # mid-grey
     stored[1, 0, 0] = (255, 128, 0)[:channels]  # orange, if it has colours
-    split = data.ArraySplit(data.Split(stored, np.int32([3, 3])))
+    split = data.Split(stored, np.int32([3, 3]))
     monkeypatch.setattr(samples, "open_images", lambda one, *, data_dir: split)
     drawn = {}
     monkeypatch.setattr(
@@ -420,6 +420,25 @@ def test_stored_pixels_keep_their_brightness_and_colour(monkeypatch, tmp_path, c
 def test_pixels_of_another_range_are_refused(image):
     with pytest.raises(ValueError, match=r"pixels from .* cannot be drawn: give floats in \[0, 1\]"):
         figures._picture(None, image)
+
+
+def test_long_names_of_many_runs_are_shown_whole_and_leave_the_curves_their_room(monkeypatch, tmp_path):
+    saved = []
+    monkeypatch.setattr(plots, "save", lambda figure, path: saved.append(figure))
+    monkeypatch.setattr(figures, "save", plots.save)
+    one = of_file(field_file(tmp_path / "a.tsv", [0.5, 1.0]), "a")
+    metrics = [{"epoch": 1, "loss": 1.0, "noisy_test_accuracy": 0.5}]
+    names = [f"models/consistency_lbd10_eta0.5_sigma0.50_resnet110_batch256_augmented_seed{i}" for i in range(8)]
+    runs = [one._replace(label=name, workdir=name, metrics=metrics) for name in names]
+    plots.save_curves({run.label: run.certificates for run in runs}, None)
+    figures.save_training(runs, None)
+    for figure in saved:
+        figure.canvas.draw()
+        whole, legend = figure.bbox, figure.legends[0].get_window_extent()
+        assert whole.x0 <= legend.x0 and legend.x1 <= whole.x1 and whole.y0 <= legend.y0
+        assert all(axes.get_window_extent().height > 2 * figure.dpi for axes in figure.axes)
+        assert figure.legends[0].get_texts()[0].get_text().replace("\n", "").startswith(names[0])
+        plots.plt.close(figure)
 
 
 def test_formats_escape_and_align():

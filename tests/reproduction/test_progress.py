@@ -12,12 +12,15 @@ from rs_consistency.reproduction import runner as runner_module
 from rs_consistency.reproduction.speeds import Speeds
 from rs_consistency.reproduction.state import State
 from tests.helpers import ROOT, kill_when, processes_with
-from tests.plans import MACHINE, cells_of, estimate, runner_of
+from tests.plans import MACHINE, AtOnce, cells_of, estimate, runner_of
 
 
 @pytest.fixture(autouse=True)
-def quick(monkeypatch):
+def quick(monkeypatch, request):
+    """Programs that run at once, in this process, but where the test is about a process."""
     monkeypatch.setattr(runner_module, "_POLL_SECONDS", 0.02)
+    if "in_processes" not in request.keywords:
+        monkeypatch.setattr(runner_module, "subprocess", AtOnce)
 
 
 def test_the_last_line_of_the_progress_tells_the_end(tmp_path, capfd):
@@ -56,6 +59,7 @@ def test_a_damaged_list_of_calls_costs_the_speed_before_a_plan_starts(tmp_path, 
         assert "its speed is not known: " in capsys.readouterr().err
 
 
+@pytest.mark.in_processes
 def test_a_measurement_that_does_not_end_costs_the_estimate_alone(tmp_path, monkeypatch, capfd):
     cells = cells_of(tmp_path, methods=["gaussian", "stability"])
     runner = runner_of(tmp_path)
@@ -127,7 +131,7 @@ def test_compiled_code_and_speeds_are_kept_apart_by_machine(tmp_path, monkeypatc
 
 def test_a_measurement_ends_with_its_plan_however_that_ends(tmp_path):
     (tmp_path / "hang_measure").touch()
-    command = [sys.executable, "-m", "tests.fakes", tmp_path, "--methods=gaussian", "--sigmas=0.5", "--dry_run"]
+    command = [sys.executable, "-m", "tests.plans", tmp_path, "--methods=gaussian", "--sigmas=0.5", "--dry_run"]
     process = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
 
     def measuring():

@@ -12,14 +12,17 @@ from rs_consistency.certificates.selection import Shard
 from rs_consistency.reproduction.machine import this_machine
 from rs_consistency.reproduction.plan import Options, cost, deviations, make_plan, not_available, share_of
 from rs_consistency.reproduction.published import TABLES, TRADEOFF, Published, table_of
+from rs_consistency.reproduction.runner import Runner
 from rs_consistency.reproduction.speeds import Speeds
 from rs_consistency.reproduction.state import State
 from tests.helpers import ROOT, count_lines, kill_when, processes_with, start
+from tests.plans import TOYS
 
 TINY = [
     "--table=mnist",
     "--sigmas=0.5",
     "--dataset=mnist_subset",
+    "--model=linear",
     "--epochs=3",
     "--images=4",
     "--n=30",
@@ -31,6 +34,12 @@ TINY = [
     "--config",
     "dataset.augment=none",
 ]
+
+
+@pytest.fixture
+def toys(monkeypatch):
+    """Plans in this process start the real programs, which know the linear model."""
+    monkeypatch.setitem(Runner.__init__.__kwdefaults__, "modules", TOYS)
 
 
 def plan(table="mnist", folder=ROOT, **options):
@@ -134,17 +143,18 @@ def test_time_left_follows_from_what_was_measured(tmp_path):
     assert speeds.seconds_left(cell, State(epochs=90, trained=True, images=400)) == pytest.approx(100)
 
 
-def test_a_killed_plan_goes_on_and_a_failing_cell_stops_no_other(program, tmp_path, capfd):
+def test_a_killed_plan_goes_on_and_a_failing_cell_stops_no_other(program, toys, tmp_path, monkeypatch):
     folder, results = tmp_path / "runs", tmp_path / "results"
     arguments = [*TINY, "--methods=gaussian,stability", f"--workdir={folder}", f"--results={results}"]
     folder.mkdir()
     machine = this_machine()
+    monkeypatch.setattr("rs_consistency.reproduction.machine.this_machine", lambda jobs: machine)  # asked once
     speeds = Speeds(folder / "speeds.json", where=machine.where(2))
-    for cell in plan(methods=["gaussian", "stability"], sigmas=[0.5], dataset="mnist_subset"):
+    for cell in plan(methods=["gaussian", "stability"], sigmas=[0.5], dataset="mnist_subset", model="linear"):
         speeds.learn(cell, keep=True, epoch_seconds=2.0, votes_per_second=1e4)
     (folder / "stability_sigma0.50_seed0").write_text("in the way")
 
-    process = start("reproduce.py", *arguments)
+    process = start("reproduce.py", *arguments, toy=True)
     metrics = folder / "gaussian_sigma0.50_seed0" / "metrics.jsonl"
     kill_when(process, lambda: (metrics.parent / "checkpoints" / "5").is_dir())  # of the first epoch
     assert 1 <= count_lines(metrics) < 3
@@ -183,8 +193,8 @@ def test_a_killed_plan_goes_on_and_a_failing_cell_stops_no_other(program, tmp_pa
     assert (kept / "certificates.tsv.gz").read_bytes() == packed
 
 
-@pytest.mark.slow  # with programs that only write files: test_plan_runs.py
-def test_a_damaged_last_checkpoint_is_trained_again_from_the_one_before(program, tmp_path):
+@pytest.mark.slow  # with programs that only write files: test_runner.py
+def test_a_damaged_last_checkpoint_is_trained_again_from_the_one_before(program, toys, tmp_path):
     folder, kept = tmp_path / "runs", tmp_path / "results" / "mnist" / "gaussian_sigma0.50_seed0"
     arguments = [*TINY, "--methods=gaussian", f"--workdir={folder}", f"--results={tmp_path / 'results'}"]
 
@@ -205,7 +215,7 @@ def test_a_damaged_last_checkpoint_is_trained_again_from_the_one_before(program,
     assert (folder / f"{kept.name}.log").read_text().count("continuing after step 10") == 1
 
 
-def test_speed_is_measured_before_a_plan_starts(program, tmp_path):
+def test_speed_is_measured_before_a_plan_starts(program, toys, tmp_path):
     arguments = [*TINY, "--methods=gaussian", f"--workdir={tmp_path}", "--dry_run"]
     out = program.succeeds("cli.reproduce", *arguments).out
     assert "gaussian_sigma0.50_seed0  epoch 0/3, image 0/4, about 0:00" in out and "not as published: " in out

@@ -22,12 +22,23 @@ from rs_consistency.reproduction.runner import Runner
 from rs_consistency.reproduction.state import State, calls_of, inspect, is_trained
 from tests import fakes
 from tests.helpers import ROOT, count_lines, kill_when
-from tests.plans import FAKES, cells_of, estimate, runner_of
+from tests.plans import FAKES, MACHINE, AtOnce, cells_of, estimate, runner_of
 
 
 @pytest.fixture(autouse=True)
-def quick(monkeypatch):
+def quick(monkeypatch, request):
+    """Programs that run at once, in this process, but where the test is about a process."""
     monkeypatch.setattr(runner_module, "_POLL_SECONDS", 0.02)
+    if "in_processes" not in request.keywords:
+        monkeypatch.setattr(runner_module, "subprocess", AtOnce)
+
+
+@pytest.fixture
+def fake_plans(monkeypatch):
+    """`reproduce.main` on `MACHINE`, with programs that only write files, and without the tables and pictures."""
+    monkeypatch.setitem(Runner.__init__.__kwdefaults__, "modules", FAKES)
+    monkeypatch.setattr("rs_consistency.reproduction.machine.this_machine", lambda jobs: MACHINE)
+    monkeypatch.setattr(reproduce, "_render", lambda *_: None)  # takes seconds; test_comparison.py is about them
 
 
 @contextlib.contextmanager
@@ -42,6 +53,7 @@ def held(folder, cell):
             os.close(descriptor)
 
 
+@pytest.mark.in_processes
 def test_a_run_that_a_signal_ended_starts_again_and_says_where(tmp_path, capfd):
     (cell,) = cells_of(tmp_path)
     (tmp_path / f"crash_{cell.name}").touch()
@@ -87,6 +99,7 @@ def test_a_damaged_last_checkpoint_is_trained_again_once(tmp_path, capfd):
     assert not (tmp_path / lost.name / "certificates.tsv").exists()
 
 
+@pytest.mark.in_processes
 def test_a_signal_while_a_damaged_checkpoint_is_trained_again_costs_nothing(tmp_path):
     (cell,) = cells_of(tmp_path)
     fakes.write_trained(cell.config(), tmp_path / cell.name)
@@ -201,22 +214,23 @@ def test_what_needs_a_cell_that_failed_fails_and_says_so(tmp_path):
     assert "is not in this plan" in runner_of(tmp_path).run(cells[1:]).failed[cells[1].name]
 
 
-def test_a_plan_that_is_killed_while_it_certifies_goes_on(tmp_path):
+def test_a_plan_that_is_killed_while_it_certifies_goes_on(tmp_path, fake_plans, capsys):
     folder = tmp_path / "runs"
     folder.mkdir()
-    command = [sys.executable, "-m", "tests.fakes", folder, "--methods=gaussian", "--sigmas=0.5", "--images=4"]
+    arguments = ["--methods=gaussian", "--sigmas=0.5", "--images=4"]
     name = "gaussian_sigma0.50_seed0"
     table = folder / name / "certificates.tsv"
     (folder / f"hang_{name}").touch()
+    command = [sys.executable, "-m", "tests.plans", folder, *arguments]
     process = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
     kill_when(process, lambda: count_lines(table) == 2)
     (folder / f"hang_{name}").unlink()
     first = table.read_bytes()
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=120, check=False)
-    assert done.returncode == 0, done.stderr  # the certification ended with the plan: it holds nothing
-    assert "epoch 90/90, image 1/4, about 0:00:0" in done.stdout
+    # The certification ended with the plan: it holds nothing.
+    reproduce.main([*arguments, f"--workdir={folder}", f"--results={tmp_path / 'results'}"])
+    assert "epoch 90/90, image 1/4, about 0:00:0" in capsys.readouterr().out
     assert table.read_bytes().startswith(first) and count_lines(table) == 5
-    run = json.loads((tmp_path / "runs-results" / "mnist" / name / "run.json").read_text())
+    run = json.loads((tmp_path / "results" / "mnist" / name / "run.json").read_text())
     assert [call["program"] for call in run["calls"]] == ["train", "certify", "certify"]
 
 
@@ -273,9 +287,8 @@ def test_certificates_with_other_settings_do_not_count(tmp_path):
             inspect(cell, workdir)
 
 
-def test_results_of_other_settings_are_refused_before_anything_runs(tmp_path, monkeypatch, capsys):
+def test_results_of_other_settings_are_refused_before_anything_runs(tmp_path, fake_plans, capsys):
     arguments = ["--methods=gaussian", "--sigmas=0.5", "--images=4", "--n=1000"]
-    monkeypatch.setitem(Runner.__init__.__kwdefaults__, "modules", FAKES)
     results = tmp_path / "results"
     command = [*arguments, f"--results={results}"]
     reproduce.main([*command, f"--workdir={tmp_path / 'a'}"])

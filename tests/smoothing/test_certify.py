@@ -121,8 +121,9 @@ def test_votes_do_not_depend_on_devices_or_batch(several, votes, num_devices, ba
 
 
 @pytest.mark.parametrize(("num_devices", "batches"), [(1, 4), (8, 3)])
-def test_votes_do_not_depend_on_the_batches_in_a_call(several, votes, num_devices, batches):
+def test_votes_do_not_depend_on_the_batches_in_a_call(several, votes, num_devices, batches, monkeypatch):
     """On an accelerator a call computes several batches in a compiled loop."""
+    monkeypatch.setattr("rs_consistency.smoothing.votes._BATCHES_PER_CALL", {"cpu": batches})
     settings = vote_settings(
         sigma=SIGMA, num_classes=2, n0=10, n=333, seed=7, batch_size=64, image_shape=SHAPE, platform="cpu"
     )
@@ -134,7 +135,6 @@ def test_votes_do_not_depend_on_the_batches_in_a_call(several, votes, num_device
             np.arange(7),
             settings=settings,
             devices=jax.devices()[:num_devices],
-            batches_per_call=batches,
         )
     )
     np.testing.assert_array_equal(np.concatenate([group.counts for group in groups]), votes.counts)
