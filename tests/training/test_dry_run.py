@@ -8,10 +8,17 @@ import numpy as np
 import pytest
 
 from rs_consistency.devices.compiler import memory_of
-from rs_consistency.smoothing import votes
+from rs_consistency.smoothing import speed, votes
 from rs_consistency.smoothing.speed import measure_votes
 from rs_consistency.smoothing.votes import vote_settings
-from tests.helpers import ROOT, TINY
+from rs_consistency.training import dry_run
+from tests.helpers import TINY, TOY
+
+
+@pytest.fixture(autouse=True)
+def short_measurements(monkeypatch):
+    for module in (dry_run, speed):
+        monkeypatch.setattr(module, "_MEASURED_SECONDS", 0.05)  # instead of 2
 
 
 def everything_in(folder):
@@ -27,42 +34,39 @@ def test_training_is_planned_without_a_trace_of_it(program, tmp_path):
     assert not list(tmp_path.iterdir())
 
 
-def test_training_knows_how_far_a_run_is(program, trained, tmp_path):
-    shutil.copytree(trained, tmp_path / "run")
+def test_training_knows_how_far_a_run_is(program, toy_trained, tmp_path):
+    shutil.copytree(toy_trained, tmp_path / "run")
     before = everything_in(tmp_path / "run")
-    out = program.succeeds("cli.train", *TINY, f"--workdir={tmp_path / 'run'}", "--dry_run").out
+    out = program.succeeds("cli.train", *TOY, f"--workdir={tmp_path / 'run'}", "--dry_run").out
     assert "at step 14; 0 of 14 steps to do" in out and "time: about 0:00:00" in out
-    error = program.fails("cli.train", *TINY, "--config.sigma=1.0", f"--workdir={tmp_path / 'run'}", "--dry_run")
+    error = program.fails("cli.train", *TOY, "--config.sigma=1.0", f"--workdir={tmp_path / 'run'}", "--dry_run")
     assert "holds a run with another config (sigma: 0.5 -> 1.0)" in error
     assert everything_in(tmp_path / "run") == before
 
 
-def test_a_method_that_prepares_is_asked_about_few_images_only(program, tmp_path):
-    few = ["--config.method=gaussian", "--config.num_epochs=1", "--config.consistency.lbd=0", "--config.batch_size=64"]
-    config = [f"--config={ROOT}/configs/mnist.py", "--config.eval_batch_size=60"]
-    program.succeeds("cli.train", *config, *few, "--config.num_noise=1", f"--workdir={tmp_path / 'teacher'}")
-    before = everything_in(tmp_path / "teacher")
-    catrs = [*config, *few[1:], "--config.method=catrs", "--config.num_noise=4", "--config.catrs.num_votes=50"]
-    catrs += [f"--config.catrs.teacher={tmp_path / 'teacher'}", "--config.catrs.num_steps=1"]
-    out = program.succeeds("cli.train", *catrs, f"--workdir={tmp_path / 'run'}", "--dry_run").out
+def test_a_method_that_prepares_is_asked_about_few_images_only(program, toy_trained, tmp_path):
+    before = everything_in(toy_trained)
+    catrs = ["--config.method=catrs", "--config.consistency.lbd=0", "--config.catrs.num_steps=1"]
+    catrs += ["--config.catrs.num_votes=50", f"--config.catrs.teacher={toy_trained}"]
+    out = program.succeeds("cli.train", *TOY, *catrs, f"--workdir={tmp_path / 'run'}", "--dry_run").out
     assert "not in it: what catrs finds out about every training image first" in out
-    assert everything_in(tmp_path / "teacher") == before and not (tmp_path / "run").exists()
+    assert everything_in(toy_trained) == before and not (tmp_path / "run").exists()
 
 
 @pytest.mark.parametrize(("mode", "most"), [([], "about"), (["--mode=decide", "--radius=0.5"], "at most")])
-def test_certification_is_planned(program, trained, tmp_path, mode, most):
-    shutil.copytree(trained, tmp_path / "run")
+def test_certification_is_planned(program, toy_trained, tmp_path, mode, most):
+    shutil.copytree(toy_trained, tmp_path / "run")
     before = everything_in(tmp_path / "run")
     wanted = [f"--workdir={tmp_path / 'run'}", "--skip=3", "--n=300", "--batch_size=64", *mode]
     out = program.succeeds("cli.certify", *wanted, "--dry_run").out
-    assert "lenet, 431,080 parameters, float32, step 14; sigma 0.5" in out
+    assert "linear, 7,850 parameters, float32, step 14; sigma 0.5" in out
     assert "20 of 60 of mnist, test, of shape 28 x 28 x 1; 0 done before" in out
     assert f"time: {most} 0:" in out and "in batches of 64" in out
     assert everything_in(tmp_path / "run") == before
 
 
-def test_certification_counts_what_is_done(program, trained, tmp_path):
-    shutil.copytree(trained, tmp_path / "run")
+def test_certification_counts_what_is_done(program, toy_trained, tmp_path):
+    shutil.copytree(toy_trained, tmp_path / "run")
     wanted = [f"--workdir={tmp_path / 'run'}", "--n=100", "--batch_size=64"]
     program.succeeds("cli.certify", *wanted, "--max=5")
     assert (
@@ -93,8 +97,8 @@ def test_votes_are_timed_even_where_a_group_takes_many_images(monkeypatch, devic
     assert cost.per_second > 0
 
 
-def test_a_plan_is_refused_where_the_command_would_be(program, trained, tmp_path):
-    shutil.copytree(trained, tmp_path / "run")
+def test_a_plan_is_refused_where_the_command_would_be(program, toy_trained, tmp_path):
+    shutil.copytree(toy_trained, tmp_path / "run")
     wanted = [f"--workdir={tmp_path / 'run'}", "--n=20", "--max=1", "--batch_size=64"]
     program.succeeds("cli.certify", *wanted)
     before = everything_in(tmp_path / "run")
@@ -110,6 +114,6 @@ def test_a_plan_is_refused_where_the_command_would_be(program, trained, tmp_path
 
 
 def test_what_writes_is_no_dry_run(program, tmp_path):
-    error = program.fails("cli.train", *TINY, f"--workdir={tmp_path / 'run'}", "--dry_run", "--profile=2")
+    error = program.fails("cli.train", *TOY, f"--workdir={tmp_path / 'run'}", "--dry_run", "--profile=2")
     assert "profile=2 writes a trace, and dry_run is to write nothing; leave out one" in error
     assert not list(tmp_path.iterdir())

@@ -2,11 +2,12 @@
 
 import functools
 
+import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from ml_collections import ConfigDict
+from ml_collections import FrozenConfigDict
 
 from configs import default, mnist
 from rs_consistency import data, losses, methods, models, noise
@@ -16,6 +17,7 @@ from rs_consistency.devices import parallel
 from rs_consistency.methods import smoothadv
 from rs_consistency.methods.base import Method, MethodOutput
 from rs_consistency.models.cifar_resnet import CifarResNet
+from rs_consistency.models.layers import ImageClassifier, conv
 from rs_consistency.training.array_inputs import ArrayInputs
 from rs_consistency.training.inputs import make_order, step_sizes
 from rs_consistency.training.step import compile_steps, create_state, make_model, make_schedule
@@ -24,23 +26,29 @@ NUM_EXAMPLES = 40
 SHAPE = (28, 28, 1)
 
 
-def small_config(**changes) -> ConfigDict:
+def small_config(**changes) -> FrozenConfigDict:
     config = mnist.get_config()
     config.update({"batch_size": 32, "eval_batch_size": 16, **changes})
-    return config
+    return FrozenConfigDict(config)
 
 
-@pytest.fixture(scope="module")
+@functools.cache
 def examples():
     split = data.load("mnist_subset", "train")
     return data.Split(split.images[:NUM_EXAMPLES], split.labels[:NUM_EXAMPLES])
 
 
-def run_steps(config, examples, num_devices, num_steps, extra=None, steps_per_call=1):
+@functools.cache
+def first_state(config):
+    """The initial state, as copies: a step takes the buffers of a state."""
+    return jax.tree.map(np.array, create_state(config))
+
+
+def run_steps(config, num_devices, num_steps=5, extra=None, steps_per_call=1):
     devices = jax.devices()[:num_devices]
-    inputs = ArrayInputs(config, examples, examples, devices=devices, extra=extra or {})
+    inputs = ArrayInputs(config, examples(), examples(), devices=devices, extra=extra or {})
     steps = compile_steps(config, inputs, per_call=steps_per_call)
-    state = parallel.replicate(create_state(config), devices)
+    state = parallel.replicate(jax.tree.map(jnp.array, first_state(config)), devices)
     history, step = [], 0
     while step < num_steps:
         in_epoch = inputs.sizes.steps - step % inputs.sizes.steps
@@ -53,12 +61,15 @@ def run_steps(config, examples, num_devices, num_steps, extra=None, steps_per_ca
     return jax.device_get(state), history
 
 
-def reference_steps(config, examples, num_steps):
+steps_once = functools.cache(run_steps)  # for what several tests compare with
+
+
+def reference_steps(config, num_steps):
     """One device, one copy at a time, gradients of the plain mean, PyTorch's SGD written out."""
     num_noise, batch = config.num_noise, config.batch_size // config.num_noise
     steps = -(-NUM_EXAMPLES // batch)
     model = make_model(config)
-    params = create_state(config).params
+    params = first_state(config).params
     momentum = jax.tree.map(jnp.zeros_like, params)
     key = noise.stream_key(config.seed, noise.Stream.TRAIN)
     draw = jax.jit(lambda *address: jax.random.normal(noise.fold(key, *address), SHAPE))
@@ -78,7 +89,7 @@ def reference_steps(config, examples, num_steps):
     for i in range(num_steps):
         order = make_order(config, NUM_EXAMPLES)(i // steps)
         chosen = [int(order[(i % steps * batch + j) % NUM_EXAMPLES]) for j in range(batch)]
-        images, labels = examples.images[chosen] / np.float32(255), examples.labels[chosen]
+        images, labels = examples().images[chosen] / np.float32(255), examples().labels[chosen]
         noisy = [images + config.sigma * jnp.stack([draw(i, j, m) for j in range(batch)]) for m in range(num_noise)]
         loss, grads = loss_and_gradient(params, noisy, labels)
         lr = config.optimizer.lr * config.optimizer.lr_gamma ** (i // (steps * config.optimizer.lr_step_size))
@@ -97,56 +108,57 @@ def assert_close(one, other, atol):
 # The published settings, a rapid schedule so that five steps pass two epochs and a drop of the learning rate, and a
 # weight decay that would show if it were decoupled from the gradient or left out.
 FAST = {"optimizer": {"lr": 0.05, "lr_step_size": 1, "weight_decay": 0.05}}
+GAUSSIAN = {"num_noise": 1, "consistency": {"lbd": 0.0}}
+FOUR_COPIES = {"num_noise": 4, "consistency": {"lbd": 2.0, "eta": 0.1}}
 
 
 @pytest.mark.parametrize(
     "changes",
-    [{}, {"num_noise": 1, "consistency": {"lbd": 0.0}}, {"num_noise": 4, "consistency": {"lbd": 2.0, "eta": 0.1}}],
+    [{}, GAUSSIAN, FOUR_COPIES],
     ids=["consistency", "gaussian", "four copies"],
 )
-def test_steps_equal_the_reference(examples, changes):
+def test_steps_equal_the_reference(changes):
     config = small_config(**changes, **FAST)
-    state, history = run_steps(config, examples, 1, 5)
-    params, reference = reference_steps(config, examples, 5)
+    state, history = steps_once(config, 1)
+    params, reference = reference_steps(config, 5)
     np.testing.assert_allclose([step["loss"] for step in history], reference, rtol=1e-4)
     assert_close(state.params, params, atol=1e-5)  # float32 rounding of five steps
-    moved = create_state(config).params
+    moved = first_state(config).params
     assert max(np.abs(a - b).max() for a, b in zip(*map(jax.tree.leaves, (state.params, moved)), strict=True)) > 5e-3
     assert int(state.step) == 5
 
 
 @pytest.mark.parametrize(("num_devices", "steps_per_call"), [(1, 2), (2, 4)])
-def test_steps_in_one_call_are_the_steps_one_by_one(examples, num_devices, steps_per_call):
+def test_steps_in_one_call_are_the_steps_one_by_one(num_devices, steps_per_call):
     config = small_config(**FAST)
-    one, one_history = run_steps(config, examples, num_devices, 5)
-    other, history = run_steps(config, examples, num_devices, 5, steps_per_call=steps_per_call)
+    one, one_history = steps_once(config, num_devices)
+    other, history = run_steps(config, num_devices, steps_per_call=steps_per_call)
     assert int(other.step) == 5
     assert_close(one_history, history, atol=1e-4)  # compiled in another way: as for devices
     assert_close(one.params, other.params, atol=2e-6)
 
 
 @pytest.mark.parametrize("num_devices", [2, 8])
-def test_devices_do_not_change_the_training(examples, num_devices):
+def test_devices_do_not_change_the_training(num_devices):
     config = small_config(**FAST)
-    one, one_history = run_steps(config, examples, 1, 5)
-    many, many_history = run_steps(config, examples, num_devices, 5)
+    one, one_history = steps_once(config, 1)
+    many, many_history = steps_once(config, num_devices)
     assert_close(one.params, many.params, atol=2e-6)  # sums in another order
     np.testing.assert_allclose(
         [step["loss"] for step in one_history], [step["loss"] for step in many_history], rtol=1e-5
     )
 
 
-def test_metrics_name_the_terms_of_the_loss(examples):
-    _, history = run_steps(small_config(), examples, 8, 1)
-    (metrics,) = history
+def test_metrics_name_the_terms_of_the_loss():
+    _, (metrics, *_) = steps_once(small_config(**FAST), 8)
     assert set(metrics) == {"loss", "cross_entropy", "consistency", "param_norm"}
     assert metrics["loss"] == pytest.approx(metrics["cross_entropy"] + metrics["consistency"], rel=1e-5)
-    _, history = run_steps(small_config(num_noise=1, consistency={"lbd": 0.0}), examples, 8, 1)
-    assert set(history[0]) == {"loss", "cross_entropy", "param_norm"}
+    _, (metrics, *_) = steps_once(small_config(**GAUSSIAN, **FAST), 1)
+    assert set(metrics) == {"loss", "cross_entropy", "param_norm"}
 
 
-def test_a_seed_is_a_training_of_its_own(examples):
-    losses_of = [run_steps(small_config(seed=seed), examples, 1, 2)[1][1]["loss"] for seed in (0, 0, 1)]
+def test_a_seed_is_a_training_of_its_own():
+    losses_of = [run_steps(small_config(model="linear", seed=seed), 1, 2)[1][1]["loss"] for seed in (0, 0, 1)]
     assert losses_of[0] == losses_of[1] != losses_of[2]
 
 
@@ -177,28 +189,32 @@ def test_the_learning_rate_drops_by_epochs():
             assert float(schedule(step)) == pytest.approx(lr, rel=1e-5)
 
 
-@pytest.mark.parametrize("num_devices", [1, 8])
-@pytest.mark.parametrize("batch", [16, 13, 100])
-def test_evaluation_counts_every_image_once(examples, num_devices, batch):
-    config = small_config(eval_batch_size=batch)
-    model = make_model(config)
-    params = create_state(config).params
-    devices = jax.devices()[:num_devices]
-    inputs = ArrayInputs(config, examples, examples, devices=devices, extra={})
-    evaluate = compile_steps(config, inputs).evaluate
-    found = [evaluate({"params": params}, np.int32(start), *feed.args) for start, feed in inputs.test_feeds()]
-    correct, seen = np.sum(found, axis=0)
-
+@functools.cache
+def correct_predictions():
+    """The number of correct predictions of the initial linear model, from the noise of every image's address."""
+    config = small_config(model="linear")
     key = noise.stream_key(config.seed, noise.Stream.EVAL)
     draws = jnp.stack([jax.random.normal(noise.fold(key, i), SHAPE) for i in range(NUM_EXAMPLES)])
-    logits = model.apply({"params": params}, examples.images / np.float32(255) + config.sigma * draws)
+    noisy = examples().images / np.float32(255) + config.sigma * draws
+    logits = make_model(config).apply(first_state(config).variables, noisy)
+    return (logits.argmax(axis=-1) == examples().labels).sum()
+
+
+@pytest.mark.parametrize("num_devices", [1, 8])
+@pytest.mark.parametrize("batch", [16, 13, 100])
+def test_evaluation_counts_every_image_once(num_devices, batch):
+    config = small_config(model="linear", eval_batch_size=batch)
+    inputs = ArrayInputs(config, examples(), examples(), devices=jax.devices()[:num_devices], extra={})
+    evaluate, variables = compile_steps(config, inputs).evaluate, first_state(config).variables
+    found = [evaluate(variables, np.int32(start), *feed.args) for start, feed in inputs.test_feeds()]
+    correct, seen = np.sum(found, axis=0)
     assert seen == NUM_EXAMPLES
-    assert correct == (logits.argmax(axis=-1) == examples.labels).sum()
+    assert correct == correct_predictions()
 
 
-def test_training_learns(examples):
+def test_training_learns():
     config = small_config(num_epochs=1, sigma=0.25)
-    _, history = run_steps(config, examples, 1, 60)
+    _, history = run_steps(config, 1, 60)
     assert np.mean([step["cross_entropy"] for step in history[-3:]]) < 0.6 * history[0]["cross_entropy"]
 
 
@@ -209,22 +225,33 @@ def test_an_unknown_method_is_named():
 
 def test_a_model_that_cannot_take_the_images_is_told(monkeypatch):
     monkeypatch.setitem(DATASETS, "specks", DATASETS["mnist"]._replace(image_shape=(6, 6, 1)))
-    config = small_config()
-    config.dataset.name = "specks"
+    config = small_config(dataset={"name": "specks"})
     with pytest.raises(ValueError, match=r"model='lenet' cannot take the \(6, 6, 1\) images of dataset 'specks'"):
         create_state(config)
 
 
+class Normalized(ImageClassifier):
+    """Two convolutions with batch normalization, the first with the names of a ResNet."""
+
+    @nn.compact
+    def __call__(self, images, *, train=False):
+        norm, x = self.batch_norm(train), self.prepare(images)
+        for number in (1, 2):
+            x = nn.relu(norm(name=f"bn{number}")(conv(x, 8, 3, stride=2, name=f"conv{number}")))
+        return self.pool_and_classify(x)
+
+
 @pytest.fixture
-def resnet8(monkeypatch):
+def with_batch_norm(monkeypatch):
     monkeypatch.setitem(models.MODELS, "resnet8", functools.partial(CifarResNet, depth=8))
+    monkeypatch.setitem(models.MODELS, "normalized", Normalized)
 
 
-def test_batch_statistics_are_those_of_all_copies_on_all_devices(examples, resnet8):
+def test_batch_statistics_are_those_of_all_copies_on_all_devices(with_batch_norm):
     config = small_config(model="resnet8")
-    start = create_state(config)
-    one, (one_metrics,) = run_steps(config, examples, 1, 1)
-    many, (many_metrics,) = run_steps(config, examples, 8, 1)
+    start = first_state(config)
+    one, (one_metrics,) = steps_once(config, 1, 1)
+    many, (many_metrics,) = run_steps(config, 8, 1)
     assert one_metrics["loss"] == pytest.approx(many_metrics["loss"], rel=1e-5)
     assert_close(one.model_state, many.model_state, atol=2e-5)  # sums in another order, through eight layers
     # The same gradient: rounding may flip a ReLU here and there, statistics of one device alone would change it all.
@@ -236,7 +263,7 @@ def test_batch_statistics_are_those_of_all_copies_on_all_devices(examples, resne
 
     # The first layer's mean, from the images themselves: 0.9 times 0 plus 0.1 times the batch's, all 16 x 2 images.
     key, order = noise.stream_key(config.seed, noise.Stream.TRAIN), make_order(config, NUM_EXAMPLES)(0)
-    images = examples.images[np.asarray(order[:16])] / np.float32(255)
+    images = examples().images[np.asarray(order[:16])] / np.float32(255)
     draws = noise.training_noise(key, step=0, positions=jnp.arange(16), num_noise=2, shape=SHAPE)
     noisy = (images[None] + config.sigma * draws).reshape(-1, *SHAPE)
     kernel = start.params["conv1"]["kernel"]
@@ -245,9 +272,9 @@ def test_batch_statistics_are_those_of_all_copies_on_all_devices(examples, resne
 
 
 @pytest.mark.parametrize("num_devices", [1, 4])
-def test_a_step_in_parts_is_the_same_step(examples, num_devices):
-    whole, whole_history = run_steps(small_config(**FAST), examples, 1, 3)
-    parts, parts_history = run_steps(small_config(**FAST, accumulate_steps=4), examples, num_devices, 3)
+def test_a_step_in_parts_is_the_same_step(num_devices):
+    whole, whole_history = steps_once(small_config(**FAST), 1)
+    parts, parts_history = run_steps(small_config(**FAST, accumulate_steps=4), num_devices)
     assert_close(whole.params, parts.params, atol=2e-6)  # sums in another order
     for one, other in zip(whole_history, parts_history, strict=True):
         for name in one:
@@ -255,9 +282,9 @@ def test_a_step_in_parts_is_the_same_step(examples, num_devices):
 
 
 @pytest.mark.parametrize("num_devices", [1, 2])
-def test_a_step_in_pieces_is_the_same_step(examples, monkeypatch, num_devices):
-    config = small_config(**FAST, num_noise=4)
-    whole, whole_history = run_steps(config, examples, num_devices, 3)
+def test_a_step_in_pieces_is_the_same_step(monkeypatch, num_devices):
+    config = small_config(**FOUR_COPIES, **FAST)
+    whole, whole_history = steps_once(config, num_devices)
     asked = []
 
     def pieces_of(*sizes):
@@ -265,7 +292,7 @@ def test_a_step_in_pieces_is_the_same_step(examples, monkeypatch, num_devices):
         return 4
 
     monkeypatch.setattr("rs_consistency.training.step.pieces_of", pieces_of)
-    pieces, pieces_history = run_steps(config, examples, num_devices, 3)
+    pieces, pieces_history = run_steps(config, num_devices)
     assert asked[0] == (8 // num_devices, 4, "cpu")
     assert_close(whole.params, pieces.params, atol=2e-6)  # sums in another order
     for one, other in zip(whole_history, pieces_history, strict=True):
@@ -273,32 +300,31 @@ def test_a_step_in_pieces_is_the_same_step(examples, monkeypatch, num_devices):
             assert one[name] == pytest.approx(other[name], rel=1e-5)
 
 
-def test_a_compiled_loop_over_the_parts_gives_the_same_step(examples, resnet8, monkeypatch):
+def test_a_compiled_loop_over_the_parts_gives_the_same_step(with_batch_norm, monkeypatch):
     # Accelerators loop where the CPU unrolls.
-    config = small_config(model="resnet8", accumulate_steps=4, method="smoothadv")
-    config.smoothadv.update({"num_steps": 2, "warmup_epochs": 0})
-    unrolled, unrolled_history = run_steps(config, examples, 2, 1)
+    attack = {"num_steps": 2, "warmup_epochs": 0}
+    config = small_config(model="normalized", accumulate_steps=2, method="smoothadv", smoothadv=attack)
+    unrolled, unrolled_history = run_steps(config, 2, 1)
     monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
-    looped, looped_history = run_steps(config, examples, 2, 1)
+    looped, looped_history = run_steps(config, 2, 1)
     assert_close(unrolled.model_state, looped.model_state, atol=1e-4)  # other fusions, and steps along small gradients
     assert looped_history[0]["loss"] == pytest.approx(unrolled_history[0]["loss"], rel=1e-3)
 
 
-def test_parts_with_batch_norm_do_not_depend_on_the_devices(examples, resnet8):
-    config = small_config(model="resnet8", accumulate_steps=2)
-    one, _ = run_steps(config, examples, 1, 1)
-    many, _ = run_steps(config, examples, 4, 1)
+def test_parts_with_batch_norm_do_not_depend_on_the_devices(with_batch_norm):
+    config = small_config(model="normalized", accumulate_steps=2)
+    one, _ = run_steps(config, 1, 1)
+    many, _ = run_steps(config, 4, 1)
     assert_close(one.model_state, many.model_state, atol=2e-5)
     # Each part has statistics of its own: the running mean moves twice.
-    whole, _ = run_steps(small_config(model="resnet8"), examples, 1, 1)
+    whole, _ = run_steps(small_config(model="normalized"), 1, 1)
     moved = np.abs(one.model_state["batch_stats"]["bn1"]["mean"]).max()
     assert moved > 1.5 * np.abs(whole.model_state["batch_stats"]["bn1"]["mean"]).max()
 
 
-def test_bfloat16_computes_in_half_and_keeps_the_rest_in_single_precision(examples, resnet8):
-    config = small_config(model="resnet8")
-    single, single_history = run_steps(config, examples, 2, 1)
-    half, half_history = run_steps(small_config(model="resnet8", dtype="bfloat16"), examples, 2, 1)
+def test_bfloat16_computes_in_half_and_keeps_the_rest_in_single_precision(with_batch_norm):
+    single, single_history = steps_once(small_config(model="resnet8"), 1, 1)
+    half, half_history = run_steps(small_config(model="resnet8", dtype="bfloat16"), 2, 1)
     assert {leaf.dtype for leaf in jax.tree.leaves(half)} == {np.dtype("float32"), np.dtype("int32")}
     loss = single_history[0]["loss"]
     # Eight bits in a mantissa, seven layers: near, and not the same.
@@ -306,34 +332,32 @@ def test_bfloat16_computes_in_half_and_keeps_the_rest_in_single_precision(exampl
     assert_close(single.model_state, half.model_state, atol=2e-2)
 
 
-def test_augmentation_reaches_the_step_by_step_and_position(examples):
-    config = small_config(num_noise=1, consistency={"lbd": 0.0})
-    config.dataset.augment = "crop"
-    _, history = run_steps(config, examples, 2, 1)
+def test_augmentation_reaches_the_step_by_step_and_position():
+    config = small_config(**GAUSSIAN, model="linear", dataset={"augment": "crop"})
+    _, history = run_steps(config, 2, 1)
     key, order = noise.stream_key(config.seed, noise.Stream.AUGMENT), make_order(config, NUM_EXAMPLES)(0)
     chosen = np.asarray(order[:32])
     keys = jnp.stack([noise.fold(key, 0, position) for position in range(32)])
-    images = AUGMENTATIONS["crop"](keys, examples.images[chosen] / np.float32(255))
+    images = AUGMENTATIONS["crop"](keys, examples().images[chosen] / np.float32(255))
     draws = noise.training_noise(
         noise.stream_key(config.seed, noise.Stream.TRAIN), step=0, positions=jnp.arange(32), num_noise=1, shape=SHAPE
     )
-    state = create_state(config)
-    logits = make_model(config).apply(state.variables, images + config.sigma * draws[0])
-    expected = losses.cross_entropy(logits[None], jnp.asarray(examples.labels[chosen])).mean()
+    logits = make_model(config).apply(first_state(config).variables, images + config.sigma * draws[0])
+    expected = losses.cross_entropy(logits[None], jnp.asarray(examples().labels[chosen])).mean()
     assert history[0]["loss"] == pytest.approx(float(expected), rel=1e-5)
 
 
-def test_methods_are_told_the_epoch(examples, monkeypatch):
+def test_methods_are_told_the_epoch(monkeypatch):
     # 2 steps in an epoch: the radius of the attack is 0 in the first, huge from the second on.
-    config = small_config(num_noise=1, method="smoothadv", consistency={"lbd": 0.0}, optimizer={"lr": 1e-9})
-    config.smoothadv.update({"num_steps": 1, "epsilon": 8.0})
+    attack = {"num_steps": 1, "epsilon": 8.0}
+    config = small_config(**GAUSSIAN, model="linear", method="smoothadv", smoothadv=attack, optimizer={"lr": 1e-9})
     monkeypatch.setattr(smoothadv, "warmup", lambda epoch, _: jnp.where(epoch == 0, 0.0, 1.0))
-    _, history = run_steps(config, examples, 2, 4)
+    _, history = run_steps(config, 2, 4)
     first, second = ([step["loss"] for step in history[i : i + 2]] for i in (0, 2))
     assert min(second) > max(first) + 0.05
 
 
-def test_a_method_gets_its_own_rows_of_what_it_prepared(examples, monkeypatch):
+def test_a_method_gets_its_own_rows_of_what_it_prepared(monkeypatch):
     def build(config):
         def terms(model, batch):
             logits = model.noisy(batch.images, batch.noise)
@@ -343,8 +367,8 @@ def test_a_method_gets_its_own_rows_of_what_it_prepared(examples, monkeypatch):
         return terms
 
     monkeypatch.setitem(methods.METHODS, "check", Method(build))
-    config = small_config(method="check", consistency={"lbd": 0.0})
+    config = small_config(model="linear", method="check", consistency={"lbd": 0.0})
     for shift, expected in ((0, 0), (1, 1)):
-        extra = {"label": (examples.labels + shift) % 10}
-        _, history = run_steps(config, examples, 4, 3, extra=extra)
+        extra = {"label": (examples().labels + shift) % 10}
+        _, history = run_steps(config, 4, 3, extra=extra)
         assert [step["wrong"] for step in history] == [expected] * 3
