@@ -27,7 +27,7 @@ _COMMIT_DIGITS = 12
 def measures(summaries: Sequence[dict[str, Any]], intervals: "Sequence[Interval | None]" = ()) -> list[list[str]]:
     """Return ACR, accuracy, abstention and certified accuracies, a line for each of `measures.summarize`.
 
-    The intervals are those of the ACR, None for a file without one. Where there are none at all, the column is left out.
+    The intervals are those of the ACR, None for a file without one. No intervals at all leave their column out.
     """
     return cells(
         [
