@@ -35,15 +35,12 @@ class Classifier(Protocol):
 
         Batch statistics are over all copies of all examples of this call, on all devices.
         """
-        ...
 
     def clean(self, images: jax.Array) -> jax.Array:
         """Return logits `[B, K]` of the images themselves, in training mode."""
-        ...
 
     def frozen(self, images: jax.Array) -> jax.Array:
         """Return logits `[N, K]` in inference mode, with constant parameters: for attacks."""
-        ...
 
 
 class MethodOutput(NamedTuple):

@@ -69,9 +69,7 @@ def flatten(config: ConfigDict | Mapping[str, Any]) -> dict[str, Any]:
 def validate(config: ConfigDict, *, num_devices: int) -> None:
     """Raise a `UserError` that names key, value and remedy for the first setting that cannot work.
 
-    Args:
-      config: with the keys of `configs/default.py`.
-      num_devices: devices that the run will use.
+    The config has the keys of `configs/default.py`.
     """
     flat = flatten(config)
     for key, check in _CHECKS.items():

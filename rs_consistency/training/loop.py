@@ -70,10 +70,13 @@ def train(config: ConfigDict, workdir: Path) -> TrainState:
 def _start_state(session: Session, checkpoints: Checkpoints) -> TrainState:
     """Return the state of the newest readable checkpoint, or else the initial one."""
     config, devices = session.config, session.devices
-    restored = checkpoints.restore_newest(restore_target(config, devices), note=note)
+    restored = checkpoints.restore_newest(restore_target(config, devices))
     if restored is None:
         state = session.initial_state()
-        return runs.start_from(state, Path(config.init_from), devices) if config.init_from else state
+        if config.init_from:
+            variables = dict(runs.restore(Path(config.init_from), devices, name="init_from").variables)
+            state = state.replace(params=variables.pop("params"), model_state=variables)
+        return state
     step, state = restored
     checkpoints.set_aside_after(step)
     if step < session.last_step:
@@ -115,7 +118,7 @@ class _Run:
     def _steps(self, state: TrainState, epoch: int, end_step: int) -> tuple[TrainState, list[dict[str, float]]]:
         """Take the steps of an epoch that remain; return the state and the metrics of each of these steps."""
         config, compiled = self._config, self._compiled
-        first_step, every = int(state.step), config.checkpoint_every_steps
+        first_step, every = int(state.step), config.checkpoint_every_steps or end_step
         done: list[dict[str, float]] = []
         pending: list[tuple[int, dict[str, jax.Array]]] = []  # steps and metrics of the calls since the last look
         bar = progress_bar(
@@ -128,15 +131,13 @@ class _Run:
         with bar, closing(self._inputs.feeds(first_step, end_step)) as feeds:
             step = first_step
             while step < end_step:
-                number = min(compiled.per_call, end_step - step)
-                if every > 0:
-                    number = min(number, every - step % every)
+                number = min(compiled.per_call, end_step - step, every - step % every)
                 feed, *_ = [next(feeds) for _ in range(number)]  # steps of one call have the same feed
                 state, metrics = compiled.train(state, np.int32(number), *feed.args, **feed.parts)
                 step += number
                 pending.append((number, metrics))
                 jax.block_until_ready(pending[-_IN_FLIGHT:][0][1])
-                save = every > 0 and step % every == 0 and step < end_step
+                save = step % every == 0 and step < end_step
                 if save or sum(number for number, _ in pending) >= _LOOK_EVERY or step == end_step:
                     new = _by_step(pending)
                     _check_finite(config, new, step - len(new))

@@ -24,13 +24,7 @@ class MetricsWriter:
     """
 
     def __init__(self, workdir: Path, *, finished_steps: int, steps_per_epoch: int) -> None:
-        """Opens the files of a run.
-
-        Args:
-          workdir: the run's folder.
-          finished_steps: steps that the restored checkpoint contains; later records will be written anew.
-          steps_per_epoch: steps between two records.
-        """
+        """Opens the files of a run. Records after `finished_steps` will be written anew."""
         finished_epochs = finished_steps // steps_per_epoch
         self._path = workdir / METRICS_FILE
         kept = [line for line in read_lines(self._path) if line["epoch"] <= finished_epochs]
