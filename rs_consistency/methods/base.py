@@ -58,10 +58,6 @@ class MethodOutput(NamedTuple):
 Terms = Callable[[Classifier, Batch], MethodOutput]
 
 
-def _nothing(config: ConfigDict) -> None:
-    del config
-
-
 class Teacher(NamedTuple):
     """Another run, on the same dataset, from whose smoothed predictions a method learns.
 
@@ -89,7 +85,7 @@ class Method(NamedTuple):
     """
 
     build: Callable[[ConfigDict], Terms]
-    check: Callable[[ConfigDict], None] = _nothing
+    check: Callable[[ConfigDict], None] = lambda config: None
     teacher: Teacher | None = None
 
 

@@ -49,8 +49,7 @@ class Checkpoints:
     def save(self, step: int, state: Any) -> None:
         """Start to save a copy of a state: the next step may donate the state's buffers meanwhile.
 
-        Raises:
-          UserError: when this save or the save before failed, such as on a full disk.
+        Raise a `UserError` when this save or the save before failed, such as on a full disk.
         """
         saved = {"state": jax.tree.map(jnp.copy, state), "digest": _digest_array(state)}
         self._guard(lambda: self._manager.save(step, args=ocp.args.StandardSave(saved)))
@@ -79,10 +78,7 @@ class Checkpoints:
         """Return step and state of the newest readable checkpoint, or None if there is none at all.
 
         `target` is the state's structure, as `jax.ShapeDtypeStruct` with shardings. A note names every checkpoint that
-        was stepped over.
-
-        Raises:
-          UserError: when there are checkpoints and none can be read.
+        was stepped over. Raise a `UserError` when there are checkpoints and none can be read.
         """
         steps = sorted(self.steps(), reverse=True)
         saved_target = {"state": target, "digest": np.zeros(_DIGEST_BYTES, np.uint8)}

@@ -97,8 +97,7 @@ def _measure_steps(config: ConfigDict, inputs: Inputs, state: TrainState) -> tup
         compile_seconds = time.perf_counter() - start
         calls, start = 0, time.perf_counter()
         while calls < _MEASURED_CALLS and time.perf_counter() - start < _MEASURED_SECONDS:
-            if not inputs.same_feed:
-                feed = next(feeds, feed)
+            feed = next(feeds, feed)
             state, _ = jax.block_until_ready(train(state, number, *feed.args, **feed.parts))
             calls += 1
         seconds = (time.perf_counter() - start) / (calls * int(number))

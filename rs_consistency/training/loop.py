@@ -90,7 +90,6 @@ class _Run:
     def __init__(self, config: ConfigDict, inputs: Inputs, checkpoints: Checkpoints, writer: MetricsWriter) -> None:
         self._config, self._inputs, self._checkpoints, self._writer = config, inputs, checkpoints, writer
         self._steps_per_epoch = inputs.sizes.steps
-        self._schedule = make_schedule(config, self._steps_per_epoch)
         self._compiled = compile_steps(config, inputs)
 
     def epoch(self, state: TrainState, epoch: int) -> TrainState:
@@ -103,7 +102,7 @@ class _Run:
             "epoch": epoch + 1,
             "step": end_step,
             **{name: float(np.mean([step[name] for step in metrics])) for name in metrics[0] if name != "param_norm"},
-            "lr": float(self._schedule(epoch * self._steps_per_epoch)),
+            "lr": float(make_schedule(config, self._steps_per_epoch)(epoch * self._steps_per_epoch)),
             "noisy_images_per_second": len(metrics) * config.batch_size / seconds,
         }
         last = epoch + 1 == config.num_epochs
@@ -151,11 +150,9 @@ class _Run:
 
     def _evaluate(self, state: TrainState) -> float:
         """Return the accuracy on one noisy copy of every test image."""
+        evaluate = self._compiled.evaluate
         with closing(self._inputs.test_feeds()) as feeds:
-            counts = [
-                self._compiled.evaluate(state.variables, np.int32(start), *feed.args, **feed.parts)
-                for start, feed in feeds
-            ]
+            counts = [evaluate(state.variables, np.int32(start), *feed.args, **feed.parts) for start, feed in feeds]
         correct, seen = np.sum(jax.device_get(counts), axis=0)
         return float(correct / seen)
 

@@ -21,8 +21,7 @@ def apply_preset(
     A cell is `method=NAME,sigma=NUMBER`; a part that is left out is `method` or `sigma`. NAME is one of `published`,
     such as `macer` or `smoothadv+consistency`: name -> sigma -> the keys that the cell sets, `method` among them.
 
-    Raises:
-      UserError: for a malformed cell, or a pair that was not published; the message lists the published ones.
+    Raise a `UserError` for a malformed cell, or a pair that was not published; the message lists the published ones.
     """
     chosen = {"method": method, "sigma": str(sigma)}
     for part in filter(None, cell.split(",")):

@@ -134,10 +134,9 @@ def restore(workdir: Path, devices: Sequence[jax.Device], *, name: str = "workdi
 
 
 def check_fits(config: ConfigDict, workdir: Path, *, name: str) -> None:
-    """Check that a run can start from another, given by the setting `name`; of that run only the config is read.
+    """Raise a `UserError` where another run, given by the setting `name`, has no checkpoint or does not fit.
 
-    Raises:
-      UserError: when there is no such run, it has no checkpoint, or its variables do not fit; the first is named.
+    Of that run only the config is read. The first variable that does not fit is named.
     """
     source = _with_checkpoint(workdir, name=name)
     targets = (restore_target(each, jax.local_devices()[:1]).variables for each in (config, source))

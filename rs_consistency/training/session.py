@@ -35,9 +35,8 @@ class Session:
     def open(cls, config: ConfigDict, workdir: Path) -> "Session":
         """Check the config, and open devices and data; nothing is written.
 
-        Raises:
-          UserError: for a setting that cannot work, data that are not there, or, in a new run, another run that it
-            builds on and that is not there or does not fit.
+        Raise a `UserError` for a setting that cannot work, data that are not there, or, in a new run, another run that
+        it builds on and that is not there or does not fit.
         """
         devices = parallel.choose_devices(config.num_devices)
         validate(config, num_devices=len(devices))
@@ -74,7 +73,7 @@ class Session:
         """Open the examples, for a method with a teacher together with the teacher's predictions.
 
         The run's `workdir` keeps the predictions. None is for a measurement: predictions of a few images stand in for
-        all, and nothing is kept. Raise a `UserError` when the teacher is needed and is not there.
+        all, and nothing is kept.
         """
         if not isinstance(self.train, data.ArraySplit):
             from rs_consistency.training.stream_inputs import StreamInputs  # slow to import

@@ -72,11 +72,7 @@ def make_optimizer(config: ConfigDict, steps_per_epoch: int) -> optax.GradientTr
 
 
 def create_state(config: ConfigDict) -> TrainState:
-    """Return the initial state, a function of config and seed.
-
-    Raises:
-      UserError: when the model cannot take the dataset's images.
-    """
+    """Return the initial state for config and seed. A `UserError` says that the model cannot take the images."""
     shape = data.dataset_info(config.dataset.name).image_shape
     key = noise.stream_key(config.seed, noise.Stream.INIT)
     try:

@@ -37,10 +37,7 @@ def smoothed_predictions(
     Votes are kept in `workdir/smoothed_predictions.npz`: an interrupted computation continues, and a finished one is
     read back. So the student keeps the predictions that it began with, whatever becomes of the teacher. The noise has
     the seed of the student's `config`, and the sigma that the teacher was trained with. The student's `workdir` belongs
-    to one config and one training split.
-
-    Raises:
-      UserError: when the teacher is needed and is not there.
+    to one config and one training split. Raise a `UserError` when the teacher is needed and is not there.
     """
     path, info, total = workdir / FILE, data.dataset_info(config.dataset.name), len(split.labels)
     counts, voter = _read(path) or (np.zeros((0, info.num_classes), np.int64), None)
@@ -80,10 +77,7 @@ def _write(path: Path, counts: np.ndarray, teacher: str) -> None:
 
 
 def _read(path: Path) -> tuple[np.ndarray, str] | None:
-    """Return votes `[D, K]` on the first D images and the digest of the teacher's variables.
-
-    Return None where the file is absent or damaged.
-    """
+    """Return votes `[D, K]` on the first D images and the teacher's digest; None if the file is absent or damaged."""
     if not path.exists():
         return None
     try:
