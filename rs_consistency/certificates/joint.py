@@ -98,13 +98,9 @@ def joint_statement(
     wrong certificates; `certified_accuracy_lower` and `population_accuracy_lower`, maps from radius (as text) to the
     bounds of the two functions above.
     """
-    bounds = {
-        "certified_accuracy_lower": certified_accuracy_lower,
-        "population_accuracy_lower": population_accuracy_lower,
-    }
     found: dict[str, Any] = {"delta": delta, "wrong_at_most": wrong_at_most(len(table.idx), alpha=alpha, delta=delta)}
-    for name, bound in bounds.items():
-        found[name] = {f"{radius:.10g}": bound(table, radius, alpha=alpha, delta=delta) for radius in radii}
+    for bound in (certified_accuracy_lower, population_accuracy_lower):
+        found[bound.__name__] = {f"{radius:.10g}": bound(table, radius, alpha=alpha, delta=delta) for radius in radii}
     return found
 
 

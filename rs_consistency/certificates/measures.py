@@ -51,19 +51,16 @@ def summarize_votes(evidence: Evidence | None) -> dict[str, Any]:
     quantile (as text, such as "0.05") to the estimate count / n that this share of the images does not exceed. All are
     None without evidence.
     """
+    names = ("sigma", "n", "alpha", "bound")
     if evidence is None:
-        names = ("sigma", "n", "alpha", "bound", "radius_ceiling", "at_ceiling")
-        return dict.fromkeys(names, None) | {"p_a": {f"{share:g}": None for share in P_A_QUANTILES}}
-    settings, count = evidence.settings, evidence.count
+        found = dict.fromkeys((*names, "radius_ceiling", "at_ceiling"))
+        return found | {"p_a": {f"{share:g}": None for share in P_A_QUANTILES}}
+    settings = {name: getattr(evidence.settings, name) for name in names}
     # A value that occurs: between two of them, interpolation would invent one.
-    quantiles = np.quantile(count / settings.n, P_A_QUANTILES, method="inverted_cdf")
-    n, alpha, sigma, bound = settings.n, settings.alpha, settings.sigma, settings.bound
+    quantiles = np.quantile(evidence.count / settings["n"], P_A_QUANTILES, method="inverted_cdf")
     return {
-        "sigma": sigma,
-        "n": n,
-        "alpha": alpha,
-        "bound": bound,
-        "radius_ceiling": float(radius_ceiling(n, alpha=alpha, sigma=sigma, bound=bound)),
-        "at_ceiling": float(np.mean(count == n)),
+        **settings,
+        "radius_ceiling": float(radius_ceiling(**settings)),
+        "at_ceiling": float(np.mean(evidence.count == settings["n"])),
         "p_a": {f"{share:g}": float(value) for share, value in zip(P_A_QUANTILES, quantiles, strict=True)},
     }

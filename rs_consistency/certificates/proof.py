@@ -1,4 +1,4 @@
-"""The proof of a line: its row rebuilt from its counts, to audit it, or to conclude at another alpha or bound.
+"""The proof of a line: its row from its counts, to write it, to audit it, or to conclude at another alpha or bound.
 
 The votes are expensive and stay as they are. The rest of a row follows from them by arithmetic, with the settings of
 the record beside the file, `NAME.json`.

@@ -1,7 +1,7 @@
 """The question of certify.py about each image: a certificate, a decision at one radius, or a prediction."""
 
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -15,7 +15,7 @@ from rs_consistency.common.checks import one_of, probability
 from rs_consistency.common.errors import UserError
 from rs_consistency.data import DatasetInfo
 from rs_consistency.smoothing.pool import LOOK_EVERY, Decisions, check_radius, decide_images
-from rs_consistency.smoothing.votes import Votes, VoteSettings, count_votes
+from rs_consistency.smoothing.votes import ApplyFn, Votes, VoteSettings, count_votes
 from rs_consistency.statistics.bounds import BOUNDS, N0, most_of_others
 
 FILES = {CERTIFY.name: "certificates", DECIDE.name: "decisions", PREDICT.name: "predictions"}
@@ -90,7 +90,7 @@ def make_question(
 
 def answer(
     question: Question,
-    apply_fn: Callable[[Any, jax.Array], jax.Array],
+    apply_fn: ApplyFn,
     variables: Any,
     images: np.ndarray,
     indices: np.ndarray,

@@ -141,16 +141,14 @@ def to_columns(path: Path, rows: dict[int, Row]) -> Certificates:
     """Return the columns of the field; a `UserError` with the path for the first value that cannot be."""
     columns = {name: np.asarray([row[name] for row in rows.values()]) for name in _NEEDED}
     table = Certificates(**columns | {"radius": columns["radius"].astype(np.float64)})
-
-    def refuse(bad: np.ndarray, column: str, expected: str) -> None:
+    for column, bad, expected in (
+        ("radius", ~np.isfinite(table.radius) | (table.radius < 0), "a finite number of at least 0"),
+        ("predict", table.predict < ABSTAIN, "a class, or -1 for abstention"),
+        ("correct", table.correct != (table.predict == table.label), "1 where predict is label, else 0"),
+    ):
         if bad.any():
-            first = int(np.flatnonzero(bad)[0])
-            value = getattr(table, column)[first]
-            raise UserError(f"{path}, image {table.idx[first]}: {column}={value}; expected {expected}")
-
-    refuse(~np.isfinite(table.radius) | (table.radius < 0), "radius", "a finite number of at least 0")
-    refuse(table.predict < ABSTAIN, "predict", "a class, or -1 for abstention")
-    refuse((table.correct != (table.predict == table.label)), "correct", "1 where predict is label, else 0")
+            image, value = table.idx[bad][0], getattr(table, column)[bad][0]
+            raise UserError(f"{path}, image {image}: {column}={value}; expected {expected}")
     return table
 
 

@@ -3,7 +3,7 @@
 import hashlib
 import math
 import platform
-from collections.abc import Callable, Collection, Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
@@ -23,13 +23,9 @@ from rs_consistency.common.version import code_version, package_version
 from rs_consistency.devices import parallel
 from rs_consistency.models import count_parameters
 from rs_consistency.models.inference import for_inference
-from rs_consistency.models.torch_checkpoints import (
-    ARCHITECTURES,
-    from_torch,
-    read_torch_checkpoint,
-    with_input_layer,
-)
+from rs_consistency.models.torch_checkpoints import ARCHITECTURES, from_torch, read_torch_checkpoint, with_input_layer
 from rs_consistency.smoothing.speed import measure_votes
+from rs_consistency.smoothing.votes import ApplyFn
 from rs_consistency.training import runs
 from rs_consistency.training.checkpoints import digest
 from rs_consistency.training.step import make_model
@@ -57,54 +53,33 @@ class Source:
     split: data.OpenSplit
     devices: Sequence[jax.Device]
     step: int | None
-    apply_fn: Callable[[Any, jax.Array], jax.Array]
+    apply_fn: ApplyFn
     variables: dict[str, Any]
     parameters: int
     binding: dict[str, Any]
 
     @classmethod
-    def from_run(
-        cls,
-        workdir: Path,
-        *,
-        split: str,
-        devices: Sequence[jax.Device],
-        dtype: str | None = None,
-        data_dir: str = "",
-        cache_dir: str = "",
-    ) -> Self:
+    def from_run(cls, workdir: Path, config: ConfigDict, *, devices: Sequence[jax.Device], **places: str) -> Self:
         """Open the images of a run's dataset, and read its newest readable checkpoint.
 
         Args:
           workdir: folder of the run.
-          split: train or test.
+          config: configuration of the run; its dtype, in which the network computes, need not be that of the training.
           devices: devices that share the work.
-          dtype: type that the network computes in; None for the type of the training.
-          data_dir: folder of the prepared dataset; empty for the folder in the configuration.
-          cache_dir: folder of decoded images; empty for the folder in the configuration.
+          **places: `split`, train or test; `data_dir`, folder of the prepared dataset, and `cache_dir`, folder of
+            decoded images, both empty for the folder in the configuration.
 
         Raises:
           UserError: for a folder without a run or a readable checkpoint, or images that cannot be read.
         """
-        config = runs.read_config(workdir)
-        if dtype is not None:
-            config.dtype = dtype
-        images, binding = _open_images(config, split, data_dir, cache_dir)
+        images, binding = _open_images(config, **places)
         run = runs.restore(workdir, devices)._replace(config=config)
         binding |= {"checkpoint_step": run.step, "parameter_digest": digest(run.variables)}
         return cls(config, images, devices, run.step, *run.classifier(), count_parameters(run.variables), binding)
 
     @classmethod
     def from_torch(
-        cls,
-        checkpoint: Path,
-        config: ConfigDict,
-        *,
-        input_layer: str,
-        split: str,
-        devices: Sequence[jax.Device],
-        data_dir: str = "",
-        cache_dir: str = "",
+        cls, checkpoint: Path, config: ConfigDict, *, input_layer: str, devices: Sequence[jax.Device], **places: str
     ) -> Self:
         """Open the images of a dataset, and read a PyTorch checkpoint.
 
@@ -114,7 +89,7 @@ class Source:
         Raises:
           UserError: for a file that cannot be read or holds another model, or images that cannot be read.
         """
-        images, binding = _open_images(config, split, data_dir, cache_dir)
+        images, binding = _open_images(config, **places)
         variables = _torch_variables(checkpoint, config, input_layer)
         sha256 = hashlib.sha256(checkpoint.read_bytes()).hexdigest()
         binding |= {"checkpoint_step": None, "parameter_digest": digest(variables)}
@@ -150,14 +125,9 @@ class Source:
 
 
 def plan(source: Source, question: Question, selection: Selection, output: Path, *, answered: Collection[int]) -> str:
-    """Return the plan of a certification as text, with its measured time; writes nothing but caches.
+    """Return the plan of a certification as text, with its measured time; write nothing but caches.
 
-    Args:
-      source: network and images.
-      question: question about each image.
-      selection: the images.
-      output: file of the answers.
-      answered: numbers of the images that the file holds already.
+    The file `output` holds the images with the numbers `answered` already.
     """
     config, votes, at_most = source.config, question.votes, question.schema is DECIDE
     wanted = selection.indices()
@@ -200,10 +170,5 @@ def _torch_variables(path: Path, config: ConfigDict, input_layer: str) -> dict[s
         model = {arch: name for name, arch in ARCHITECTURES.items()}.get(checkpoint.arch)
         remedy = f"add --config.model={model}" if model else f"it can be one of {', '.join(ARCHITECTURES.values())}"
         raise UserError(f"torch_checkpoint={path} is a {checkpoint.arch}, the configuration a {config.model}; {remedy}")
-    return from_torch(
-        checkpoint.tensors,
-        config.model,
-        dataset=config.dataset.name,
-        input_layer=input_layer,
-        name=f"torch_checkpoint={path}",
-    )
+    settings = {"dataset": config.dataset.name, "input_layer": input_layer, "name": f"torch_checkpoint={path}"}
+    return from_torch(checkpoint.tensors, config.model, **settings)

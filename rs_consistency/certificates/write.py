@@ -73,8 +73,9 @@ class CertificateFile:
             rows = held[1] if held else {}
             self.done, self.progress = set(rows), Progress().plus(rows.values())
             if held:
-                self._go_on(held[0])
-                self._file.truncate(content.rfind(b"\n") + 1)
+                whole = content[: content.rfind(b"\n") + 1]
+                self._go_on(held[0], whole)
+                self._file.truncate(len(whole))
                 self._file.seek(0, os.SEEK_END)
             else:
                 self._file.truncate(0)
@@ -125,13 +126,13 @@ class CertificateFile:
         """Close the file and give up the lock."""
         self._file.close()
 
-    def _go_on(self, recorded: Record) -> None:
-        """Bring the record up to date before lines are added."""
+    def _go_on(self, recorded: Record, table: bytes) -> None:
+        """Bring the record of a table up to date before lines are added."""
         mine, content, selection = self._record, recorded.to_json(), recorded.selection
         if self.done <= self._wanted:  # else the file is to hold more than this call asks for
             selection = mine.selection
             content["max"] = selection.most
-        if not self.done.issuperset(selection.indices().tolist()):
+        if recorded.is_changed(table) or not self.done.issuperset(selection.indices().tolist()):
             content.pop("finished", None)
         if not self.done >= self._wanted:
             here = {key: mine.content[key] for key in PROVENANCE if key in mine.content}

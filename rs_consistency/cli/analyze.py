@@ -34,7 +34,7 @@ from rs_consistency.certificates.joint import DEFAULT_DELTA, joint_statement
 from rs_consistency.certificates.measures import DEFAULT_RADII, summarize, summarize_votes
 from rs_consistency.certificates.proof import Evidence, load
 from rs_consistency.certificates.read import Certificates
-from rs_consistency.cli.common import Parser, program_words, run_main, run_program, user_path
+from rs_consistency.cli.common import Parser, entry_points, program_words, user_path
 from rs_consistency.common.checks import probability
 from rs_consistency.common.errors import UserError
 from rs_consistency.report import formats, tables
@@ -64,7 +64,7 @@ def _parser() -> Parser:
     return parser
 
 
-def _main(argv: Sequence[str] | None) -> None:
+def _main(argv: Sequence[str]) -> None:
     args = _parser().parse_args(argv)
     for radius in args.radii:
         if not (math.isfinite(radius) and radius >= 0):
@@ -131,26 +131,11 @@ def _tables(summaries: list[dict[str, Any]]) -> list[list[list[str]]]:
     return printed
 
 
-def _text(summaries: list[dict[str, Any]]) -> str:
-    return "\n".join(map(formats.aligned, _tables(summaries)))
+_FORMATS = {
+    "json": lambda summaries: json.dumps(summaries, indent=2, allow_nan=False) + "\n",
+    "text": lambda summaries: "\n".join(map(formats.aligned, _tables(summaries))),
+    "csv": formats.csv_text,
+    "markdown": lambda summaries: "\n".join(map(formats.markdown, _tables(summaries))),
+}
 
-
-def _markdown(summaries: list[dict[str, Any]]) -> str:
-    return "\n".join(map(formats.markdown, _tables(summaries)))
-
-
-def _json(summaries: list[dict[str, Any]]) -> str:
-    return json.dumps(summaries, indent=2, allow_nan=False) + "\n"
-
-
-_FORMATS = {"json": _json, "text": _text, "csv": formats.csv_text, "markdown": _markdown}
-
-
-def main(argv: Sequence[str] | None = None) -> None:
-    """Run the command."""
-    run_main(_main, argv)
-
-
-def run() -> None:
-    """Run the command as the only work of its process."""
-    run_program(main)
+main, run = entry_points(_main)

@@ -17,8 +17,8 @@ Installed, the program is rs-certify.
 """
 
 import shlex
-import sys
 from collections.abc import Iterator, Sequence
+from contextlib import closing
 from pathlib import Path
 from typing import Any
 
@@ -29,13 +29,12 @@ from rs_consistency import data
 from rs_consistency.certificates import audit
 from rs_consistency.certificates.columns import CERTIFY, DECIDE, SCHEMAS, Row
 from rs_consistency.certificates.merge import merge
-from rs_consistency.certificates.question import FILES, Question, make_question, question_of_record
+from rs_consistency.certificates.question import FILES, Question, make_question
 from rs_consistency.certificates.read import read_table
-from rs_consistency.certificates.record import PROVENANCE
 from rs_consistency.certificates.selection import Selection, parse_shard
 from rs_consistency.certificates.source import Source, plan
 from rs_consistency.certificates.write import CertificateFile, check_answers
-from rs_consistency.cli.common import Parser, fail, program_words, run_main, run_program, user_path, whole
+from rs_consistency.cli.common import Parser, entry_points, fail, program_words, user_path, whole
 from rs_consistency.cli.config_file import split
 from rs_consistency.cli.train import parse
 from rs_consistency.common.checks import one_of, whole_number
@@ -121,12 +120,11 @@ def _parser() -> Parser:
     return parser
 
 
-def _main(argv: Sequence[str] | None) -> None:
-    words = sys.argv[1:] if argv is None else list(argv)
-    config, others = split(words)
+def _main(argv: Sequence[str]) -> None:
+    config, others = split(argv)
     args = _parser().parse_args(others)
     args.config = config
-    args.command = shlex.join([*program_words("certify"), *words])
+    args.command = shlex.join([*program_words("certify"), *argv])
     _check_flags(args)
     if args.merge:
         done = merge(args.merge, args.output)
@@ -183,7 +181,7 @@ def _read_source(args: Any, config: ConfigDict, images: str, devices: Sequence[j
     """Read checkpoint and images, after all settings were checked."""
     places = {"split": images, "devices": devices, "data_dir": args.data_dir, "cache_dir": args.cache_dir}
     if args.workdir is not None:
-        return Source.from_run(args.workdir, dtype=config.dtype, **places)
+        return Source.from_run(args.workdir, config, **places)
     return Source.from_torch(args.torch_checkpoint, config, input_layer=args.torch_input or "normalize", **places)
 
 
@@ -206,23 +204,15 @@ def _answer_all(args: Any) -> None:
     selection = Selection(len(source.split), skip, most, shard)
     output = _output(args, question.schema.name)
     identity = {**question.identity(), **source.binding}
+    held = {"schema": question.schema, "identity": identity, "selection": selection}
     if args.dry_run:
-        answered = check_answers(output, schema=question.schema, identity=identity, selection=selection)
-        print(plan(source, question, selection, output, answered=answered))
+        print(plan(source, question, selection, output, answered=check_answers(output, **held)))
         return
-    file = CertificateFile(
-        output,
-        schema=question.schema,
-        identity=identity,
-        about={**source.about(question.votes.sigma), "command": args.command},
-        selection=selection,
-    )
-    print(f"devices: {parallel.describe(devices)}", flush=True)
-    try:
+    about = {**source.about(question.votes.sigma), "command": args.command}
+    with closing(CertificateFile(output, **held, about=about)) as file:
+        print(f"devices: {parallel.describe(devices)}", flush=True)
         _fill(file, source.answers(question, file.remaining))
         file.finish()
-    finally:
-        file.close()
     print(_summary(file, question))
 
 
@@ -289,16 +279,17 @@ def _verify(args: Any) -> None:
     dtype = recorded.get("dtype")
     config, devices = _read_config(args, dtype if dtype in DTYPES else None), parallel.choose_devices(args.num_devices)
     info = data.dataset_info(config.dataset.name)
-    question = question_of_record(recorded, info=info, platform=devices[0].platform, batch_size=args.batch_size)
+    settings = table.record.settings._asdict() | {"batch_size": args.batch_size}
+    del settings["look_every"]
+    question = make_question(table.record.schema.name, **settings, info=info, platform=devices[0].platform)
     source = _read_source(args, config, recorded.get("split", "test"), devices)
     audit.check_binding(table, source.binding)
-    here = {key: value for key, value in source.about(question.votes.sigma).items() if key in PROVENANCE}
     redrawn: list[Row] = []
     with progress_bar("drawing again", len(chosen)) as bar:
         for rows in source.answers(question, chosen):
             redrawn += rows
             bar.update(len(rows))
-    report = audit.compare(table, redrawn, here)
+    report = audit.compare(table, redrawn, source.about(question.votes.sigma))
     print(report.text())
     if not report.ok:
         raise SystemExit(EXIT_NOT_REPRODUCED)
@@ -316,11 +307,4 @@ def _analyze(path: Path) -> str:
     return " ".join([*program_words("analyze"), str(path)])
 
 
-def main(argv: Sequence[str] | None = None) -> None:
-    """Run the command."""
-    run_main(_main, argv)
-
-
-def run() -> None:
-    """Run the command as the only work of its process."""
-    run_program(main)
+main, run = entry_points(_main)

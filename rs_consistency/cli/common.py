@@ -15,11 +15,34 @@ from absl import logging as absl_logging
 from rs_consistency.common.errors import EXIT_BROKEN_PIPE, EXIT_INTERRUPTED, EXIT_USER_ERROR, UserError
 
 
-def run_main(main: Callable[[Sequence[str] | None], None], argv: Sequence[str] | None) -> None:
-    """Run a program; a user's mistake or a failing disk ends it with one line and a non-zero status."""
+def entry_points(program: Callable[[Sequence[str]], None]) -> tuple[Callable[..., None], Callable[[], None]]:
+    """Return `main` and `run` of a program that takes the words of a command line.
+
+    `main(argv=None)` ends with one line and a non-zero status at a user's mistake or a failing disk. It takes the words
+    that this process was started with for None. `run()` is `main()` as the only work of its process.
+    """
+
+    def main(argv: Sequence[str] | None = None) -> None:
+        _run_main(program, sys.argv[1:] if argv is None else argv)
+
+    def run() -> None:
+        try:
+            main()
+        except SystemExit as stop:
+            if stop.code == EXIT_INTERRUPTED:
+                # At once: XLA's threads still compute, and while the interpreter ends that can be a segmentation fault.
+                sys.stdout.flush()
+                sys.stderr.flush()
+                os._exit(EXIT_INTERRUPTED)
+            raise
+
+    return main, run
+
+
+def _run_main(program: Callable[[Sequence[str]], None], argv: Sequence[str]) -> None:
     quiet_libraries()
     try:
-        main(argv)
+        program(argv)
         sys.stdout.flush()
     except UserError as error:
         fail(str(error))
@@ -48,22 +71,8 @@ def _memory_is_full(error: Exception) -> bool:
     """Return whether an error says that the memory of this machine, or of a device of JAX, is full."""
     jax = sys.modules.get("jax")  # slow to import, and not every program needs it
     of_device = jax is not None and isinstance(error, jax.errors.JaxRuntimeError)
-    return isinstance(error, MemoryError) or (
-        of_device and re.search("RESOURCE_EXHAUSTED|[Oo]ut of memory", str(error)) is not None
-    )
-
-
-def run_program(main: Callable[[], None]) -> None:
-    """Run a program's main function as the only work of this process."""
-    try:
-        main()
-    except SystemExit as stop:
-        if stop.code == EXIT_INTERRUPTED:
-            # At once: XLA's threads still compute, and while the interpreter ends that can be a segmentation fault.
-            sys.stdout.flush()
-            sys.stderr.flush()
-            os._exit(EXIT_INTERRUPTED)
-        raise
+    full = re.search("RESOURCE_EXHAUSTED|[Oo]ut of memory", str(error)) is not None
+    return isinstance(error, MemoryError) or (of_device and full)
 
 
 class Parser(argparse.ArgumentParser):

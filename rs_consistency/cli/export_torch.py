@@ -9,7 +9,7 @@ from collections.abc import Sequence
 
 import jax
 
-from rs_consistency.cli.common import Parser, run_main, run_program, user_path
+from rs_consistency.cli.common import Parser, entry_points, user_path
 from rs_consistency.common.errors import UserError
 from rs_consistency.common.files import read_json
 from rs_consistency.models.torch_checkpoints import export_torch
@@ -18,7 +18,7 @@ from rs_consistency.training.inputs import step_sizes
 from rs_consistency.training.runs import DATA_FILE
 
 
-def _main(argv: Sequence[str] | None) -> None:
+def _main(argv: Sequence[str]) -> None:
     parser = Parser(prog="rs-export-torch", description=__doc__)
     add = parser.add_argument
     add("--workdir", type=user_path, required=True, help="folder of a run of train.py")
@@ -34,14 +34,7 @@ def _main(argv: Sequence[str] | None) -> None:
     print(f"{output}: {run.config.model} after {epoch} epochs")
 
 
-def main(argv: Sequence[str] | None = None) -> None:
-    """Run the command."""
-    run_main(_main, argv)
-
-
-def run() -> None:
-    """Run the command as the only work of its process."""
-    run_program(main)
+main, run = entry_points(_main)
 
 
 if __name__ == "__main__":

@@ -5,16 +5,15 @@ its own, so that the caller does not hold the accelerator that its runs need.
 """
 
 import json
-import sys
 from collections.abc import Sequence
 from pathlib import Path
 
 from rs_consistency.cli import train
-from rs_consistency.cli.common import run_main
+from rs_consistency.cli.common import entry_points
 
 
-def _main(argv: Sequence[str] | None) -> None:
-    values = train.parse(argv or [])
+def _main(argv: Sequence[str]) -> None:
+    values = train.parse(argv)
     from rs_consistency.training.dry_run import plan
 
     train.set_up(values.config)  # without, steps and votes take 1.4 times as long on a CPU
@@ -22,6 +21,4 @@ def _main(argv: Sequence[str] | None) -> None:
     print(json.dumps({"epoch_seconds": measured.epoch_seconds, "votes_per_second": measured.votes_per_second}))
 
 
-def main(argv: Sequence[str] | None = None) -> None:
-    """Run the command."""
-    run_main(_main, sys.argv[1:] if argv is None else argv)
+main, run = entry_points(_main)

@@ -8,11 +8,11 @@ Only this step needs TensorFlow (`pip install tensorflow-cpu`). It needs a netwo
 
 from collections.abc import Sequence
 
-from rs_consistency.cli.common import Parser, run_main
+from rs_consistency.cli.common import Parser, entry_points
 from rs_consistency.data.prepare import ORIGINALS, prepare
 
 
-def _main(argv: Sequence[str] | None) -> None:
+def _main(argv: Sequence[str]) -> None:
     parser = Parser(prog="python -m rs_consistency.data.prepare", description=__doc__)
     parser.add_argument("name", help=", ".join(ORIGINALS))
     parser.add_argument("--data_dir", default="", help="folder to write to (default: $TFDS_DATA_DIR or TFDS's own)")
@@ -21,9 +21,7 @@ def _main(argv: Sequence[str] | None) -> None:
     print(f"prepared {prepare(args.name, data_dir=args.data_dir, manual_dir=args.manual_dir)}")
 
 
-def main(argv: Sequence[str] | None = None) -> None:
-    """Run the command."""
-    run_main(_main, argv)
+main, run = entry_points(_main)
 
 
 if __name__ == "__main__":

@@ -14,18 +14,12 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import configs
 from rs_consistency.certificates.selection import parse_shard
-from rs_consistency.cli.common import Parser, program_words, run_main, run_program, whole
+from rs_consistency.cli.common import Parser, entry_points, program_words, whole
 from rs_consistency.common.checks import whole_number
 from rs_consistency.common.errors import EXIT_FAILED_CELLS, UserError, note
-from rs_consistency.reproduction.plan import (
-    Cell,
-    Options,
-    deviations,
-    make_plan,
-    not_available,
-    share_of,
-)
+from rs_consistency.reproduction.plan import Cell, Options, deviations, make_plan, not_available, share_of
 from rs_consistency.reproduction.published import TABLES
 from rs_consistency.statistics.bounds import N
 
@@ -56,11 +50,8 @@ def _parser() -> Parser:
     add("--dataset", help="another dataset with such images, such as mnist_subset (default: as published)")
     add("--model", help="another model, such as resnet20 (default: as published)")
     add("--config", action="append", default=[], metavar="KEY=VALUE", help="any other key of all configurations")
-    add(
-        "--jobs",
-        type=whole,
-        help="runs at a time (default: one for each processor core on a CPU, as far as there are cells; else 1)",
-    )
+    jobs = "runs at a time (default: one for each processor core on a CPU, as far as there are cells; else 1)"
+    add("--jobs", type=whole, help=jobs)
     add("--batch_size", type=whole, help="of certify.py: noisy images at a time; no effect on the votes")
     add("--shard", help="I/K: only share I of K of the cells, for one of several machines")
     add("--dry_run", action="store_true", help="print cells and estimated time; train nothing")
@@ -68,7 +59,7 @@ def _parser() -> Parser:
     return parser
 
 
-def _main(argv: Sequence[str] | None) -> None:
+def _main(argv: Sequence[str]) -> None:
     args = _parser().parse_args(argv)
     results = args.results.expanduser()
     if args.render:
@@ -80,6 +71,7 @@ def _main(argv: Sequence[str] | None) -> None:
     cells = share_of(make_plan(args.table, _options(args), workdir=folder), args.shard and parse_shard(args.shard))
     if not cells:
         raise UserError(f"shard={args.shard}: the plan has fewer cells; use fewer shards")
+    from rs_consistency.devices.host import available_cores  # JAX is slow to import
     from rs_consistency.reproduction.machine import this_machine
     from rs_consistency.reproduction.results import check_keepable, keep
     from rs_consistency.reproduction.runner import Runner
@@ -90,19 +82,22 @@ def _main(argv: Sequence[str] | None) -> None:
         if not args.dry_run:
             raise
         note(str(error))
-    jobs = _jobs(args.jobs, len(cells))
+    if args.jobs is None:
+        jobs = min(available_cores(), len(cells))
+    else:
+        jobs = whole_number("jobs", args.jobs, at_least=1, at_most=1024)
     machine = this_machine(jobs)
     if args.jobs is None and machine.platform != "cpu":
         jobs = 1
-    finished: list[Cell] = []
-
-    def on_finished(cell: Cell) -> None:
-        keep(cell, folder / cell.name, results)
-        finished.append(cell)
-
-    batch_size = None if args.batch_size is None else whole_number("batch_size", args.batch_size, at_least=1)
-    runner = Runner(folder, root=_root(), jobs=jobs, machine=machine, finished=on_finished, batch_size=batch_size)
-    states = {cell.name: runner.look(cell) for cell in cells}
+    runner = Runner(
+        folder,
+        root=Path(configs.__path__[0]).parent,
+        jobs=jobs,
+        machine=machine,
+        finished=lambda cell: keep(cell, folder / cell.name, results),
+        batch_size=None if args.batch_size is None else whole_number("batch_size", args.batch_size, at_least=1),
+    )
+    states = [runner.look(cell) for cell in cells]
     runner.measure(cells)
     print("\n".join(filter(None, [_plan(cells, states, runner, jobs), not_available(args.table)])), flush=True)
     if args.dry_run:
@@ -113,7 +108,7 @@ def _main(argv: Sequence[str] | None) -> None:
     for cell in outcome.elsewhere:
         print(f"note: {cell.name}: another process is at it", file=sys.stderr)
     try:
-        if finished:
+        if outcome.finished:
             _render(args.table, results)
     except UserError as error:
         if not outcome.failed:
@@ -143,40 +138,21 @@ def _value(text: str) -> Any:
     return {"True": True, "False": False}.get(text, text)
 
 
-def _jobs(wanted: int | None, cells: int) -> int:
-    """Return the number of runs at a time on a CPU."""
-    if wanted is not None:
-        return whole_number("jobs", wanted, at_least=1, at_most=1024)
-    from rs_consistency.devices.host import available_cores  # JAX is slow to import
-
-    return min(available_cores(), cells)
-
-
-def _root() -> Path:
-    """Return the folder of `configs/`."""
-    import configs
-
-    return Path(configs.__path__[0]).parent
-
-
-def _plan(cells: Sequence[Cell], states: dict[str, Any], runner: Any, jobs: int) -> str:
+def _plan(cells: Sequence[Cell], states: Sequence[Any], runner: Any, jobs: int) -> str:
     """Return a line for each cell, and the time of all cells together."""
-    lines = []
+    lines, to_do = [], [(cell, state) for cell, state in zip(cells, states, strict=True) if not state.certified]
     width = max(len(cell.name) for cell in cells)
-    for cell in cells:
-        state = states[cell.name]
-        if state.certified:
-            what = "finished"
-        else:
+    for cell, state in zip(cells, states, strict=True):
+        what = "finished"
+        if not state.certified:
             left = runner.speeds.estimate([(cell, state)], jobs=1).text()
-            done = f"epoch {state.epochs}/{cell.config().num_epochs}, image {state.images}/{cell.selection.size}"
-            what = f"{done}, {left}"
-        notes = f"  (not as published: {', '.join(deviations(cell))})" if deviations(cell) else ""
-        lines.append(f"{cell.name:{width}}  {what}{notes}")
-    to_do = [(cell, states[cell.name]) for cell in cells if not states[cell.name].certified]
+            what = (
+                f"epoch {state.epochs}/{cell.config().num_epochs}, image {state.images}/{cell.selection.size}, {left}"
+            )
+        changed = ", ".join(deviations(cell))
+        lines.append(f"{cell.name:{width}}  {what}" + (f"  (not as published: {changed})" if changed else ""))
     left = runner.speeds.estimate(to_do, jobs=jobs).text()
-    lines.append(f"{len(cells)} cells, {len(to_do)} to do, {jobs} at a time: {left}")
-    return "\n".join(lines)
+    return "\n".join([*lines, f"{len(cells)} cells, {len(to_do)} to do, {jobs} at a time: {left}"])
 
 
 def _render(table: str, results: Path) -> None:
@@ -185,11 +161,4 @@ def _render(table: str, results: Path) -> None:
     print(render(table, results))
 
 
-def main(argv: Sequence[str] | None = None) -> None:
-    """Run the command."""
-    run_main(_main, argv)
-
-
-def run() -> None:
-    """Run the command as all that its process does."""
-    run_program(main)
+main, run = entry_points(_main)

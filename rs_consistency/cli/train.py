@@ -6,14 +6,13 @@ Installed, the program is rs-train; `configs/mnist.py` is then the project's whe
 """
 
 import contextlib
-import sys
 from collections.abc import Sequence
 from pathlib import Path
 
 from absl import flags
 from ml_collections import ConfigDict, config_flags
 
-from rs_consistency.cli.common import program_words, run_main, run_program
+from rs_consistency.cli.common import entry_points, program_words
 from rs_consistency.cli.config_file import resolve
 from rs_consistency.common.errors import UserError
 
@@ -22,8 +21,8 @@ def _example() -> str:
     return " ".join([*program_words("train"), "--config=configs/mnist.py", "--workdir=runs/mnist"])
 
 
-def _main(argv: Sequence[str] | None) -> None:
-    values = parse([] if argv is None else argv)
+def _main(argv: Sequence[str]) -> None:
+    values = parse(argv)
     if values.help:
         print(f"{__doc__}\nFlags:\n{values.get_help()}\n\nconfigs/default.py names every key of a configuration.")
         return
@@ -110,11 +109,4 @@ def _explain(error: Exception) -> UserError:
     return UserError(f"--config cannot be read: {last_line}; give a file such as configs/mnist.py")
 
 
-def main(argv: Sequence[str] | None = None) -> None:
-    """Run the command."""
-    run_main(_main, sys.argv[1:] if argv is None else argv)
-
-
-def run() -> None:
-    """Run the command as the only work of its process."""
-    run_program(main)
+main, run = entry_points(_main)

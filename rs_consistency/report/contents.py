@@ -44,6 +44,13 @@ class Subject(NamedTuple):
     interval: Interval | None
     notes: list[str]
 
+    def setting(self, key: str) -> Any:
+        """Return the value of the config at a dotted key, None where there is none."""
+        value: Any = self.config
+        for part in key.split("."):
+            value = value.get(part) if isinstance(value, dict) else None
+        return value
+
 
 class Comparison(NamedTuple):
     """Two subjects on the M images that both have.

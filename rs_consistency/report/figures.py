@@ -79,10 +79,8 @@ def save_comparisons(comparisons: Sequence[Comparison], path: Path) -> None:
 def save_gained_lost(pictures: Sequence[tuple[Comparison, np.ndarray, np.ndarray]], path: Path) -> None:
     """Draw the images that gained most and lost most, two rows for each comparison.
 
-    Args:
-      pictures: comparisons, with the images `[G, H, W, C]` of `gained()` and `[L, H, W, C]` of `lost()`, float32 in
-        [0, 1].
-      path: of the PNG.
+    Beside a comparison stand the images `[G, H, W, C]` of its `gained()` and `[L, H, W, C]` of its `lost()`, float32 in
+    [0, 1].
     """
     columns = max(max(len(gained), len(lost)) for _, gained, lost in pictures)
     rows, size = 2 * len(pictures), (1.3 + 1.3 * columns, 1.75 * 2 * len(pictures))
@@ -140,15 +138,9 @@ def save_margins(samples: "Mapping[str, Samples]", path: Path) -> None:
     filled = {"histtype": "stepfilled", "facecolor": COLOURS[5], "edgecolor": "0.35", "hatch": "////", "alpha": 0.6}
     line = {"histtype": "step", "color": "black", "linewidth": 1.6}
     for axes, (label, one) in zip(panels[:, 0], samples.items(), strict=True):
-        for values, name, more, style in (
-            (
-                one.noisy_margins,
-                f"noisy, sigma {one.sigma:g}",
-                f"\namong copies of an image: deviation {one.within():.2f}",
-                filled,
-            ),
-            (one.clean_margins, "clean", "", line),
-        ):
+        within = f"\namong copies of an image: deviation {one.within():.2f}"
+        noisy = (one.noisy_margins, f"noisy, sigma {one.sigma:g}", within, filled)
+        for values, name, more, style in (noisy, (one.clean_margins, "clean", "", line)):
             text = f"{name}: mean {values.mean():.2f}, deviation {values.std():.2f}, wrong {np.mean(values < 0):.1%}"
             inside = np.clip(values.ravel(), bins[0], bins[-1])
             axes.hist(inside, bins=bins, density=True, label=text + more, **style)
@@ -215,11 +207,7 @@ def _beside(axes: Axes, text: str) -> None:
 
 
 def _picture(axes: Axes, image: np.ndarray) -> None:
-    """Draw an image `[H, W, C]` of floats in [0, 1].
-
-    Raises:
-      ValueError: for other pixels, such as stored ones in 0..255.
-    """
+    """Draw an image `[H, W, C]` of floats in [0, 1]; a `ValueError` for other pixels, such as stored ones in 0..255."""
     if not np.issubdtype(image.dtype, np.floating) or image.min() < 0 or image.max() > 1:
         pixels = f"{image.dtype} pixels from {image.min():g} to {image.max():g}"
         raise ValueError(f"{pixels} cannot be drawn: give floats in [0, 1], such as `samples.read_images` returns")

@@ -101,9 +101,8 @@ def write_report(
 
 def write_tables(found: Mapping[str, formats.Cells], folder: Path) -> None:
     """Write tables, by their titles, as Markdown and as LaTeX."""
-    write_text(
-        folder / "tables.md", "\n".join(f"{title}:\n\n{formats.markdown(cells)}" for title, cells in found.items())
-    )
+    parts = (f"{title}:\n\n{formats.markdown(cells)}" for title, cells in found.items())
+    write_text(folder / "tables.md", "\n".join(parts))
     needs = "% The tables of report.html; \\usepackage{booktabs}.\n\n"
     parts = (f"% {title}\n{formats.latex(cells)}" for title, cells in found.items())
     write_text(folder / "tables.tex", needs + "\n".join(parts))
@@ -126,9 +125,8 @@ def write_csv(
         compared.append(pair | one.difference._asdict() | {"interval": one.difference.interval._asdict()})
         for place in one.order():
             first, second = one.radii[:, place]
-            image = {"image": one.images[place], "label": one.labels[place]}
-            radii = {"radius_first": first, "radius_second": second, "difference": first - second}
-            images.append(pair | image | radii)
+            radii = {"radius": {"first": first, "second": second}, "difference": first - second}
+            images.append(pair | {"image": one.images[place], "label": one.labels[place]} | radii)
     write_text(folder / "comparisons.csv", formats.csv_text(compared))
     write_text(folder / "differences.csv", formats.csv_text(images))
 

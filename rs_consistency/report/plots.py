@@ -124,7 +124,7 @@ def save_p_a(evidences: Mapping[str, Evidence | None], path: Path) -> None:
       path: of the PNG; replaced if it exists.
     """
     figure, axes = plt.subplots(figsize=(6.4, 4.8), layout="constrained")
-    places = {label: place for place, label in enumerate(evidences)}
+    styles = {label: line_style(place) for place, label in enumerate(evidences)}
     evidences = {label: evidence for label, evidence in evidences.items() if evidence is not None}
     ceilings = {
         float(radius_ceiling(settings.n, alpha=settings.alpha, sigma=1.0, bound=settings.bound))
@@ -135,10 +135,10 @@ def save_p_a(evidences: Mapping[str, Evidence | None], path: Path) -> None:
     left = special.ndtri(np.clip(smallest, _LEFTMOST, 0.45)) - 0.15
     right = max(ceilings) + 0.35
     for label, evidence in evidences.items():
-        style, settings = line_style(places[label]), evidence.settings
-        _ecdf(axes, estimates[label], left, right, linewidth=0.8, **style)
+        settings = evidence.settings
+        _ecdf(axes, estimates[label], left, right, linewidth=0.8, **styles[label])
         legend = f"{label}: n = {settings.n:,}, alpha = {settings.alpha:.3g}, {settings.bound}"
-        _ecdf(axes, evidence.lower, left, right, linewidth=1.8, label=plain(legend), **style)
+        _ecdf(axes, evidence.lower, left, right, linewidth=1.8, label=plain(legend), **styles[label])
     for ceiling in ceilings:
         axes.axvline(ceiling, color="0.4", linewidth=0.8, linestyle=":")
     axes.set(xlim=(left, right), ylim=(0, 1.01), ylabel="share of images with at most this p_A")

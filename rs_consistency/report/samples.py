@@ -60,9 +60,7 @@ class Samples(NamedTuple):
 def open_images(subject: Subject, *, data_dir: str = "") -> data.OpenSplit:
     """Open the dataset that a file certifies.
 
-    Args:
-      subject: the file.
-      data_dir: folder of the prepared dataset; empty for the folder that its run names.
+    The folder of the prepared dataset is `data_dir`, or, if that is empty, the folder that the file's run names.
 
     Raises:
       UserError: when the file's record does not name the dataset, or the dataset is missing or has another content.
@@ -70,13 +68,11 @@ def open_images(subject: Subject, *, data_dir: str = "") -> data.OpenSplit:
     name, split, wanted = (str(subject.record.get(key, "")) for key in ("dataset", "split", "data_digest"))
     if not (name and split and wanted):
         raise UserError(f"{subject.path} has no record of certify.py that names its images")
-    places = subject.config.get("dataset")
-    places = places if isinstance(places, dict) else {}
     found = data.open_split(
         name,
         split,
-        data_dir=data_dir or str(places.get("data_dir", "")),
-        cache_dir=str(places.get("cache_dir", "")),
+        data_dir=data_dir or str(subject.setting("dataset.data_dir") or ""),
+        cache_dir=str(subject.setting("dataset.cache_dir") or ""),
     )
     if found.digest() != wanted:
         raise UserError(f"{name} ({split}) is not the data that {subject.path} is of")

@@ -1,7 +1,7 @@
 """The tables of analyze.py: cells made from summaries, comparisons and records; `report.formats` writes them."""
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 from rs_consistency.report.formats import cells
@@ -25,11 +25,9 @@ _COMMIT_DIGITS = 12
 
 
 def measures(summaries: Sequence[dict[str, Any]], intervals: "Sequence[Interval | None]" = ()) -> list[list[str]]:
-    """Return ACR, accuracy, abstention and certified accuracies, a line for each file.
+    """Return ACR, accuracy, abstention and certified accuracies, a line for each of `measures.summarize`.
 
-    Args:
-      summaries: from `measures.summarize`.
-      intervals: of the ACR, for each file or None where a file has none; empty for a table without intervals.
+    The intervals are those of the ACR, None for a file without one. Without any, the column is left out.
     """
     return cells(
         [
@@ -112,35 +110,25 @@ def settings(subjects: "Sequence[Subject]") -> list[list[str]]:
 
     alpha and bound are the values that the radii follow from, also where the radii were recomputed.
     """
-    names = ["file", *_RECORDED, "alpha", "bound", *(name for _, name in _TRAINED), "device", "code"]
     known = [_told(one) for one in subjects]
     lines = [
-        [name, *("-" if each.get(name) is None else str(each[name]) for each in known)]
-        for name in names
-        if any(each.get(name) is not None for each in known)
+        [name, *("-" if each[name] is None else str(each[name]) for each in known)]
+        for name in known[0]
+        if any(each[name] is not None for each in known)
     ]
     return [["setting", *(one.label for one in subjects)], *lines]
 
 
 def _told(one: "Subject") -> dict[str, Any]:
-    """Return the known settings of a file by their names in the table."""
-    told: dict[str, Any] = {"file": one.path}
-    told |= {name: one.record.get(name) for name in (*_RECORDED, "alpha", "bound", "device")}
-    told |= {name: _inside(one.config, key) for key, name in _TRAINED}
-    commit = one.record.get("git_commit")
-    if isinstance(commit, str):
-        told["code"] = commit[:_COMMIT_DIGITS] + (" (dirty)" if commit.endswith("(dirty)") else "")
+    """Return the settings of a file by their names in the table, None for an unknown one."""
+    recorded = {name: one.record.get(name) for name in (*_RECORDED, "alpha", "bound")}
     if one.evidence is not None:
-        told |= {"alpha": f"{one.evidence.settings.alpha:.4g}", "bound": one.evidence.settings.bound}
-    return told
-
-
-def _inside(config: Mapping[str, Any], key: str) -> Any:
-    """Return the value at a dotted key, None where there is none."""
-    value: Any = config
-    for part in key.split("."):
-        value = value.get(part) if isinstance(value, dict) else None
-    return value
+        recorded |= {"alpha": f"{one.evidence.settings.alpha:.4g}", "bound": one.evidence.settings.bound}
+    trained = {name: one.setting(key) for key, name in _TRAINED}
+    code = one.record.get("git_commit")
+    if isinstance(code, str):
+        code = code[:_COMMIT_DIGITS] + (" (dirty)" if code.endswith("(dirty)") else "")
+    return {"file": one.path, **recorded, **trained, "device": one.record.get("device"), "code": code}
 
 
 def _range(interval: "Interval | None", form: str) -> str:

@@ -20,10 +20,8 @@ _MOST_CRASHES = 2  # by a signal, such as for lack of memory, before a cell coun
 class Outcome(NamedTuple):
     """The ends of the cells of a plan.
 
-    Attributes:
-      finished: cells that are trained and certified, by this call or an earlier call.
-      failed: name of a cell -> reason, with the path of the log.
-      elsewhere: cells that another process runs.
+    Cells are finished by this call or an earlier call. Those that failed have a reason, with the path of the log, by
+    their names. Cells elsewhere are those that another process runs.
     """
 
     finished: list[Cell]
@@ -45,38 +43,25 @@ class Jobs(Protocol):
 
     def workdir(self, cell: Cell) -> Path:
         """Return the folder of a cell."""
-        ...
 
     def log(self, cell: Cell) -> Path:
         """Return the log of a cell's programs."""
-        ...
 
     def glance(self, cell: Cell) -> State:
         """Return the state of a cell, by counting lines."""
-        ...
 
     def done(self, cell: Cell, state: State) -> None:
         """Take note of a finished cell."""
-        ...
 
     def time(self, cell: Cell, *, slot: int = 0) -> None:
         """Measure the speed of a cell."""
-        ...
 
     def start(self, cell: Cell, program: str, slot: int) -> subprocess.Popen[bytes]:
         """Start a program for a cell."""
-        ...
 
 
 class CellRun:
-    """A running cell with its current program.
-
-    Attributes:
-      cell: the cell.
-      slot: number of its job.
-      process: process that trains or certifies it; None before the first process.
-      state: its last known state.
-    """
+    """A running cell with its current program, in the job `slot`; there is no process before the first step."""
 
     def __init__(self, runner: Jobs, cell: Cell, slot: int) -> None:
         self.cell, self.slot = cell, slot

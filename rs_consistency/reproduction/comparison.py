@@ -9,7 +9,7 @@ import numpy as np
 
 from rs_consistency.certificates.measures import certified_accuracy
 from rs_consistency.certificates.read import Certificates
-from rs_consistency.reproduction.plan import is_about_images
+from rs_consistency.reproduction.plan import without_images
 from rs_consistency.reproduction.published import Published, Table, published_acr
 from rs_consistency.reproduction.results import Result
 from rs_consistency.statistics.intervals import (
@@ -22,56 +22,41 @@ from rs_consistency.statistics.intervals import (
 
 
 class Row(NamedTuple):
-    """One method at one sigma, over its seeds.
+    """One method at one sigma over its seeds, whose settings are those of the `first` run.
 
     Attributes:
-      method: name of the method.
-      sigma: standard deviation of the noise.
-      lbd: weight of the consistency term in a table that compares weights; None in other tables.
-      acr: mean over the seeds.
-      deviation: standard deviation over the seeds; None for a single seed.
+      acr, accuracy: means over the seeds.
+      deviation: standard deviation of the ACR over the seeds; None for a single seed.
       interval: 95 % bootstrap interval of the ACR over images.
-      accuracy: share of correctly classified images, mean over the seeds.
-      published: published ACR; None where there is none for this model and dataset.
-      difference: measured minus published.
+      published: None where nothing is published for this model and dataset.
       error: standard error of the difference, from `difference_error`; None where it is not known.
-      seeds: number of seeds.
-      images: number of images certified for each seed.
-      epochs: number of epochs trained.
-      notes: deviations from the published settings, a phrase each.
     """
 
-    method: str
-    sigma: float
-    lbd: float | None
-    acr: float
-    deviation: float | None
-    interval: Interval
-    accuracy: float
-    published: Published | None
-    difference: float | None
-    error: float | None
+    first: Result
     seeds: int
     images: int
-    epochs: int
-    notes: tuple[str, ...]
+    acr: float
+    accuracy: float
+    deviation: float | None
+    interval: Interval
+    published: Published | None
+    error: float | None
+
+    @property
+    def difference(self) -> float | None:
+        """Measured minus published ACR."""
+        return None if self.published is None else self.acr - self.published.acr
 
     @property
     def errors_apart(self) -> float | None:
         """The difference in standard errors."""
-        return None if not self.error or self.difference is None else self.difference / self.error
+        return self.difference / self.error if self.error else None
 
 
 class Pair(NamedTuple):
-    """Two methods on the same images, over the seeds that both have with the same settings: method minus baseline.
+    """Two methods on the images that all runs have, over their common seeds with the same settings.
 
-    Attributes:
-      sigma: standard deviation of the noise.
-      method: name of a method.
-      baseline: name of the other method.
-      seeds: number of seeds.
-      difference: over the images that all runs have.
-      notes: deviations of either method's runs from the published settings, a phrase each.
+    The difference is `method` minus `baseline`. The notes are the deviations of all runs from the published settings.
     """
 
     sigma: float
@@ -79,7 +64,7 @@ class Pair(NamedTuple):
     baseline: str
     seeds: int
     difference: PairedDifference
-    notes: tuple[str, ...] = ()
+    notes: tuple[str, ...]
 
 
 def groups_of(results: Sequence[Result]) -> list[list[Result]]:
@@ -90,8 +75,8 @@ def groups_of(results: Sequence[Result]) -> list[list[Result]]:
     """
 
     def kind(one: Result) -> tuple:
-        images = tuple(np.sort(one.certificates.idx).tolist())
-        others = tuple(text for text in one.deviations if not is_about_images(text))
+        images = np.sort(one.certificates.idx).tolist()
+        others = without_images(one.deviations)
         return one.sigma, one.method, one.lbd or 0, one.epochs, others, images, one.data_digest or ""
 
     return [list(group) for _, group in itertools.groupby(sorted(results, key=kind), key=kind)]
@@ -107,32 +92,18 @@ def _row(group: Sequence[Result], table: Table) -> Row:
     acr, per_image = float(radii.mean()), radii.mean(axis=0)
     deviation = float(radii.mean(axis=1).std(ddof=1)) if len(group) > 1 else None
     changed = dict(phrase.partition(" ")[::2] for phrase in first.deviations)
-    published = published_acr(
-        table,
-        method=first.method,
-        sigma=first.sigma,
-        lbd=first.lbd,
-        dataset=changed.get("dataset.name"),
-        model=changed.get("model"),
-    )
-    error = None
-    if published is not None and len(per_image) > 1:
-        error = difference_error(per_image, deviation, len(group), published, table)
+    published = published_acr(table, first.method, first.sigma, first.lbd, changed)
+    known = published is not None and len(per_image) > 1
     return Row(
-        method=first.method,
-        sigma=first.sigma,
-        lbd=first.lbd,
+        first=first,
+        seeds=len(group),
+        images=len(per_image),
         acr=acr,
+        accuracy=float(np.mean([certified_accuracy(one.certificates, 0.0) for one in group])),
         deviation=deviation,
         interval=bootstrap_interval(per_image) if len(per_image) > 1 else Interval(acr, acr),
-        accuracy=float(np.mean([certified_accuracy(one.certificates, 0.0) for one in group])),
         published=published,
-        difference=None if published is None else acr - published.acr,
-        error=error,
-        seeds=len(group),
-        images=radii.shape[1],
-        epochs=first.epochs,
-        notes=first.deviations,
+        error=difference_error(per_image, deviation, len(group), published, table) if known else None,
     )
 
 
@@ -147,15 +118,8 @@ def difference_error(
     It is that of a sample of the published images, 0 for all of them. Where measured and published images are two
     samples (`Table.same_images` is False), it is that of both, at the measured images' standard deviation.
 
-    Args:
-      per_image: `[N]`, radius times correct, averaged over the measured seeds.
-      deviation: over the measured seeds; None for a single seed.
-      seeds: number of measured seeds.
-      published: published ACR.
-      table: of the published ACR.
-
-    Returns:
-      None when no deviation over seeds is known: an error from the images alone would be too small.
+    The result is None when no deviation over seeds is known: an error from the images alone would be too small.
+    `per_image` `[N]` is radius times correct, averaged over the measured seeds.
     """
     known = [(seeds - 1, deviation), (published.seeds - 1, published.deviation)]
     squares = [(freedom, s**2) for freedom, s in known if s is not None and freedom]
@@ -170,26 +134,22 @@ def difference_error(
     return math.sqrt(pooled * (1 / seeds + 1 / published.seeds) + images**2)
 
 
-def pairs_of(results: Sequence[Result], baselines: Sequence[str] = ("gaussian", "smoothadv")) -> list[Pair]:
+def pairs_of(results: Sequence[Result]) -> list[Pair]:
     """Compare every method with Gaussian, and a method with the consistency term with the method without it.
 
     Only runs of the same settings are compared. The numbers of images may differ: the common images are compared.
     """
+    kinds: dict[Any, dict[str, dict[int, Result]]] = {}  # sigma and settings -> method -> seed -> run
+    for one in results:
+        if one.lbd is None:
+            kinds.setdefault((one.sigma, _settings(one)), {}).setdefault(one.method, {})[one.seed] = one
     found = []
-    for sigma, group in itertools.groupby(sorted(results, key=lambda one: one.sigma), key=lambda one: one.sigma):
-        kinds: dict[Any, dict[str, dict[int, Result]]] = {}  # settings -> method -> seed -> run
-        for one in group:
-            if one.lbd is None:
-                kinds.setdefault(_settings(one), {}).setdefault(one.method, {})[one.seed] = one
-        for baseline, method in itertools.product(
-            baselines, sorted({name for runs in kinds.values() for name in runs})
-        ):
-            if method == baseline or (baseline != "gaussian" and method != f"{baseline}+consistency"):
-                continue
-            for runs in kinds.values():
-                ours, theirs = runs.get(method, {}), runs.get(baseline, {})
-                found += _pair(sigma, method, baseline, [(ours[seed], theirs[seed]) for seed in ours if seed in theirs])
-    return found
+    for runs in kinds.values():
+        for method, baseline in itertools.permutations(runs, 2):
+            if baseline == "gaussian" or method == f"{baseline}+consistency":
+                seeds = [seed for seed in runs[method] if seed in runs[baseline]]
+                found += _pair([(runs[method][seed], runs[baseline][seed]) for seed in seeds])
+    return sorted(found, key=lambda pair: (pair.sigma, pair.baseline, pair.method))
 
 
 def _settings(one: Result) -> tuple[int, tuple[str, ...], str | None]:
@@ -198,22 +158,24 @@ def _settings(one: Result) -> tuple[int, tuple[str, ...], str | None]:
     Warm-ups, which not all methods have, follow the epochs and are left out. The dataset's content is part of the
     settings, since images are identified by their numbers.
     """
-    texts = [text for text in one.deviations if not is_about_images(text)]
+    texts = without_images(one.deviations)
     if any(text.startswith("num_epochs ") for text in texts):
         texts = [text for text in texts if not text.partition(" ")[0].endswith(".warmup_epochs")]
     return one.epochs, tuple(texts), one.data_digest
 
 
-def _pair(sigma: float, method: str, baseline: str, runs: list[tuple[Result, Result]]) -> list[Pair]:
-    """Return the comparison over seeds, image by image; no comparison for fewer than two common images."""
-    if not runs:
-        return []
-    common = sorted(set.intersection(*(set(one.certificates.idx.tolist()) for pair in runs for one in pair)))
+def _pair(runs: Sequence[tuple[Result, Result]]) -> list[Pair]:
+    """Return the comparison over seeds, image by image; none without a seed or two common images."""
+    images = [set(one.certificates.idx.tolist()) for both in runs for one in both]
+    common = sorted(set.intersection(*images)) if runs else []
     if len(common) < 2:
         return []
-    ours, theirs = (np.mean([_radii(pair[side].certificates, common) for pair in runs], axis=0) for side in (0, 1))
-    notes = tuple(dict.fromkeys(text for pair in runs for one in pair for text in one.deviations))
-    return [Pair(sigma, method, baseline, len(runs), paired_difference(ours, theirs), notes)]
+    ours, theirs = (
+        np.mean([_radii(one.certificates, common) for one in side], axis=0) for side in zip(*runs, strict=True)
+    )
+    notes = tuple(dict.fromkeys(text for both in runs for one in both for text in one.deviations))
+    first, other = runs[0]
+    return [Pair(first.sigma, first.method, other.method, len(runs), paired_difference(ours, theirs), notes)]
 
 
 def _radii(table: Certificates, images: Sequence[int] | None = None) -> np.ndarray:
@@ -221,9 +183,3 @@ def _radii(table: Certificates, images: Sequence[int] | None = None) -> np.ndarr
     order = np.argsort(table.idx)
     values = (table.radius * table.correct)[order]
     return values if images is None else values[np.isin(table.idx[order], images)]
-
-
-def together(results: Sequence[Result]) -> Certificates:
-    """Return the lines of a group of `groups_of` as one table, whose curve is the mean over the seeds."""
-    tables = [one.certificates for one in results]
-    return Certificates(*(np.concatenate([getattr(table, name) for table in tables]) for name in Certificates._fields))

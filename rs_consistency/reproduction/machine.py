@@ -22,12 +22,8 @@ print(json.dumps([devices[0].platform, devices[0].device_kind, len(devices)]))
 class Machine(NamedTuple):
     """The machine of a run.
 
-    Attributes:
-      platform: of its devices: cpu, gpu or tpu.
-      kind: JAX's name of its devices.
-      devices: number of devices.
-      processor: name of the host's processor.
-      host: name of the host or container, which tells machines that share a folder apart.
+    Its devices have a `platform`, such as gpu, and a `kind`, JAX's name. The `host`, the name of the host or container,
+    tells machines that share a folder apart.
     """
 
     platform: str
@@ -48,11 +44,8 @@ class Machine(NamedTuple):
 def this_machine(jobs: int | None = None) -> Machine:
     """Return the devices that JAX finds here, in a process of its own: this process must not hold an accelerator.
 
-    Args:
-      jobs: runs at a time, which share the cores of a CPU; None for one run on each core.
-
-    Raises:
-      UserError: when JAX finds no device.
+    The jobs, runs at a time, share the cores of a CPU; None stands for one run on each core. A `UserError` is raised
+    when JAX finds no device.
     """
     several = ["cores"] if jobs and available_cores() // jobs >= CPU_DEVICES else []  # a run makes devices of its cores
     done = subprocess.run([sys.executable, "-c", _CODE, *several], capture_output=True, text=True, check=False)

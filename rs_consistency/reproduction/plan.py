@@ -21,23 +21,15 @@ from rs_consistency.training.config import PLACE_KEYS, flatten, validate
 PUBLISHED_VOTES = {"mode": "certify", "n0": N0, "alpha": ALPHA, "bound": BOUNDS[0]}  # of every certificate
 _NEEDS_TEACHER, _TEACHER_SIGMA = "catrs", 0.25
 _FORWARD_PASSES = 3  # in the time of a gradient
-_OTHER_ORDER = "images picked in the order of tensorflow-datasets instead of the original one"
 _HAVE_OPTIONS = ("seed", "sigma", "method", "num_epochs", "dataset.name", "model")
 
 
 class Cell(NamedTuple):
     """One run: trained once, certified once.
 
-    Attributes:
-      table: name of its table.
-      method: name of a row, as in the config file.
-      sigma: standard deviation of the noise.
-      seed: of training and certification.
-      lbd: weight of the consistency term in a table that compares weights; None in other tables.
-      overrides: configuration keys with values that differ from the published cell's.
-      selection: the images that are certified.
-      n: votes of an image.
-      needs: name of the cell whose training must be finished first; None for no other cell.
+    Its `method` is a row of the table, and its `seed` the seed of both programs. `lbd` is the weight of the consistency
+    term in a table that compares weights, None in other tables. `overrides` are the configuration keys that differ from
+    the published cell's, and `n` the votes of an image. The training of the cell `needs` must be finished first.
     """
 
     table: str
@@ -56,10 +48,6 @@ class Cell(NamedTuple):
         weight = "" if self.lbd is None else f"_lbd{self.lbd:g}"
         return f"{self.method}{weight}_sigma{self.sigma:.2f}_seed{self.seed}"
 
-    def config_argument(self, root: Path) -> str:
-        """Return the value of `--config=`: the config file with the cell."""
-        return f"{root / 'configs' / table_of(self.table).config}.py:method={self.method},sigma={self.sigma:g}"
-
     def config(self) -> ConfigDict:
         """Return the whole configuration, as the training gets it."""
         module = importlib.import_module(f"configs.{table_of(self.table).config}")
@@ -70,7 +58,8 @@ class Cell(NamedTuple):
     def train_arguments(self, root: Path, workdir: Path) -> list[str]:
         """Return the arguments of train.py."""
         overrides = [f"--config.{key}={value}" for key, value in self.overrides.items()]
-        return [f"--config={self.config_argument(root)}", *overrides, f"--workdir={workdir}"]
+        file = root / "configs" / f"{table_of(self.table).config}.py"
+        return [f"--config={file}:method={self.method},sigma={self.sigma:g}", *overrides, f"--workdir={workdir}"]
 
     def certify_arguments(self, workdir: Path) -> list[str]:
         """Return the arguments of certify.py."""
@@ -81,16 +70,9 @@ class Cell(NamedTuple):
 class Options(NamedTuple):
     """A user's choices about a plan. None stands for the published setting.
 
-    Attributes:
-      methods: rows of the table; by default the rows with a published deviation over seeds, or all if none has one.
-      sigmas: columns.
-      seeds: number of seeds: 0, 1, ...
-      images: number of certified images, spread evenly over the test set.
-      n: votes of an image.
-      epochs: number of epochs; the schedules follow it.
-      dataset: another dataset, such as mnist_subset.
-      model: another model, such as resnet20.
-      settings: values of further configuration keys.
+    By default the `methods` are the rows with a published deviation over seeds, or all if none has one. The `seeds` are
+    0, 1, ..., and the `images` spread evenly over the test set. The schedules follow the `epochs`. Further keys of all
+    configurations are in `settings`.
     """
 
     methods: Sequence[str] | None = None
@@ -107,13 +89,8 @@ class Options(NamedTuple):
 def make_plan(table_name: str, options: Options, *, workdir: Path) -> list[Cell]:
     """Return the cells of a table in the order of their runs: the first seed of every cell, then the next seed.
 
-    Args:
-      table_name: a key of `published.TABLES`.
-      options: choice of cells and settings.
-      workdir: folder of the cells' workdirs, for the teacher that CAT-RS needs.
-
-    Raises:
-      UserError: for an option that cannot work, or cells without published settings.
+    The teacher that CAT-RS needs is another cell, with its workdir in the folder `workdir`.
+    A `UserError` is raised for an option that cannot work, or cells without published settings.
     """
     table = table_of(table_name)
     module = importlib.import_module(f"configs.{table.config}")
@@ -181,26 +158,26 @@ def deviations(cell: Cell) -> list[str]:
     Folders and numbers of devices are no deviations. Examples of phrases: `model resnet20`, `dataset.name svhn`,
     `500 of 10,000 images`.
     """
-    table, published = table_of(cell.table), flatten(cell._replace(overrides={}).config())
-    own = ("seed", "consistency.lbd" if cell.lbd is not None else "", "catrs.teacher")
+    table = table_of(cell.table)
+    own = {"seed", "catrs.teacher", "consistency.lbd" if table.lbds else "", *PLACE_KEYS}
     found = [
         f"{key} {Path(value).name if key == 'init_from' else value}"
         for key, value in cell.overrides.items()
-        if key not in own and key not in PLACE_KEYS and value != published.get(key)
+        if key not in own
     ]
     size, split_size = cell.selection.size, cell.selection.split_size
     if size != min(table.images, split_size):
         found.append(f"{size:,} of {split_size:,} images")
     if not table.same_images and size < split_size:
-        found.append(_OTHER_ORDER)
+        found.append("images picked in the order of tensorflow-datasets instead of the original one")
     if cell.n != N:
         found.append(f"n {cell.n:,}")
     return found
 
 
-def is_about_images(deviation: str) -> bool:
-    """Return whether a phrase of `deviations` gives only the number of certified images."""
-    return re.fullmatch("[0-9,]+ of [0-9,]+ images", deviation) is not None
+def without_images(deviations: Sequence[str]) -> list[str]:
+    """Return the phrases of `deviations` but the number of certified images."""
+    return [text for text in deviations if not re.fullmatch("[0-9,]+ of [0-9,]+ images", text)]
 
 
 def not_available(table_name: str) -> str:
@@ -282,11 +259,7 @@ def _checked(settings: Mapping[str, Any], known: Mapping[str, Any], table_name: 
 
 
 def _selection(table: Table, options: Options) -> Selection:
-    """Return every kth image of the test set, the number of images that the options ask for.
-
-    Raises:
-      UserError: for a number of images that no k gives; it names the nearest numbers.
-    """
+    """Return every kth image of the test set; a `UserError` for a number that no k gives names the nearest numbers."""
     total = data.dataset_info(options.dataset or table.dataset).test_size
     wanted = min(table.images, total)
     if options.images is not None:
@@ -304,13 +277,12 @@ def _settled(cell: Cell) -> Cell:
 
     Overrides that equal the published setting are left out.
     """
-    published = cell._replace(overrides={}).config()
-    own: dict[str, Any] = {"seed": cell.seed} if cell.seed else {}
-    if cell.lbd is not None and cell.lbd != published.consistency.lbd:
+    published = flatten(cell._replace(overrides={}).config())
+    own: dict[str, Any] = {"seed": cell.seed}
+    if cell.lbd is not None:
         own["consistency.lbd"] = cell.lbd
-    flat = flatten(published)
-    for key in ("optimizer.lr_step_size", f"{published.method}.warmup_epochs"):
-        if "num_epochs" in cell.overrides and key in flat and key not in cell.overrides:
-            own[key] = max(1, round(flat[key] * cell.overrides["num_epochs"] / published.num_epochs))
+    for key in ("optimizer.lr_step_size", f"{published['method']}.warmup_epochs"):
+        if "num_epochs" in cell.overrides and key in published and key not in cell.overrides:
+            own[key] = max(1, round(published[key] * cell.overrides["num_epochs"] / published["num_epochs"]))
     overrides = {**cell.overrides, **own}
-    return cell._replace(overrides={key: value for key, value in overrides.items() if value != flat[key]})
+    return cell._replace(overrides={key: value for key, value in overrides.items() if value != published[key]})

@@ -13,21 +13,24 @@ from rs_consistency.common.errors import UserError
 
 
 class Published(NamedTuple):
-    """A published ACR.
+    """A published ACR; None for what was not published.
 
     Attributes:
-      acr: mean over the seeds, with which a measured ACR is compared.
-      deviation: standard deviation over the seeds; None where it was not published.
+      reported: mean over the seeds, in a paper or an answer to reviewers.
+      deviation: standard deviation over the seeds.
       seeds: number of seeds.
-      released: ACR of the per-image files that the authors released; None where there are none.
-      reported: whether `acr` stands in a paper or an answer to reviewers; otherwise it equals `released`.
+      released: ACR of the per-image files that the authors released.
     """
 
-    acr: float
+    reported: float | None
     deviation: float | None = None
     seeds: int = 1
     released: float | None = None
-    reported: bool = True
+
+    @property
+    def acr(self) -> float:
+        """The ACR with which a measured ACR is compared: the reported one, if there is one."""
+        return self.released if self.reported is None else self.reported
 
 
 class Table(NamedTuple):
@@ -35,10 +38,7 @@ class Table(NamedTuple):
 
     Attributes:
       config: file in `configs/` with the settings of the cells.
-      dataset: name of the dataset.
-      images: certified in the published table.
-      epochs: published.
-      sigmas: columns.
+      images: number of images that were certified.
       cells: (method, sigma) -> number; only cells with published settings in the config can be run.
       lbds: weights of the consistency term that are compared, for `tradeoff`; empty for other tables.
       same_images: whether test images certified here are among the images of the published mean. Not for ImageNet:
@@ -74,7 +74,7 @@ def _five(acr: float, deviation: float, released: float) -> Published:
 
 
 def _released(acr: float) -> Published:
-    return Published(acr, released=acr, reported=False)
+    return Published(None, released=acr)
 
 
 _MNIST = _rows(
@@ -153,19 +153,15 @@ def table_of(name: str) -> Table:
 
 
 def published_acr(
-    table: Table, *, method: str, sigma: float, lbd: float | None, dataset: str | None = None, model: str | None = None
+    table: Table, method: str, sigma: float, lbd: float | None, changed: Mapping[str, str]
 ) -> Published | None:
     """Return the published number to compare a measured ACR with, None where there is none.
 
-    Args:
-      table: of the measured number.
-      method: row.
-      sigma: column.
-      lbd: weight of the consistency term in a table that compares weights; None in other tables.
-      dataset: name of the dataset where it is not the table's.
-      model: name of the model where it is not the table's.
+    `lbd` is the weight of the consistency term in a table that compares weights. `changed` are the settings, by key,
+    that deviate from the published ones.
     """
-    if dataset is not None:
+    model = changed.get("model")
+    if "dataset.name" in changed:
         return None
     if lbd is not None:
         return _released(TRADEOFF[lbd][0]) if lbd in TRADEOFF and model is None else None

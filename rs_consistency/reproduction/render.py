@@ -1,17 +1,20 @@
 """Tables and pictures of reproduced results: text, Markdown, LaTeX, PNG, PDF; made from the results' folder alone."""
 
 import itertools
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
+
+import numpy as np
 
 from rs_consistency.certificates.read import Certificates
 from rs_consistency.common.files import write_text
 from rs_consistency.report import formats
 from rs_consistency.report.plots import plt, save, save_curves
-from rs_consistency.reproduction.comparison import Pair, Row, groups_of, pairs_of, rows_of, together
+from rs_consistency.reproduction.comparison import Pair, Row, groups_of, pairs_of, rows_of
 from rs_consistency.reproduction.plan import not_available
-from rs_consistency.reproduction.published import TRADEOFF, table_of
+from rs_consistency.reproduction.published import TRADEOFF, Published, table_of
 from rs_consistency.reproduction.results import NOT_RECORDED, Result, read_results
 
 _Cells = list[list[str]]
@@ -21,22 +24,13 @@ _ORANGE, _COLOURS = "#D55E00", ("#0072B2", "#009E73", "#CC79A7", "#56B4E9", "#00
 
 
 def render(table_name: str, results: Path) -> str:
-    """Write `table.md`, `table.tex` and the pictures of a table beside its results.
-
-    Args:
-      table_name: a key of `published.TABLES`.
-      results: folder of all tables.
-
-    Returns:
-      The table as text for a terminal.
-
-    Raises:
-      UserError: when there are no results of the table.
-    """
+    """Write `table.md`, `table.tex` and the pictures of a table beside its results, and return it as text."""
     folder, table = results / table_name, table_of(table_name)
     found = read_results(folder)
     rows, pairs = rows_of(found, table), pairs_of(found)
-    letters = _letters([*rows, *pairs])
+    # A letter for every kind of notes: a, b, ..., z, aa, bb, ...
+    kinds = filter(None, dict.fromkeys([row.first.deviations for row in rows] + [pair.notes for pair in pairs]))
+    letters = {kind: chr(ord("a") + number % 26) * (1 + number // 26) for number, kind in enumerate(kinds)}
     cells, paired = _table(rows, letters), _paired(pairs, letters)
     notes = [f"({letter}) not as published: {', '.join(kind)}" for kind, letter in letters.items()]
     notes += [*_made(found), *filter(None, [not_available(table_name)])]
@@ -49,12 +43,6 @@ def render(table_name: str, results: Path) -> str:
         for sigma, some in itertools.groupby(groups_of(found), key=lambda group: group[0].sigma):
             save_curves(_curves(list(some), letters), folder / f"certified_accuracy_sigma{sigma:.2f}.png")
     return _document(cells, paired, notes, formats.aligned, "\n") + f"\nwritten: {folder}"
-
-
-def _letters(lines: Sequence[Row | Pair]) -> dict[tuple[str, ...], str]:
-    """Return a letter for every kind of notes: a, b, ..., z, aa, bb, ..."""
-    kinds = dict.fromkeys(line.notes for line in lines if line.notes)
-    return {kind: chr(ord("a") + number % 26) * (1 + number // 26) for number, kind in enumerate(kinds)}
 
 
 def _made(results: Sequence[Result]) -> list[str]:
@@ -90,15 +78,15 @@ def _place(call: Mapping[str, Any]) -> str:
 
 
 def _curves(groups: Sequence[Sequence[Result]], letters: _Letters) -> dict[str, Certificates]:
-    """Return a curve for each group, named as in the table."""
+    """Return the lines of each group as one table, whose curve is the mean over the seeds, named as in the table."""
     curves: dict[str, Certificates] = {}
+    numbers: Counter[str] = Counter()
     for group in groups:
-        label = name = _lettered(group[0].method, group[0].deviations, letters)
-        number = 1
-        while label in curves:  # as many images, but others
-            number += 1
-            label = f"{name} {number}"
-        curves[label] = together(group)
+        name = _lettered(group[0].method, group[0].deviations, letters)
+        numbers[name] += 1  # 2 for as many images, but others
+        columns = zip(*(one.certificates for one in group), strict=True)
+        label = name if numbers[name] == 1 else f"{name} {numbers[name]}"
+        curves[label] = Certificates(*map(np.concatenate, columns))
     return curves
 
 
@@ -116,25 +104,21 @@ def _table(rows: Sequence[Row], letters: _Letters) -> _Cells:
 
 
 def _line(row: Row, letters: _Letters) -> dict[str, str]:
-    published, reported, released = row.published, "-", "-"
-    if published and published.reported:
-        reported = _with_deviation(published.acr, published.deviation)
-    if published and published.released is not None:
-        released = f"{published.released:.4f}"
+    first, published = row.first, row.published or Published(None)
     return {
-        "method": row.method if row.lbd is None else f"{row.method} (lbd {row.lbd:g})",
-        "sigma": f"{row.sigma:.2f}",
+        "method": first.method if first.lbd is None else f"{first.method} (lbd {first.lbd:g})",
+        "sigma": f"{first.sigma:.2f}",
         "ACR": _with_deviation(row.acr, row.deviation),
         "95 % over images": f"{row.interval.low:.4f} to {row.interval.high:.4f}",
-        "reported": reported,
-        "released files": released,
+        "reported": _with_deviation(published.reported, published.deviation),
+        "released files": _with_deviation(published.released),
         "difference": "-" if row.difference is None else f"{row.difference:+.4f}",
         "std. errors": "-" if row.errors_apart is None else f"{row.errors_apart:+.1f}",
         "accuracy": f"{row.accuracy:.4f}",
         "seeds": str(row.seeds),
         "images": f"{row.images:,}",
-        "epochs": str(row.epochs),
-        "note": letters.get(row.notes, ""),
+        "epochs": str(first.epochs),
+        "note": letters.get(first.deviations, ""),
     }
 
 
@@ -159,8 +143,8 @@ def _paired(pairs: Sequence[Pair], letters: _Letters) -> _Cells:
     )
 
 
-def _with_deviation(value: float, deviation: float | None) -> str:
-    return f"{value:.4f}" + ("" if deviation is None else f" +- {deviation:.4f}")
+def _with_deviation(value: float | None, deviation: float | None = None) -> str:
+    return "-" if value is None else f"{value:.4f}" + ("" if deviation is None else f" +- {deviation:.4f}")
 
 
 def _document(cells: _Cells, paired: _Cells, notes: Sequence[str], write: Callable[[_Cells], str], between: str) -> str:
@@ -181,11 +165,12 @@ def _save_tradeoff(rows: Sequence[Row], letters: _Letters, path: Path) -> None:
         one.plot(weights, [TRADEOFF[lbd][number] for lbd in weights], "s--", color=_ORANGE, label="published")
         for colour, (name, some) in zip(itertools.cycle(_COLOURS), _lines(rows, letters).items(), strict=False):
             measured = [row.acr if number == 0 else row.accuracy for row in some]
-            one.plot([row.lbd for row in some], measured, "o-", color=colour, label=name)
+            measured_at = [row.first.lbd for row in some]
+            one.plot(measured_at, measured, "o-", color=colour, label=name)
             if number == 0:
                 low = [max(0.0, row.acr - row.interval.low) for row in some]  # of equal radii, rounding can be negative
                 high = [max(0.0, row.interval.high - row.acr) for row in some]
-                one.errorbar([row.lbd for row in some], measured, yerr=[low, high], fmt="none", color=colour, capsize=3)
+                one.errorbar(measured_at, measured, yerr=[low, high], fmt="none", color=colour, capsize=3)
         one.set(xlabel="weight of the consistency term (lbd)", ylabel=label, ylim=(0, None))
         one.grid(alpha=0.3)
     axes[0].legend()
@@ -196,5 +181,5 @@ def _lines(rows: Sequence[Row], letters: _Letters) -> dict[str, list[Row]]:
     """Return the rows by settings: a line of the picture connects rows of the same settings."""
     lines: dict[str, list[Row]] = {}
     for row in rows:
-        lines.setdefault(_lettered("measured", row.notes, letters), []).append(row)
+        lines.setdefault(_lettered("measured", row.first.deviations, letters), []).append(row)
     return lines

@@ -14,7 +14,7 @@ from rs_consistency.certificates.columns import seconds_of
 from rs_consistency.certificates.read import Certificates, read_certificates, read_table
 from rs_consistency.common.errors import UserError
 from rs_consistency.common.files import read_json, replace_atomically
-from rs_consistency.reproduction.plan import Cell, deviations, is_about_images
+from rs_consistency.reproduction.plan import Cell, deviations, without_images
 from rs_consistency.reproduction.state import CERTIFICATES, calls_of
 from rs_consistency.training.metrics import METRICS_FILE, read_lines
 from rs_consistency.training.runs import CONFIG_FILE
@@ -25,19 +25,9 @@ NOT_RECORDED = "not recorded"  # by earlier versions
 
 
 class Result(NamedTuple):
-    """A finished cell.
+    """A finished cell: its settings, its certificates, and `made`, the content of `run.json`.
 
-    Attributes:
-      name: of its folder.
-      method: row of the table.
-      sigma: standard deviation of the noise.
-      seed: of training and certification.
-      lbd: weight of the consistency term in a table that compares weights; None in other tables.
-      epochs: number of epochs trained.
-      deviations: deviations from the published settings, a phrase each.
-      made: content of `run.json`: devices, commits, and more.
-      certificates: the lines.
-      data_digest: of the images; None where it is not recorded.
+    The name is that of its folder. The `data_digest` of the images is None where it is not recorded.
     """
 
     name: str
@@ -53,28 +43,30 @@ class Result(NamedTuple):
 
 
 def check_keepable(cells: Sequence[Cell], results: Path) -> None:
-    """Raise a `UserError` for the first cell that the results hold with other settings."""
+    """Raise a `UserError` for the first cell that the results hold with other settings, or with images it has not."""
     for cell in cells:
         path = results / cell.table / cell.name / RUN_FILE
-        if path.exists():
-            _check_same(cell, path)
+        if not path.exists():
+            continue
+        kept, wanted = read_json(path), _identity(cell)
+        if _has_all_images(cell, kept):
+            wanted["images"] = kept["images"]
+        if kept.get("images") == wanted["images"] and isinstance(kept.get("deviations"), list):
+            for settings in (wanted, kept):
+                settings["deviations"] = without_images(settings["deviations"])
+        differing = [f"{key}: {kept.get(key)} -> {value}" for key, value in wanted.items() if kept.get(key) != value]
+        if differing:
+            raise UserError(
+                f"results={results} holds {cell.name} with other settings ({'; '.join(differing)}); choose another"
+                " --results"
+            )
 
 
-def keep(cell: Cell, workdir: Path, results: Path) -> Path:
+def keep(cell: Cell, workdir: Path, results: Path) -> None:
     """Copy the kept files of a finished cell into the results, and replace those of an earlier run of the cell.
 
-    `run.json` is removed first and written last: where it exists, the other files belong to it.
-
-    Args:
-      cell: a finished cell.
-      workdir: folder of its run.
-      results: folder of all tables.
-
-    Returns:
-      The cell's folder in the results.
-
-    Raises:
-      UserError: when the results hold the cell with other settings, or a file of the workdir is damaged.
+    `run.json` is removed first and written last: where it exists, the other files belong to it. A `UserError` is raised
+    when the results hold the cell with other settings, or a file of the workdir is damaged.
     """
     check_keepable([cell], results)
     folder = results / cell.table / cell.name
@@ -83,13 +75,12 @@ def keep(cell: Cell, workdir: Path, results: Path) -> Path:
     except (KeyError, TypeError, IndexError, ZeroDivisionError) as error:
         raise UserError(f"{workdir} lacks {error} of a finished run; move it away, and run again") from None
     if all((folder / name).is_file() and (folder / name).read_bytes() == files[name] for name in files):
-        return folder  # others may be reading it
+        return  # others may be reading it
     folder.mkdir(parents=True, exist_ok=True)
     (folder / RUN_FILE).unlink(missing_ok=True)
     for name, content in files.items():
         with replace_atomically(folder / name) as temporary:
             temporary.write_bytes(content)
-    return folder
 
 
 def _files(cell: Cell, workdir: Path) -> dict[str, bytes]:
@@ -98,7 +89,6 @@ def _files(cell: Cell, workdir: Path) -> dict[str, bytes]:
     metrics = read_lines(workdir / METRICS_FILE)
     train, certify = _commands(cell)
     rows, record, made = table.rows.values(), table.record.to_json(), table.record.provenances()
-    lines = table.record.schema.text(rows).encode()
     record |= {"command": certify, "config": _without_places(record["config"])}
     run = {
         **_identity(cell),
@@ -107,12 +97,16 @@ def _files(cell: Cell, workdir: Path) -> dict[str, bytes]:
         "certify_command": certify,
         "train_seconds": _train_seconds(metrics, config),
         "certify_seconds": round(sum(seconds_of(row["time"]) for row in rows), 1),
-        "calls": [_public(call) for call in calls_of(workdir)],
+        "calls": [
+            {"device": NOT_RECORDED, "processor": NOT_RECORDED} | {key: call[key] for key in call if key != "where"}
+            for call in calls_of(workdir)
+        ],
         "certified_with": next(iter(made), {}),
         "continued_with": made[1:],
     }
+    packed = gzip.compress(table.record.schema.text(rows).encode(), mtime=0)  # no time: the same bytes at every call
     return {
-        PACKED: gzip.compress(lines, mtime=0),  # without a time: the same bytes at every call
+        PACKED: packed,
         RECORD: _json(record),
         CONFIG_FILE: _json(_without_places(config)),
         METRICS_FILE: "".join(json.dumps(line) + "\n" for line in metrics).encode(),
@@ -120,19 +114,10 @@ def _files(cell: Cell, workdir: Path) -> dict[str, bytes]:
     }
 
 
-def _public(call: dict[str, Any]) -> dict[str, Any]:
-    """Return a call without the name of the host."""
-    return {"device": NOT_RECORDED, "processor": NOT_RECORDED} | {k: v for k, v in call.items() if k != "where"}
-
-
 def _identity(cell: Cell) -> dict[str, Any]:
     """Return the settings that identify a kept cell."""
     return {
-        "table": cell.table,
-        "method": cell.method,
-        "sigma": cell.sigma,
-        "seed": cell.seed,
-        "lbd": cell.lbd,
+        **{name: getattr(cell, name) for name in ("table", "method", "sigma", "seed", "lbd")},
         "epochs": cell.config().num_epochs,
         "images": cell.selection.size,
         "n": cell.n,
@@ -140,28 +125,12 @@ def _identity(cell: Cell) -> dict[str, Any]:
     }
 
 
-def _check_same(cell: Cell, path: Path) -> None:
-    """Raise a `UserError` when a kept cell has other settings, or images that this cell has not."""
-    kept, wanted = read_json(path), _identity(cell)
-    if _has_all_images(cell, kept):
-        wanted["images"] = kept["images"]
-    if kept.get("images") == wanted["images"] and isinstance(kept.get("deviations"), list):
-        for texts in (wanted, kept):  # earlier versions had other phrases for the images
-            texts["deviations"] = [text for text in texts["deviations"] if not is_about_images(text)]
-    differing = [f"{key}: {kept.get(key)} -> {value}" for key, value in wanted.items() if kept.get(key) != value]
-    if differing:
-        raise UserError(
-            f"results={path.parents[2]} holds {cell.name} with other settings ({'; '.join(differing)}); choose another"
-            " --results"
-        )
-
-
 def _has_all_images(cell: Cell, kept: dict[str, Any]) -> bool:
     """Return whether the cell has all images of the kept cell and more, and so may replace it."""
-    images, split_size = kept.get("images"), cell.selection.split_size
-    if not isinstance(images, int) or not 0 < images < cell.selection.size or "deviations" not in kept:
+    images, chosen = kept.get("images"), cell.selection
+    if not isinstance(images, int) or not 0 < images < chosen.size:
         return False
-    return -(-split_size // images) % cell.selection.skip == 0  # every 20th image is one of every 4th
+    return -(-chosen.split_size // images) % chosen.skip == 0  # every 20th image is one of every 4th
 
 
 def _json(content: Any) -> bytes:
@@ -169,13 +138,9 @@ def _json(content: Any) -> bytes:
 
 
 def read_results(folder: Path) -> list[Result]:
-    """Read the finished cells of one table, ordered by sigma, method, weight and seed.
+    """Read the finished cells in a folder such as `results/mnist`, ordered by sigma, method, weight and seed.
 
-    Args:
-      folder: such as `results/mnist`.
-
-    Raises:
-      UserError: when there is no finished cell, or a cell is damaged.
+    A `UserError` is raised when there is no finished cell, or a cell is damaged.
     """
     found = []
     for path in sorted(folder.glob(f"*/{RUN_FILE}")):

@@ -45,14 +45,7 @@ class _Queue(NamedTuple):
 
 
 class Runner:
-    """A runner of cells in a folder, each in a workdir of its own.
-
-    Attributes:
-      folder: folder of the workdirs.
-      machine: this machine.
-      where: `machine.where` for the jobs.
-      speeds: measured speeds of cells.
-    """
+    """A runner of cells in a folder, each in a workdir of its own; `where` is `machine.where` for its jobs."""
 
     def __init__(
         self,
@@ -67,14 +60,8 @@ class Runner:
     ) -> None:
         """Prepare a number of jobs; on a CPU each stays on its share of this process's processor cores.
 
-        Args:
-          folder: folder of the workdirs; created where it is missing.
-          root: folder of `configs/`.
-          jobs: runs at a time.
-          machine: this machine.
-          finished: called with every certified cell, once.
-          batch_size: of certify.py; None for its own choice.
-          modules: modules of train, certify and measure, each with a `main`.
+        The folder is created where it is missing. `root` is the folder of `configs/`, and `batch_size` an option of
+        certify.py. Every certified cell is passed to `finished`, once. The modules have a `main`.
         """
         self.folder, self.machine, self.where = folder, machine, machine.where(jobs)
         self._root, self._jobs, self._finished, self._modules = root, jobs, finished, modules

@@ -17,12 +17,7 @@ _BOTH = {"epoch_seconds", "votes_per_second"}
 
 
 class Estimate(NamedTuple):
-    """The time of some cells.
-
-    Attributes:
-      seconds: time of the cells whose speed is known.
-      unknown: number of the other cells.
-    """
+    """The time of the cells whose speed is known, and the number of the other cells."""
 
     seconds: float
     unknown: int = 0
@@ -51,11 +46,9 @@ class Speeds:
     """
 
     def __init__(self, path: Path, *, where: str = "") -> None:
-        """Read the known speeds.
+        """Read the known speeds; damaged entries are measured again.
 
-        Args:
-          path: of the JSON file; damaged entries are measured again.
-          where: host and devices; speeds of other hosts and devices are kept, and not used.
+        `where` is host and devices. Speeds of other hosts and devices are kept, and not used.
         """
         self._path, self._where = path, where
         self._known = self._read()

@@ -20,13 +20,8 @@ CERTIFICATES = "certificates.tsv"
 class State(NamedTuple):
     """The finished part of a cell.
 
-    Attributes:
-      epochs: number of trained epochs, 0..num_epochs.
-      trained: whether the last checkpoint exists.
-      images: number of certified images.
-      certified: whether all images are certified.
-      epoch_seconds: time of the last epoch; None where it is not known.
-      step: of the last record of the training.
+    It is `trained` when the last checkpoint exists, and `certified` when all images are. `epoch_seconds` is the time of
+    the last epoch, None where it is not known, and `step` the step of the training's last record.
     """
 
     epochs: int = 0
@@ -38,11 +33,7 @@ class State(NamedTuple):
 
 
 def glance(cell: Cell, workdir: Path) -> State:
-    """Return the state by counting lines; `certified` follows from the number of lines.
-
-    Raises:
-      UserError: when the training's records are damaged.
-    """
+    """Return the state by counting lines; raise a `UserError` when the training's records are damaged."""
     record = (read_lines(workdir / METRICS_FILE) or [{"epoch": 0, "step": 0}])[-1]
     config, seconds = cell.config(), None
     try:
@@ -58,11 +49,7 @@ def glance(cell: Cell, workdir: Path) -> State:
 
 
 def is_trained(cell: Cell, workdir: Path) -> bool:
-    """Return whether the cell's training is finished, with the cell's configuration.
-
-    Raises:
-      UserError: when the workdir holds a run with another configuration, or is damaged.
-    """
+    """Return whether the cell's training is finished; a `UserError` for another configuration, or a damaged workdir."""
     _check_config(cell, workdir)
     return glance(cell, workdir).trained
 

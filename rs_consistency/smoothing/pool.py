@@ -28,7 +28,7 @@ import numpy as np
 from rs_consistency import noise
 from rs_consistency.common.checks import LARGEST, number_from, probability
 from rs_consistency.devices import parallel
-from rs_consistency.smoothing.votes import VoteSettings, cast, check_model, nan_error, to_float
+from rs_consistency.smoothing.votes import ApplyFn, VoteSettings, cast, check_model, nan_error, to_float
 from rs_consistency.statistics import sequential
 from rs_consistency.statistics.bounds import drawn_sigma
 
@@ -66,7 +66,7 @@ class Decisions(NamedTuple):
 
 
 def decide_images(
-    apply_fn: Callable[[Any, jax.Array], jax.Array],
+    apply_fn: ApplyFn,
     variables: Any,
     images: np.ndarray,
     indices: np.ndarray,
@@ -126,21 +126,13 @@ def decide_images(
 
 
 def _compile(
-    apply_fn: Callable[[Any, jax.Array], jax.Array],
-    settings: VoteSettings,
-    per_device: int,
-    devices: Sequence[jax.Device],
+    apply_fn: ApplyFn, settings: VoteSettings, per_device: int, devices: Sequence[jax.Device]
 ) -> tuple[Callable[..., jax.Array], Callable[..., jax.Array]]:
     """Compile the votes of a batch of blocks, `[D, N / D, K + 1]`, and the writing of images into slots of the pool."""
     num_classes, key = settings.num_classes, noise.stream_key(settings.seed, noise.Stream.CERTIFY)
 
-    def count_blocks(
-        shard: jax.Array,
-        variables: Any,
-        pool: jax.Array,  # [P, H, W, C]
-        *,
-        blocks: jax.Array,  # [N / D, 5], from `_Schedule.columns`
-    ) -> jax.Array:
+    def count_blocks(shard: jax.Array, variables: Any, pool: jax.Array, *, blocks: jax.Array) -> jax.Array:
+        # The pool is [P, H, W, C], the blocks are [N / D, 5], from `_Schedule.columns`.
         slot, index, phase, first, length = jnp.repeat(blocks, LOOK_EVERY, axis=0).T
         place = jnp.tile(jnp.arange(LOOK_EVERY), per_device)
         addresses = (index, phase, first + place)
@@ -157,12 +149,9 @@ def _compile(
 
 
 class _Blocks(NamedTuple):
-    """The N blocks of a batch: the blocks of a slot side by side, in the order of the votes.
+    """The N blocks of a batch, `[N]` each: slots of the pool, ascending, and the positions of the images in them.
 
-    Attributes:
-      slot: `[N]` slot of the pool, ascending.
-      position: `[N]` position of the image in that slot.
-      number: `[N]` number of the block among the image's blocks, which begin with the selection.
+    The `number` is the block's among the blocks of its image, which begin with the selection.
     """
 
     slot: np.ndarray

@@ -88,12 +88,8 @@ def conclude_prediction(counts: ArrayLike, *, alpha: float) -> Prediction:
     counts = number_array("counts", counts)
     if counts.ndim != 2 or not counts.shape[1]:
         raise UserError(f"counts has shape {counts.shape}; it must be [B, K]")
-    check_all(
-        "counts",
-        counts,
-        np.isfinite(counts) & (counts >= 0) & (counts == np.floor(counts)),
-        "use whole numbers of at least 0",
-    )
+    whole = np.isfinite(counts) & (counts >= 0) & (counts == np.floor(counts))
+    check_all("counts", counts, whole, "use whole numbers of at least 0")
     counts = counts.astype(np.int64)
     check_all("votes of an image", counts.sum(axis=1), counts.sum(axis=1) >= 1, "use at least 1")
     most = counts.argmax(axis=1)

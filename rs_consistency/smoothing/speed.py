@@ -1,7 +1,7 @@
 """The speed of votes, measured for `--dry_run`."""
 
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -10,7 +10,7 @@ import numpy as np
 
 from rs_consistency import noise
 from rs_consistency.devices.compiler import memory_of
-from rs_consistency.smoothing.votes import VoteSettings, cast, count_votes
+from rs_consistency.smoothing.votes import ApplyFn, VoteSettings, cast, count_votes
 
 _MEASURED_SECONDS = 2.0
 _MEASURED_IMAGES = 64
@@ -25,12 +25,7 @@ class VoteCost(NamedTuple):
 
 
 def measure_votes(
-    apply_fn: Callable[[Any, jax.Array], jax.Array],
-    variables: Any,
-    images: np.ndarray,
-    *,
-    settings: VoteSettings,
-    devices: Sequence[jax.Device],
+    apply_fn: ApplyFn, variables: Any, images: np.ndarray, *, settings: VoteSettings, devices: Sequence[jax.Device]
 ) -> VoteCost:
     """Time votes on images `[B, H, W, C]` for about two seconds; arguments as in `votes.count_votes`."""
     rows = -(-settings.batch_size // len(devices))

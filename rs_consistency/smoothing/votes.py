@@ -32,6 +32,8 @@ _BATCHES_PER_CALL_ELSEWHERE = 16
 _MOST_VOTES = 2**29
 _LARGEST_BATCH = 2**20
 
+ApplyFn = Callable[[Any, jax.Array], jax.Array]  # (variables, images `[N, H, W, C]`) -> logits `[N, K]`
+
 
 class VoteSettings(NamedTuple):
     """The settings of `count_votes`, the same for every image; from `vote_settings`, which checks them.
@@ -104,7 +106,7 @@ class Votes(NamedTuple):
 
 
 def count_votes(
-    apply_fn: Callable[[Any, jax.Array], jax.Array],
+    apply_fn: ApplyFn,
     variables: Any,
     images: np.ndarray,
     indices: np.ndarray,
@@ -162,11 +164,7 @@ def count_votes(
 
 
 def _compile(
-    apply_fn: Callable[[Any, jax.Array], jax.Array],
-    num_classes: int,
-    per_device: int,
-    batches: int,
-    devices: Sequence[jax.Device],
+    apply_fn: ApplyFn, num_classes: int, per_device: int, batches: int, devices: Sequence[jax.Device]
 ) -> Callable[..., jax.Array]:
     """Compile the votes of some batches of a group; sigma, seed and images are arguments of the compiled function."""
     batch_size = per_device * len(devices)
@@ -209,7 +207,7 @@ def _compile(
 
 
 def cast(
-    apply_fn: Callable[[Any, jax.Array], jax.Array],
+    apply_fn: ApplyFn,
     variables: Any,
     images: jax.Array,
     *,
@@ -242,12 +240,7 @@ def to_float(images: np.ndarray) -> np.ndarray:
 
 
 def check_model(
-    apply_fn: Callable[[Any, jax.Array], jax.Array],
-    variables: Any,
-    image_shape: tuple[int, ...],
-    *,
-    num_classes: int,
-    batch_size: int,
+    apply_fn: ApplyFn, variables: Any, image_shape: tuple[int, ...], *, num_classes: int, batch_size: int
 ) -> None:
     """Raise a `UserError` for a model that does not map a batch of images to K logits each."""
     batch = jax.ShapeDtypeStruct((batch_size, *image_shape), jnp.float32)

@@ -304,6 +304,15 @@ def test_a_finished_file_must_be_as_it_was(path):
     assert path.read_text() == "".join(lines)
 
 
+def test_a_finished_file_that_lost_lines_is_finished_anew_with_a_lower_limit(path):
+    complete(path)
+    path.write_text(text(range(0, 12, 2)))
+    record = complete(path, selection=ALL._replace(most=6))
+    assert record["max"] == record["finished"]["images"] == 6
+    assert record["finished"]["sha256"] == hashlib.sha256(path.read_bytes()).hexdigest()
+    assert not read_table(path).changed
+
+
 @pytest.mark.parametrize("indices", [[0, 0], [1], [22], [0, 2, 6, 0]])
 def test_only_images_that_are_missing_can_be_added(path, indices):
     file = opened(path)

@@ -79,7 +79,7 @@ def test_other_models_and_datasets_are_not_compared_with_numbers_of_this_one(tmp
         write_result(tmp_path, "consistency", 0.5, seed, [0.5, 0.7], notes=notes)
     write_result(tmp_path, "consistency", 0.25, 0, [0.5, 0.7], notes=["model resnet20"])
     rows = rows_of(read_results(tmp_path), table_of("cifar10"))
-    numbers = {(row.sigma, row.notes[0]): row.published and row.published.acr for row in rows}
+    numbers = {(row.first.sigma, row.first.deviations[0]): row.published and row.published.acr for row in rows}
     assert numbers == {
         (0.5, "model resnet20"): 0.6864,
         (0.5, "model densenet40"): 0.6609,
@@ -149,7 +149,7 @@ def test_a_tradeoff_connects_runs_of_the_same_settings(tmp_path, monkeypatch):
         write_result(tmp_path / "tradeoff", "consistency", 1.0, 0, [1.0, 1.5], lbd=lbd, notes=notes)
     rows = rows_of(read_results(tmp_path / "tradeoff"), table_of("tradeoff"))
     lines = render._lines(rows, {("n 30",): "a"})
-    assert {name: [row.lbd for row in some] for name, some in lines.items()} == {
+    assert {name: [row.first.lbd for row in some] for name, some in lines.items()} == {
         "measured": [1.0, 5.0],
         "measured (a)": [5.0, 15.0],
     }
