@@ -12,16 +12,16 @@ from ml_collections import ConfigDict
 
 from rs_consistency import data, models, noise
 from rs_consistency.data import DATASETS
-from rs_consistency.models.resnet import ResNet
+from rs_consistency.models.cifar_resnet import CifarResNet
 from rs_consistency.training import inputs
-from rs_consistency.training.checkpoints import digest
+from rs_consistency.training.checkpoints import Checkpoints, digest
 from rs_consistency.training.stream_inputs import StreamInputs
 from tests.helpers import ROOT, encode, final_params, kill_when, rows, start, write_imagenet
 
 NUM_TRAIN, NUM_TEST = 22, 7
-# 32 x 32 pixels and one block in a stage instead of 224 x 224 and 3, 4, 6, 3; all else is as in the real run.
+# 32 x 32 pixels instead of 224 x 224, and the smallest ResNet in the place of resnet50; all else is as in the real run.
 SMALL = DATASETS["imagenet"]._replace(image_shape=(32, 32, 3))
-SMALL_RESNET = functools.partial(ResNet, blocks=(1, 1, 1, 1))
+SMALL_RESNET = functools.partial(CifarResNet, depth=8)
 # 8 examples in a step of 16 noisy images: 3 steps in an epoch.
 CONFIG = [
     f"--config={ROOT}/configs/imagenet.py",
@@ -82,8 +82,6 @@ def test_a_run_that_stopped_within_an_epoch_goes_on_exactly(program, finished, t
             self.wait()
             raise KeyboardInterrupt
 
-    from rs_consistency.training.checkpoints import Checkpoints
-
     original = Checkpoints.save
     with monkeypatch.context() as patch:
         patch.setattr(Checkpoints, "save", interrupt)
@@ -99,26 +97,32 @@ def test_a_run_that_stopped_within_an_epoch_goes_on_exactly(program, finished, t
 
 
 def test_a_killed_run_with_workers_goes_on_to_the_same_parameters(program, finished, small_imagenet, tmp_path):
-    # A program of its own, since the workers import it: the same small model and images as here.
+    # A program of its own, since the workers import it: the same small model and images as here. Behind its first
+    # checkpoint, within the first epoch, it waits for the kill, while its workers go on.
     script = tmp_path / "small_train.py"
     script.write_text(
         textwrap.dedent(f"""
         import sys
         sys.path.insert(0, {str(ROOT)!r})
         if __name__ == "__main__":
+            import time
             from rs_consistency.cli import train
             from tests.training import test_imagenet as small
+            def save_and_wait(self, step, state):
+                save(self, step, state)
+                self.wait()
+                time.sleep(600)
+            save, small.Checkpoints.save = small.Checkpoints.save, save_and_wait
             small.DATASETS["imagenet"] = small.SMALL
             small.models.MODELS["resnet50"] = small.SMALL_RESNET
             train.main(sys.argv[1:])
         """)
     )
-    command = [*CONFIG, "--config.dataset.num_workers=2", f"--workdir={tmp_path / 'run'}"]
-    process = start(script, *command, cwd=tmp_path)
-    checkpoints = tmp_path / "run" / "checkpoints"
-    kill_when(process, lambda: (checkpoints / "2").is_dir() or (checkpoints / "3").is_dir())
-    program.succeeds("cli.train", *command)
-    assert "continuing after step" in program.err or "epochs are done" in program.out
+    command = [*CONFIG, "--config.eval_every_epochs=2", f"--workdir={tmp_path / 'run'}"]
+    process = start(script, *command, "--config.dataset.num_workers=2", cwd=tmp_path)
+    kill_when(process, (tmp_path / "run" / "checkpoints" / "2").is_dir)
+    program.succeeds("cli.train", *command, "--config.dataset.num_workers=1")  # which computes the same
+    assert "continuing after step 2" in program.err
     assert digest(final_params(tmp_path / "run")) == digest(final_params(finished))
 
 
@@ -147,7 +151,7 @@ def test_the_host_cuts_a_batch_as_the_devices_number_it():
 
 
 def test_a_streamed_run_is_certified(program, finished, tmp_path):
-    command = ["cli.certify", f"--workdir={finished}", "--n=40", "--n0=5", "--skip=2"]
+    command = ["cli.certify", f"--workdir={finished}", "--n=40", "--n0=5", "--skip=2", "--batch_size=32"]
     program.succeeds(*command, f"--output={tmp_path / 'a.tsv'}")
     program.succeeds(*command, "--max=2", f"--output={tmp_path / 'b.tsv'}")
     program.succeeds(*command, f"--output={tmp_path / 'b.tsv'}")
@@ -169,7 +173,7 @@ def test_evaluation_counts_every_streamed_image(finished):
     key = noise.stream_key(run.config.seed, noise.Stream.EVAL)
     draws = np.stack([jax.random.normal(noise.fold(key, i), SMALL.image_shape) for i in range(NUM_TEST)])
     noisy = images / np.float32(255) + run.config.sigma * draws
-    logits = make_model(run.config).apply(run.variables, noisy, train=False)
+    logits = jax.jit(make_model(run.config).apply)(run.variables, noisy)
     assert records(finished)[-1]["noisy_test_accuracy"] == np.mean(logits.argmax(axis=-1) == labels)
 
 
