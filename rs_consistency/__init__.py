@@ -44,7 +44,6 @@ __all__ = [
 ]
 
 # Everything that needs JAX is imported at its first use: analyze.py reads files without it.
-_MODULES = ("attacks", "data", "losses", "methods", "models", "noise")
 _HOMES = {
     "Certification": "smoothing.certify",
     "Decisions": "smoothing.pool",
@@ -58,11 +57,11 @@ _HOMES = {
 
 def __getattr__(name: str) -> Any:
     """Import and return a public name of the package."""
-    if name in _MODULES:
+    if name in _HOMES:
+        return getattr(importlib.import_module(f"rs_consistency.{_HOMES[name]}"), name)
+    if name in __all__:
         return importlib.import_module(f"rs_consistency.{name}")
-    if name not in _HOMES:
-        raise AttributeError(f"module 'rs_consistency' has no attribute {name!r}")
-    return getattr(importlib.import_module(f"rs_consistency.{_HOMES[name]}"), name)
+    raise AttributeError(f"module 'rs_consistency' has no attribute {name!r}")
 
 
 def __dir__() -> list[str]:

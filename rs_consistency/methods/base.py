@@ -35,15 +35,12 @@ class Classifier(Protocol):
 
         Batch statistics are over all copies of all examples of this call, on all devices.
         """
-        ...
 
     def clean(self, images: jax.Array) -> jax.Array:
         """Return logits `[B, K]` of the images themselves, in training mode."""
-        ...
 
     def frozen(self, images: jax.Array) -> jax.Array:
         """Return logits `[N, K]` in inference mode, with constant parameters: for attacks."""
-        ...
 
 
 class MethodOutput(NamedTuple):
@@ -59,10 +56,6 @@ class MethodOutput(NamedTuple):
 
 
 Terms = Callable[[Classifier, Batch], MethodOutput]
-
-
-def _nothing(config: ConfigDict) -> None:
-    del config
 
 
 class Teacher(NamedTuple):
@@ -92,7 +85,7 @@ class Method(NamedTuple):
     """
 
     build: Callable[[ConfigDict], Terms]
-    check: Callable[[ConfigDict], None] = _nothing
+    check: Callable[[ConfigDict], None] = lambda config: None
     teacher: Teacher | None = None
 
 

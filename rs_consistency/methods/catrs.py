@@ -43,8 +43,7 @@ def build(config: ConfigDict) -> Terms:
     return terms
 
 
-def check(config: ConfigDict) -> None:
-    """Check `config.catrs`."""
+def _check(config: ConfigDict) -> None:
     settings = config.catrs
     number_from("catrs.lbd", settings.lbd, at_least=0, at_most=LARGEST)
     number_from("catrs.epsilon", settings.epsilon, at_least=0, at_most=LARGEST)
@@ -54,6 +53,6 @@ def check(config: ConfigDict) -> None:
 
 METHOD = Method(
     build,
-    check,
+    _check,
     Teacher("catrs.teacher", "catrs.num_votes", "a Gaussian model on the same data (published: at sigma 0.25)"),
 )

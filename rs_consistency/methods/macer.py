@@ -26,12 +26,11 @@ def build(config: ConfigDict) -> Terms:
     return terms
 
 
-def check(config: ConfigDict) -> None:
-    """Check `config.macer`."""
+def _check(config: ConfigDict) -> None:
     number_from("macer.lbd", config.macer.lbd, at_least=0, at_most=LARGEST)
     number_above("macer.beta", config.macer.beta, 0, at_most=LARGEST)
     number_from("macer.gamma", config.macer.gamma, at_least=0, at_most=LARGEST)
     boolean("macer.deferred", config.macer.deferred)
 
 
-METHOD = Method(build, check)
+METHOD = Method(build, _check)

@@ -29,11 +29,10 @@ def build(config: ConfigDict) -> Terms:
     return terms
 
 
-def check(config: ConfigDict) -> None:
-    """Check `config.smoothadv`."""
+def _check(config: ConfigDict) -> None:
     number_from("smoothadv.epsilon", config.smoothadv.epsilon, at_least=0, at_most=LARGEST)
     count("smoothadv.num_steps", config.smoothadv.num_steps, at_most=1000)
     count("smoothadv.warmup_epochs", config.smoothadv.warmup_epochs, at_least=0)
 
 
-METHOD = Method(build, check)
+METHOD = Method(build, _check)

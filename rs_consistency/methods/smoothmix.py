@@ -38,23 +38,17 @@ def build(config: ConfigDict) -> Terms:
         share = pick(batch.keys, lambda key: jax.random.uniform(key, maxval=0.5))  # u, [B]
         along_image = share[:, None, None, None]
         mixed = (1 - along_image) * clean + along_image * adversarial
-        num_classes = log_mean.shape[-1]
-        log_target = jnp.logaddexp(jnp.log1p(-share)[:, None] + log_mean, jnp.log(share / num_classes)[:, None])
+        log_target = jnp.logaddexp(jnp.log1p(-share)[:, None] + log_mean, jnp.log(share / log_mean.shape[-1])[:, None])
         divergence = losses.kl_divergence(log_target, model.noisy(mixed, batch.noise)).mean(axis=0)
         right = log_mean.argmax(axis=-1) == batch.labels
-        return MethodOutput(
-            {
-                "cross_entropy": losses.cross_entropy(logits, batch.labels),
-                "mixup": eta * weight * jnp.where(right, divergence, 0.0),
-            },
-            logits,
-        )
+        cross_entropy = losses.cross_entropy(logits, batch.labels)
+        mixup = eta * weight * jnp.where(right, divergence, 0.0)
+        return MethodOutput({"cross_entropy": cross_entropy, "mixup": mixup}, logits)
 
     return terms
 
 
-def check(config: ConfigDict) -> None:
-    """Check `config.smoothmix`."""
+def _check(config: ConfigDict) -> None:
     settings = config.smoothmix
     number_above("smoothmix.step_size", settings.step_size, 0, at_most=LARGEST)
     count("smoothmix.num_steps", settings.num_steps, at_most=1000)
@@ -63,4 +57,4 @@ def check(config: ConfigDict) -> None:
     count("smoothmix.warmup_epochs", settings.warmup_epochs, at_least=0)
 
 
-METHOD = Method(build, check)
+METHOD = Method(build, _check)

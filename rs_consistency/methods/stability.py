@@ -20,16 +20,14 @@ def build(config: ConfigDict) -> Terms:
         clean = model.clean(batch.images)
         noisy = model.noisy(batch.images, batch.noise)
         agreement = jax.vmap(losses.stability, in_axes=(None, 0))(clean, noisy).mean(axis=0)
-        return MethodOutput(
-            {"cross_entropy": losses.cross_entropy(clean[None], batch.labels), "stability": lbd * agreement}, noisy
-        )
+        cross_entropy = losses.cross_entropy(clean[None], batch.labels)
+        return MethodOutput({"cross_entropy": cross_entropy, "stability": lbd * agreement}, noisy)
 
     return terms
 
 
-def check(config: ConfigDict) -> None:
-    """Check `config.stability`."""
+def _check(config: ConfigDict) -> None:
     number_from("stability.lbd", config.stability.lbd, at_least=0, at_most=LARGEST)
 
 
-METHOD = Method(build, check)
+METHOD = Method(build, _check)

@@ -85,9 +85,7 @@ def save_curves(tables: Mapping[str, Certificates], path: Path) -> None:
     the lines. Its band then takes a mean over images for a count of images, rounded outwards: no narrower than it must
     be, since a mean of shares varies no more than a count.
 
-    Args:
-      tables: label -> certificates; see `short_labels`.
-      path: of the PNG, whose PDF lies beside it; replaced if it exists.
+    The tables stand by their labels, such as those of `short_labels`. `path` is that of the PNG.
     """
     figure, axes = plt.subplots(figsize=(6.4, 4.8), layout="constrained")
     for i, (label, table) in enumerate(tables.items()):
@@ -118,10 +116,8 @@ def save_p_a(evidences: Mapping[str, Evidence | None], path: Path) -> None:
     estimate count / n, which shows what the confidence costs. It ends below 1 where images have all votes. The area
     where a lower bound means abstention is shaded, unless a file is of the bound `two_class`.
 
-    Args:
-      evidences: label -> evidence from `proof.load`; see `short_labels`. At least one file has evidence. Files without
-        are left out, and keep their colours for the other figures.
-      path: of the PNG; replaced if it exists.
+    The evidences, from `proof.load`, stand by their labels; at least one file has evidence. Files without are left out,
+    and keep their colours for the other figures. `path` is that of the PNG.
     """
     figure, axes = plt.subplots(figsize=(6.4, 4.8), layout="constrained")
     styles = {label: line_style(place) for place, label in enumerate(evidences)}

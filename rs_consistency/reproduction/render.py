@@ -96,14 +96,11 @@ def _lettered(name: str, notes: tuple[str, ...], letters: _Letters) -> str:
 
 def _table(rows: Sequence[Row], letters: _Letters) -> _Cells:
     """Return the table of methods, without the column of released files where there are none."""
-    lines = [_line(row, letters) for row in rows]
-    if all(line["released files"] == "-" for line in lines):
-        for line in lines:
-            del line["released files"]
-    return formats.cells(lines)
+    released = any(row.published and row.published.released is not None for row in rows)
+    return formats.cells([_line(row, letters, released) for row in rows])
 
 
-def _line(row: Row, letters: _Letters) -> dict[str, str]:
+def _line(row: Row, letters: _Letters, released: bool) -> dict[str, str]:
     first, published = row.first, row.published or Published(None)
     return {
         "method": first.method if first.lbd is None else f"{first.method} (lbd {first.lbd:g})",
@@ -111,7 +108,7 @@ def _line(row: Row, letters: _Letters) -> dict[str, str]:
         "ACR": _with_deviation(row.acr, row.deviation),
         "95 % over images": f"{row.interval.low:.4f} to {row.interval.high:.4f}",
         "reported": _with_deviation(published.reported, published.deviation),
-        "released files": _with_deviation(published.released),
+        **({"released files": _with_deviation(published.released)} if released else {}),
         "difference": "-" if row.difference is None else f"{row.difference:+.4f}",
         "std. errors": "-" if row.errors_apart is None else f"{row.errors_apart:+.1f}",
         "accuracy": f"{row.accuracy:.4f}",

@@ -57,8 +57,7 @@ def is_trained(cell: Cell, workdir: Path) -> bool:
 def inspect(cell: Cell, workdir: Path) -> State:
     """Return the state by reading the files, checked against the cell's settings.
 
-    Raises:
-      UserError: when the workdir holds a run, or certificates, with other settings, or is damaged.
+    A `UserError` is raised when the workdir holds a run, or certificates, with other settings, or is damaged.
     """
     _check_config(cell, workdir)
     state = glance(cell, workdir)

@@ -8,10 +8,10 @@ from ml_collections import ConfigDict
 
 from rs_consistency import data
 from rs_consistency.devices import parallel
-from rs_consistency.training.inputs import Feed, make_order, step_sizes
+from rs_consistency.training.inputs import Feed, Inputs, make_order, step_sizes
 
 
-class ArrayInputs:
+class ArrayInputs(Inputs):
     """Whole arrays, replicated on the devices, which pick their examples themselves: nothing crosses from the host."""
 
     same_feed = True
@@ -54,6 +54,3 @@ class ArrayInputs:
         """See `Inputs`."""
         images, labels = test
         return images[index], labels[index]
-
-    def close(self) -> None:
-        """Nothing works in the background."""

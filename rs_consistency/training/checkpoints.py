@@ -5,7 +5,7 @@ import hashlib
 import re
 import shutil
 from collections.abc import Callable
-from contextlib import suppress
+from contextlib import nullcontext, suppress
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 import orbax.checkpoint as ocp
 
-from rs_consistency.common.errors import UserError, first_line
+from rs_consistency.common.errors import UserError, first_line, note
 
 _DIGEST_BYTES = hashlib.sha256().digest_size
 
@@ -28,12 +28,7 @@ class Checkpoints:
     """
 
     def __init__(self, workdir: Path, *, keep: int | None = None) -> None:
-        """Opens the folder; it is made at the first save.
-
-        Args:
-          workdir: the run's folder.
-          keep: number of newest checkpoints that stay; None for reading only.
-        """
+        """Opens the folder for reading, or, with a number of newest checkpoints to `keep`, for writing: it is made."""
         self.folder = workdir.resolve() / "checkpoints"
         self._manager = None
         self._failed = False
@@ -45,7 +40,6 @@ class Checkpoints:
                 create=False,
                 read_only=keep is None,
                 cleanup_tmp_directories=keep is not None,  # a kill in the middle of a save leaves them
-                enable_async_checkpointing=True,
             )
             # The handler is named: Orbax would otherwise look it up in the first step, which may be damaged.
             self._manager = ocp.CheckpointManager(
@@ -55,8 +49,7 @@ class Checkpoints:
     def save(self, step: int, state: Any) -> None:
         """Start to save a copy of a state: the next step may donate the state's buffers meanwhile.
 
-        Raises:
-          UserError: when this save or the save before failed, such as on a full disk.
+        Raise a `UserError` when this save or the save before failed, such as on a full disk.
         """
         saved = {"state": jax.tree.map(jnp.copy, state), "digest": _digest_array(state)}
         self._guard(lambda: self._manager.save(step, args=ocp.args.StandardSave(saved)))
@@ -67,13 +60,9 @@ class Checkpoints:
 
     def close(self) -> None:
         """Wait for the last save and end the background work; raise like `save`, but no failure twice."""
-        if self._manager is None:
-            return
-        if self._failed:
-            with suppress(Exception):
-                self._manager.close()
-        else:
-            self._guard(self._manager.close)
+        if self._manager is not None:
+            with suppress(UserError) if self._failed else nullcontext():
+                self._guard(self._manager.close)
 
     def _guard(self, action: Callable[[], Any]) -> None:
         try:
@@ -85,18 +74,11 @@ class Checkpoints:
                 " then run the same command again: it continues after the newest whole checkpoint"
             ) from error
 
-    def restore_newest(self, target: Any, *, note: Callable[[str], None]) -> tuple[int, Any] | None:
-        """Read the newest checkpoint that can be read.
+    def restore_newest(self, target: Any) -> tuple[int, Any] | None:
+        """Return step and state of the newest readable checkpoint, or None if there is none at all.
 
-        Args:
-          target: a tree of `jax.ShapeDtypeStruct` with shardings: the state's structure.
-          note: called with one line for every checkpoint that was stepped over.
-
-        Returns:
-          (step, state), or None when there is no checkpoint at all.
-
-        Raises:
-          UserError: when there are checkpoints and none can be read.
+        `target` is the state's structure, as `jax.ShapeDtypeStruct` with shardings. A note names every checkpoint that
+        was stepped over. Raise a `UserError` when there are checkpoints and none can be read.
         """
         steps = sorted(self.steps(), reverse=True)
         saved_target = {"state": target, "digest": np.zeros(_DIGEST_BYTES, np.uint8)}

@@ -1,6 +1,5 @@
 """Checks of a configuration before anything is computed, and the keys that shape the result of a run."""
 
-import math
 from collections.abc import Callable, Mapping
 from functools import partial
 from typing import Any
@@ -67,12 +66,7 @@ def flatten(config: ConfigDict | Mapping[str, Any]) -> dict[str, Any]:
 
 
 def validate(config: ConfigDict, *, num_devices: int) -> None:
-    """Raise a `UserError` that names key, value and remedy for the first setting that cannot work.
-
-    Args:
-      config: with the keys of `configs/default.py`.
-      num_devices: devices that the run will use.
-    """
+    """Raise a `UserError` that names key, value and remedy for the first setting that cannot work."""
     flat = flatten(config)
     for key, check in _CHECKS.items():
         check(key, flat[key])
@@ -90,13 +84,12 @@ def _check_batch(config: ConfigDict, num_devices: int) -> None:
             f"consistency.lbd={config.consistency.lbd} needs at least two noisy copies of an example, but"
             f" num_noise={config.num_noise}; set --config.num_noise=2, or --config.consistency.lbd=0"
         )
-    parts = {"num_noise": config.num_noise, "accumulate_steps": config.accumulate_steps}
-    divisor = math.prod(parts.values()) * num_devices
+    divisor = config.num_noise * config.accumulate_steps * num_devices
     if config.batch_size % divisor:
-        named = " times ".join(f"{key}={value}" for key, value in parts.items() if key == "num_noise" or value > 1)
+        parts = f" times accumulate_steps={config.accumulate_steps}" if config.accumulate_steps > 1 else ""
         raise UserError(
-            f"batch_size={config.batch_size} is not divisible by {named} times {num_devices} device(s);"
-            f" use a multiple of {divisor}, or another --config.num_devices"
+            f"batch_size={config.batch_size} is not divisible by num_noise={config.num_noise}{parts} times"
+            f" {num_devices} device(s); use a multiple of {divisor}, or another --config.num_devices"
         )
 
 

@@ -28,18 +28,11 @@ _MEASURED_CALLS = 50
 
 
 class Plan(NamedTuple):
-    """The result of `plan`.
-
-    Attributes:
-      text: lines for the user: data, shapes, parameters, memory, speed, time.
-      seconds: time that the training would take.
-      epoch_seconds: time of one epoch, with its evaluation.
-      votes_per_second: speed at which the model is certified here.
-    """
+    """The result of `plan`: lines for the user, the time of the training, and the speeds that it follows from."""
 
     text: str
     seconds: float
-    epoch_seconds: float
+    epoch_seconds: float  # with the evaluation
     votes_per_second: float
 
 
@@ -62,19 +55,19 @@ def plan(config: ConfigDict, workdir: Path) -> Plan:
     apply_fn, variables = Run(config, 0, state.variables).classifier()
     voted = measure_votes(apply_fn, variables, session.test.read(np.arange(1))[0], settings=votes, devices=devices)
     with closing(session.open_inputs(None)) as inputs:
-        cost = _measure_steps(config, inputs, state)
+        step_seconds, evaluation_seconds, compile_seconds, held = _measure_steps(config, inputs, state)
     left = max(session.last_step - done, 0)
-    epoch_seconds = sizes.steps * cost.seconds + cost.evaluation_seconds / config.eval_every_epochs
-    seconds = left / sizes.steps * epoch_seconds + (cost.compile_seconds if left else 0)
+    epoch_seconds = sizes.steps * step_seconds + evaluation_seconds / config.eval_every_epochs
+    seconds = left / sizes.steps * epoch_seconds + (compile_seconds if left else 0)
     shape = " x ".join(map(str, info.image_shape))
     lines = [
         session.describe(),
         f"data: {len(session.train):,} training and {len(session.test):,} test images; a step takes"
         f" {sizes.examples} examples x {config.num_noise} noisy copies of {shape}",
         f"model: {config.model}, {parameters:,} parameters, {config.dtype}",
-        f"devices: {parallel.describe(devices)}, {size(cost.bytes_per_device)} each for a step, data included",
-        f"speed: {config.batch_size / cost.seconds:,.0f} noisy images a second, {cost.seconds * 1000:.1f} ms a step;"
-        f" {cost.compile_seconds:.0f} s to compile",
+        f"devices: {parallel.describe(devices)}, {size(held)} each for a step, data included",
+        f"speed: {config.batch_size / step_seconds:,.0f} noisy images a second, {step_seconds * 1000:.1f} ms a step;"
+        f" {compile_seconds:.0f} s to compile",
         f"workdir: {workdir}, {f'at step {done:,}' if done else 'new'}; {left:,} of {session.last_step:,} steps to do",
         f"time: about {duration(seconds)}, with evaluation; certify.py then counts about {voted.per_second:,.0f} votes"
         " a second",
@@ -85,24 +78,12 @@ def plan(config: ConfigDict, workdir: Path) -> Plan:
     return Plan(text, seconds, epoch_seconds, voted.per_second)
 
 
-class _StepCost(NamedTuple):
-    """The cost of a training step.
+def _measure_steps(config: ConfigDict, inputs: Inputs, state: TrainState) -> tuple[float, float, float, int | None]:
+    """Time training steps from a state, which is consumed, for about two seconds, and an evaluation step.
 
-    Attributes:
-      seconds: time of a step, on the wall clock.
-      evaluation_seconds: time of all evaluation steps of an epoch.
-      compile_seconds: time to compile both.
-      bytes_per_device: the most that the compiled step holds, with arguments and results; None where XLA does not say.
+    Return the seconds of a step, of an epoch's evaluation steps, and of compiling both, and the most bytes that the
+    compiled step holds on a device, with arguments and results; None where XLA does not say.
     """
-
-    seconds: float
-    evaluation_seconds: float
-    compile_seconds: float
-    bytes_per_device: int | None
-
-
-def _measure_steps(config: ConfigDict, inputs: Inputs, state: TrainState) -> _StepCost:
-    """Time training steps from a state, which is consumed, for about two seconds, and an evaluation step."""
     steps = compile_steps(config, inputs)
     train, number = steps.train, np.int32(min(steps.per_call, inputs.sizes.steps))
     bytes_per_device = None
@@ -116,8 +97,7 @@ def _measure_steps(config: ConfigDict, inputs: Inputs, state: TrainState) -> _St
         compile_seconds = time.perf_counter() - start
         calls, start = 0, time.perf_counter()
         while calls < _MEASURED_CALLS and time.perf_counter() - start < _MEASURED_SECONDS:
-            if not inputs.same_feed:
-                feed = next(feeds, feed)
+            feed = next(feeds, feed)
             state, _ = jax.block_until_ready(train(state, number, *feed.args, **feed.parts))
             calls += 1
         seconds = (time.perf_counter() - start) / (calls * int(number))
@@ -129,4 +109,4 @@ def _measure_steps(config: ConfigDict, inputs: Inputs, state: TrainState) -> _St
             jax.block_until_ready(steps.evaluate(state.variables, np.int32(first), *feed.args, **feed.parts))
             clock.append(time.perf_counter() - start)
     evaluations = -(-inputs.num_test_examples // config.eval_batch_size)
-    return _StepCost(seconds, clock[1] * evaluations, compile_seconds + clock[0] - clock[1], bytes_per_device)
+    return seconds, clock[1] * evaluations, compile_seconds + clock[0] - clock[1], bytes_per_device

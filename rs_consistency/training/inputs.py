@@ -11,14 +11,9 @@ from rs_consistency import data, noise
 
 
 class StepSizes(NamedTuple):
-    """How an epoch divides into steps.
+    """How an epoch divides into steps. The last one is filled up from the start of the same order."""
 
-    Attributes:
-      examples: examples in a step, over all devices: batch_size / M.
-      steps: steps in an epoch. The last one is filled up from the start of the same order.
-    """
-
-    examples: int
+    examples: int  # in a step, over all devices: batch_size / M
     steps: int
 
 
@@ -30,39 +25,27 @@ class Feed(NamedTuple):
 
 
 class Inputs(Protocol):
-    """The examples of a run.
-
-    Attributes:
-      sizes: of the training split.
-      devices: the devices that share a batch.
-      num_test_examples: number of test examples.
-      same_feed: whether all steps of an epoch have the same feed.
-    """
+    """The examples of a run, for the devices that share a batch."""
 
     sizes: StepSizes
     devices: Sequence[jax.Device]
     num_test_examples: int
-    same_feed: bool
+    same_feed: bool  # in all steps of an epoch
 
     def feeds(self, first_step: int, end_step: int) -> Generator[Feed, None, None]:
         """Yield one `Feed` for each of the steps, which lie in one epoch."""
-        ...
 
     def examples(self, step: jax.Array, positions: jax.Array, *args: Any, **parts: Any) -> data.Examples:
         """Return, on a device, the examples at its positions `[B]` of the step's global batch, from the feed."""
-        ...
 
     def test_feeds(self) -> Generator[tuple[int, Feed], None, None]:
         """Yield first index and feed of every evaluation step."""
-        ...
 
     def test_examples(self, index: jax.Array, *args: Any, **parts: Any) -> tuple[jax.Array, jax.Array]:
         """Return, on a device, images and labels of its test examples `[B]`, from the feed."""
-        ...
 
     def close(self) -> None:
-        """End the work in the background."""
-        ...
+        """End the work in the background, where there is any."""
 
 
 def part_positions(num_parts: int, sizes: StepSizes, num_devices: int) -> np.ndarray:

@@ -70,10 +70,13 @@ def train(config: ConfigDict, workdir: Path) -> TrainState:
 def _start_state(session: Session, checkpoints: Checkpoints) -> TrainState:
     """Return the state of the newest readable checkpoint, or else the initial one."""
     config, devices = session.config, session.devices
-    restored = checkpoints.restore_newest(restore_target(config, devices), note=note)
+    restored = checkpoints.restore_newest(restore_target(config, devices))
     if restored is None:
         state = session.initial_state()
-        return runs.start_from(state, Path(config.init_from), devices) if config.init_from else state
+        if config.init_from:
+            variables = dict(runs.restore(Path(config.init_from), devices, name="init_from").variables)
+            state = state.replace(params=variables.pop("params"), model_state=variables)
+        return state
     step, state = restored
     checkpoints.set_aside_after(step)
     if step < session.last_step:
@@ -87,7 +90,6 @@ class _Run:
     def __init__(self, config: ConfigDict, inputs: Inputs, checkpoints: Checkpoints, writer: MetricsWriter) -> None:
         self._config, self._inputs, self._checkpoints, self._writer = config, inputs, checkpoints, writer
         self._steps_per_epoch = inputs.sizes.steps
-        self._schedule = make_schedule(config, self._steps_per_epoch)
         self._compiled = compile_steps(config, inputs)
 
     def epoch(self, state: TrainState, epoch: int) -> TrainState:
@@ -100,7 +102,7 @@ class _Run:
             "epoch": epoch + 1,
             "step": end_step,
             **{name: float(np.mean([step[name] for step in metrics])) for name in metrics[0] if name != "param_norm"},
-            "lr": float(self._schedule(epoch * self._steps_per_epoch)),
+            "lr": float(make_schedule(config, self._steps_per_epoch)(epoch * self._steps_per_epoch)),
             "noisy_images_per_second": len(metrics) * config.batch_size / seconds,
         }
         last = epoch + 1 == config.num_epochs
@@ -115,7 +117,7 @@ class _Run:
     def _steps(self, state: TrainState, epoch: int, end_step: int) -> tuple[TrainState, list[dict[str, float]]]:
         """Take the steps of an epoch that remain; return the state and the metrics of each of these steps."""
         config, compiled = self._config, self._compiled
-        first_step, every = int(state.step), config.checkpoint_every_steps
+        first_step, every = int(state.step), config.checkpoint_every_steps or end_step
         done: list[dict[str, float]] = []
         pending: list[tuple[int, dict[str, jax.Array]]] = []  # steps and metrics of the calls since the last look
         bar = progress_bar(
@@ -128,15 +130,13 @@ class _Run:
         with bar, closing(self._inputs.feeds(first_step, end_step)) as feeds:
             step = first_step
             while step < end_step:
-                number = min(compiled.per_call, end_step - step)
-                if every > 0:
-                    number = min(number, every - step % every)
+                number = min(compiled.per_call, end_step - step, every - step % every)
                 feed, *_ = [next(feeds) for _ in range(number)]  # steps of one call have the same feed
                 state, metrics = compiled.train(state, np.int32(number), *feed.args, **feed.parts)
                 step += number
                 pending.append((number, metrics))
                 jax.block_until_ready(pending[-_IN_FLIGHT:][0][1])
-                save = every > 0 and step % every == 0 and step < end_step
+                save = step % every == 0 and step < end_step
                 if save or sum(number for number, _ in pending) >= _LOOK_EVERY or step == end_step:
                     new = _by_step(pending)
                     _check_finite(config, new, step - len(new))
@@ -150,11 +150,9 @@ class _Run:
 
     def _evaluate(self, state: TrainState) -> float:
         """Return the accuracy on one noisy copy of every test image."""
+        evaluate = self._compiled.evaluate
         with closing(self._inputs.test_feeds()) as feeds:
-            counts = [
-                self._compiled.evaluate(state.variables, np.int32(start), *feed.args, **feed.parts)
-                for start, feed in feeds
-            ]
+            counts = [evaluate(state.variables, np.int32(start), *feed.args, **feed.parts) for start, feed in feeds]
         correct, seen = np.sum(jax.device_get(counts), axis=0)
         return float(correct / seen)
 

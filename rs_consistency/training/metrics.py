@@ -10,7 +10,7 @@ from tensorboardX.proto.event_pb2 import Event, SessionLog
 from tensorboardX.proto.summary_pb2 import Summary
 
 from rs_consistency.common.errors import UserError
-from rs_consistency.common.files import naming, replace_atomically
+from rs_consistency.common.files import naming, write_text
 
 METRICS_FILE = "metrics.jsonl"
 TENSORBOARD_FOLDER = "tensorboard"
@@ -24,18 +24,11 @@ class MetricsWriter:
     """
 
     def __init__(self, workdir: Path, *, finished_steps: int, steps_per_epoch: int) -> None:
-        """Opens the files of a run.
-
-        Args:
-          workdir: the run's folder.
-          finished_steps: steps that the restored checkpoint contains; later records will be written anew.
-          steps_per_epoch: steps between two records.
-        """
+        """Opens the files of a run. Records after `finished_steps` will be written anew."""
         finished_epochs = finished_steps // steps_per_epoch
         self._path = workdir / METRICS_FILE
         kept = [line for line in read_lines(self._path) if line["epoch"] <= finished_epochs]
-        with replace_atomically(self._path) as temporary:
-            temporary.write_text("".join(json.dumps(line) + "\n" for line in kept), encoding="utf-8")
+        write_text(self._path, "".join(json.dumps(line) + "\n" for line in kept))
         self._folder = workdir / TENSORBOARD_FOLDER
         self._folder.mkdir(exist_ok=True)
         # The plain writer, not SummaryWriter: its thread and exit hook print tracebacks when the disk is full.
@@ -62,11 +55,7 @@ class MetricsWriter:
 
 
 def read_lines(path: Path) -> list[dict[str, Any]]:
-    """Return the records of a `metrics.jsonl`, without a last line that was cut off.
-
-    Raises:
-      UserError: for a damaged line; it is named.
-    """
+    """Return the records of a `metrics.jsonl` without a last line that was cut. A `UserError` names a damaged line."""
     if not path.exists():
         return []
     text = path.read_text(encoding="utf-8", errors="replace")

@@ -16,21 +16,12 @@ def apply_preset(
     method: str,
     sigma: float,
 ) -> ConfigDict:
-    """Set the keys of one published cell.
+    """Set the keys of one published cell in a config, and return it.
 
-    Args:
-      config: changed in place.
-      cell: `method=NAME,sigma=NUMBER`, either part optional. NAME is one of `published`, such as `macer` or
-        `smoothadv+consistency`.
-      published: name -> sigma -> the keys that this cell sets, `method` among them.
-      method: name for a cell without one.
-      sigma: sigma for a cell without one.
+    A cell is `method=NAME,sigma=NUMBER`; a part that is left out is `method` or `sigma`. NAME is one of `published`,
+    such as `macer` or `smoothadv+consistency`: name -> sigma -> the keys that the cell sets, `method` among them.
 
-    Returns:
-      `config`.
-
-    Raises:
-      UserError: for a malformed cell, or a pair that was not published; the message lists the published ones.
+    Raise a `UserError` for a malformed cell, or a pair that was not published; the message lists the published ones.
     """
     chosen = {"method": method, "sigma": str(sigma)}
     for part in filter(None, cell.split(",")):

@@ -2,6 +2,7 @@
 
 import time
 from contextlib import closing
+from itertools import islice
 from pathlib import Path
 
 import jax
@@ -39,15 +40,13 @@ def profile(config: ConfigDict, workdir: Path, *, num_steps: int) -> str:
         num_calls = -(-num_steps // steps.per_call)
         state, number = session.initial_state(), np.int32(steps.per_call)
         with closing(inputs.feeds(0, (_WARM_UP_CALLS + num_calls) * steps.per_call)) as feeds:
-            for _ in range(_WARM_UP_CALLS):
-                feed = next(feeds)
+            for feed in islice(feeds, _WARM_UP_CALLS):
                 state, _ = steps.train(state, number, *feed.args, **feed.parts)
             jax.block_until_ready(state)
             folder.mkdir(parents=True, exist_ok=True)
             with jax.profiler.trace(str(folder)):
                 start = time.perf_counter()
-                for _ in range(num_calls):
-                    feed = next(feeds)
+                for feed in islice(feeds, num_calls):
                     state, _ = steps.train(state, number, *feed.args, **feed.parts)
                 jax.block_until_ready(state)
                 seconds = (time.perf_counter() - start) / (num_calls * steps.per_call)

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
+from jax.tree_util import keystr
 from ml_collections import ConfigDict
 
 from rs_consistency.common.errors import UserError, note
@@ -17,7 +18,7 @@ from rs_consistency.models.inference import for_inference
 from rs_consistency.training.checkpoints import Checkpoints
 from rs_consistency.training.config import PLACE_KEYS, differing_keys, flatten, validate
 from rs_consistency.training.inputs import step_sizes
-from rs_consistency.training.step import TrainState, make_model, restore_target
+from rs_consistency.training.step import make_model, restore_target
 
 CONFIG_FILE = "config.json"
 DATA_FILE = "data.json"
@@ -25,13 +26,9 @@ DATA_FILE = "data.json"
 
 @contextmanager
 def open_for_training(workdir: Path, config: ConfigDict, *, data_digest: str, num_examples: int) -> Iterator[None]:
-    """Claim the folder for a run, and keep other processes from training in it.
+    """Claim the folder for a run, and keep other processes from training in it. It is made where it does not exist.
 
-    Args:
-      workdir: the folder; it is made where it does not exist.
-      config: the run's config. `config.PLACE_KEYS` may change: the newest count.
-      data_digest: digest of the training data.
-      num_examples: number of training examples.
+    `config.PLACE_KEYS` may change: the newest count.
 
     Raises:
       UserError: when the folder belongs to another run (see `check_claim`), or another process trains in it.
@@ -77,11 +74,7 @@ def check_claim(workdir: Path, config: ConfigDict, *, data_digest: str) -> None:
 
 
 def read_config(workdir: Path, *, name: str = "workdir") -> ConfigDict:
-    """Return the config of a run, with every key of this version.
-
-    Args:
-      workdir: the run's folder.
-      name: the setting that gave the folder, for messages.
+    """Return the config of a run, with every key of this version. Messages call the folder `name`.
 
     Raises:
       UserError: when the folder holds no run, or its config lacks a key or has a setting that cannot work.
@@ -113,17 +106,11 @@ def finished_step(workdir: Path, config: ConfigDict) -> int | None:
 
 
 class Run(NamedTuple):
-    """A run that was read from its folder.
-
-    Attributes:
-      config: the run's config.
-      step: step of the newest checkpoint that can be read.
-      variables: the model's variables in that checkpoint: `params`, and `batch_stats` where it has them.
-    """
+    """A run that was read from its folder: its config, and the model's variables in the newest readable checkpoint."""
 
     config: ConfigDict
     step: int
-    variables: dict[str, Any]
+    variables: dict[str, Any]  # `params`, and `batch_stats` where the model has them
 
     def classifier(self) -> tuple[Callable[[Any, jax.Array], jax.Array], dict[str, Any]]:
         """Return the network ready for inference: `apply_fn(variables, images)`, and its variables."""
@@ -132,47 +119,35 @@ class Run(NamedTuple):
 
 
 def restore(workdir: Path, devices: Sequence[jax.Device], *, name: str = "workdir") -> Run:
-    """Read the newest readable checkpoint of a run, replicated on the devices.
-
-    Args:
-      workdir: the run's folder.
-      devices: the devices that get the variables.
-      name: the setting that gave the folder, for messages.
+    """Read the newest readable checkpoint of a run, replicated on the devices. Messages call the folder `name`.
 
     Raises:
       UserError: when the folder holds no run, or a run without a readable checkpoint.
     """
     config = read_config(workdir, name=name)
     with closing(Checkpoints(workdir)) as checkpoints:
-        restored = checkpoints.restore_newest(restore_target(config, devices), note=note)
+        restored = checkpoints.restore_newest(restore_target(config, devices))
     if restored is None:
         raise _no_checkpoint(workdir, name)
     step, state = restored
     return Run(config, step, state.variables)
 
 
-def start_from(state: TrainState, workdir: Path, devices: Sequence[jax.Device]) -> TrainState:
-    """Put the variables of another run, which `check_fits`, into a fresh state: fine-tuning."""
-    variables = dict(restore(workdir, devices, name="init_from").variables)
-    return state.replace(params=variables.pop("params"), model_state=variables)
-
-
 def check_fits(config: ConfigDict, workdir: Path, *, name: str) -> None:
-    """Check that a run can start from another, given by the setting `name`; of that run only the config is read.
+    """Raise a `UserError` where another run, given by the setting `name`, has no checkpoint or does not fit.
 
-    Raises:
-      UserError: when there is no such run, it has no checkpoint, or its variables do not fit; the first is named.
+    Of that run only the config is read. The first variable that does not fit is named.
     """
     source = _with_checkpoint(workdir, name=name)
     targets = (restore_target(each, jax.local_devices()[:1]).variables for each in (config, source))
     mine, theirs = (
-        {jax.tree_util.keystr(path): leaf for path, leaf in jax.tree.leaves_with_path(target)} for target in targets
+        {keystr(path): str(leaf.shape) for path, leaf in jax.tree.leaves_with_path(target)} for target in targets
     )
     for leaf in sorted(mine.keys() | theirs.keys()):
-        shapes = [str(tree[leaf].shape) if leaf in tree else "missing" for tree in (mine, theirs)]
-        if shapes[0] != shapes[1]:
+        here, there = mine.get(leaf, "missing"), theirs.get(leaf, "missing")
+        if here != there:
             raise UserError(
-                f"{name}={workdir} does not fit: {leaf} is {shapes[0]} here and {shapes[1]} there"
+                f"{name}={workdir} does not fit: {leaf} is {here} here and {there} there"
                 f" (model={source.model}, dataset {source.dataset.name}); start from a run of the same"
                 " model and number of classes"
             )

@@ -1,6 +1,7 @@
 """An open run: its configuration, devices and data. The loop, the dry run and the profile begin with it."""
 
 import tempfile
+from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -23,14 +24,7 @@ _FEW = 10  # training images that a measurement asks the teacher about
 
 @dataclass(frozen=True)
 class Session:
-    """An open run.
-
-    Attributes:
-      config: the run's configuration. Other runs in it have absolute paths.
-      devices: the devices to use.
-      train: the training split.
-      test: the test split.
-    """
+    """An open run. Other runs in its config have absolute paths."""
 
     config: ConfigDict
     devices: list[jax.Device]
@@ -41,9 +35,8 @@ class Session:
     def open(cls, config: ConfigDict, workdir: Path) -> "Session":
         """Check the config, and open devices and data; nothing is written.
 
-        Raises:
-          UserError: for a setting that cannot work, data that are not there, or, in a new run, another run that it
-            builds on and that is not there or does not fit.
+        Raise a `UserError` for a setting that cannot work, data that are not there, or, in a new run, another run that
+        it builds on and that is not there or does not fit.
         """
         devices = parallel.choose_devices(config.num_devices)
         validate(config, num_devices=len(devices))
@@ -79,36 +72,27 @@ class Session:
     def open_inputs(self, workdir: Path | None) -> Inputs:
         """Open the examples, for a method with a teacher together with the teacher's predictions.
 
-        Args:
-          workdir: the run's folder, which keeps the predictions. None, for a measurement: predictions of a few images
-            stand in for all, and nothing is kept.
-
-        Raises:
-          UserError: when the teacher is needed and is not there.
+        The run's `workdir` keeps the predictions. None is for a measurement: predictions of a few images stand in for
+        all, and nothing is kept.
         """
         if not isinstance(self.train, data.Split):
             from rs_consistency.training.stream_inputs import StreamInputs  # slow to import
 
             return StreamInputs(self.config, self.train, self.test, devices=self.devices)
         extra, teacher = {}, METHODS[self.config.method].teacher
-        if teacher and workdir:
-            extra["smoothed"] = self._ask(self.train, workdir)
-        elif teacher:
-            with tempfile.TemporaryDirectory() as folder:
-                few = self._ask(data.Split(self.train.images[:_FEW], self.train.labels[:_FEW]), Path(folder))
-            extra["smoothed"] = np.resize(few, (len(self.train), *few.shape[1:]))
+        if teacher:
+            flat = flatten(self.config)
+            with nullcontext(workdir) if workdir else tempfile.TemporaryDirectory() as folder:
+                smoothed = smoothed_predictions(
+                    self.config,
+                    self.train if workdir else data.Split(self.train.images[:_FEW], self.train.labels[:_FEW]),
+                    Path(flat[teacher.workdir_key]),
+                    num_votes=flat[teacher.num_votes_key],
+                    devices=self.devices,
+                    workdir=Path(folder),
+                )
+            extra["smoothed"] = np.resize(smoothed, (len(self.train), *smoothed.shape[1:]))
         return ArrayInputs(self.config, self.train, self.test, devices=self.devices, extra=extra)
-
-    def _ask(self, split: data.Split, folder: Path) -> np.ndarray:
-        flat, teacher = flatten(self.config), METHODS[self.config.method].teacher
-        return smoothed_predictions(
-            self.config,
-            split,
-            Path(flat[teacher.workdir_key]),
-            num_votes=flat[teacher.num_votes_key],
-            devices=self.devices,
-            workdir=folder,
-        )
 
 
 def _settle_sources(config: ConfigDict, *, is_new: bool) -> None:

@@ -24,17 +24,13 @@ COPIES = "copies"  # the vmap axis of the M noisy copies
 class TrainState(struct.PyTreeNode):
     """All that a run needs to go on. A checkpoint holds it.
 
-    Attributes:
-      step: number of optimizer steps taken, int32. It is the state of the input, too: the next examples and their noise
-        are a function of config, seed, data and step.
-      params: the model's parameters.
-      model_state: the model's other variables, such as running batch statistics; empty for some models.
-      opt_state: the optimizer's state.
+    The number of optimizer steps taken is the state of the input, too: the next examples and their noise are a function
+    of config, seed, data and step.
     """
 
-    step: jax.Array
+    step: jax.Array  # int32
     params: Any
-    model_state: Any
+    model_state: Any  # other variables, such as running batch statistics; empty for some models
     opt_state: optax.OptState
 
     @property
@@ -76,11 +72,7 @@ def make_optimizer(config: ConfigDict, steps_per_epoch: int) -> optax.GradientTr
 
 
 def create_state(config: ConfigDict) -> TrainState:
-    """Return the initial state, a function of config and seed.
-
-    Raises:
-      UserError: when the model cannot take the dataset's images.
-    """
+    """Return the initial state for config and seed. A `UserError` says that the model cannot take the images."""
     shape = data.dataset_info(config.dataset.name).image_shape
     key = noise.stream_key(config.seed, noise.Stream.INIT)
     try:
@@ -126,11 +118,8 @@ class Steps(NamedTuple):
 def compile_steps(config: ConfigDict, inputs: Inputs, *, per_call: int | None = None) -> Steps:
     """Compile the training step and the evaluation step of a run; XLA does so at their first calls.
 
-    Args:
-      config: the run's configuration.
-      inputs: the examples, on the devices that share the batch. The number of devices changes results by rounding only.
-      per_call: the most steps of a call, in a compiled loop: the device then does not wait for the host between them.
-        None: as many as suit the platform and the inputs.
+    The number of devices of the inputs changes results by rounding only. Up to `per_call` steps are a compiled loop, in
+    which the device does not wait for the host. None: as many as suit the platform and the inputs.
     """
     platform, num_devices = inputs.devices[0].platform, len(inputs.devices)
     if per_call is None:
@@ -159,12 +148,7 @@ def compile_steps(config: ConfigDict, inputs: Inputs, *, per_call: int | None = 
 
 
 class _Setup(NamedTuple):
-    """The constants of the compiled functions.
-
-    Attributes:
-      positions: `[P, D, B]` from `part_positions`: the batch in P parts, computed one after the other.
-      per_call: the most steps of a call.
-    """
+    """The constants of the compiled functions."""
 
     config: ConfigDict
     inputs: Inputs
@@ -172,7 +156,7 @@ class _Setup(NamedTuple):
     objective: Callable[[methods.Classifier, methods.Batch], methods.Objective]
     optimizer: optax.GradientTransformation
     keys: Mapping[noise.Stream, jax.Array]
-    positions: np.ndarray
+    positions: np.ndarray  # [P, D, B]: the batch in P parts, computed one after the other
     per_call: int
 
 
@@ -193,12 +177,7 @@ def _train_steps(
     return jax.lax.fori_loop(0, number, one_more, (state, nothing))
 
 
-class _Sums(NamedTuple):
-    """The sums over some parts of a batch, and the model's state after them."""
-
-    grads: Any
-    metrics: dict[str, jax.Array]
-    model_state: Any
+_Sums = tuple[Any, dict[str, jax.Array], Any]  # gradients and metrics of some parts of a batch; model state after them
 
 
 def _train_step(
@@ -214,23 +193,22 @@ def _train_step(
         return _gradient(setup, own, positions[part], jax.tree.map(lambda rows: rows[part], examples))
 
     def add_part(part: jax.Array | int, sums: _Sums) -> _Sums:
-        new = sums_of(part, sums.model_state)
-        grads, metrics = jax.tree.map(jnp.add, (sums.grads, sums.metrics), (new.grads, new.metrics))
-        return _Sums(grads, metrics, new.model_state)
+        *before, model_state = sums
+        *new, model_state = sums_of(part, model_state)
+        return *jax.tree.map(jnp.add, before, new), model_state
 
     if len(positions) == 1:
         sums = sums_of(0, state.model_state)
     else:
         shapes = jax.eval_shape(lambda: sums_of(0, state.model_state))
         nothing = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), shapes)
-        nothing = nothing._replace(model_state=state.model_state)
         compiled = setup.config.model in models.QUICK_IN_LOOPS
-        sums = repeat(add_part, len(positions), nothing, compiled=compiled)
-    grads, metrics = sum_over_devices((sums.grads, sums.metrics))
+        sums = repeat(add_part, len(positions), (*nothing[:-1], state.model_state), compiled=compiled)
+    grads, metrics, model_state = *sum_over_devices(sums[:-1]), sums[-1]
     updates, opt_state = setup.optimizer.update(grads, state.opt_state, state.params)
     params = optax.apply_updates(state.params, updates)
-    metrics = {**metrics, "param_norm": optax.tree.norm((params, sums.model_state))}
-    new_state = TrainState(step=state.step + 1, params=params, model_state=sums.model_state, opt_state=opt_state)
+    metrics = {**metrics, "param_norm": optax.tree.norm((params, model_state))}
+    new_state = TrainState(step=state.step + 1, params=params, model_state=model_state, opt_state=opt_state)
     return new_state, metrics
 
 
@@ -257,7 +235,7 @@ def _gradient(setup: _Setup, state: TrainState, positions: jax.Array, examples: 
     )
     loss_fn = jax.grad(functools.partial(_loss, setup), has_aux=True)
     grads, (metrics, model_state) = loss_fn(state.params, state.model_state, batch)
-    return _Sums(grads, metrics, model_state)
+    return grads, metrics, model_state
 
 
 def _loss(setup: _Setup, params: Any, model_state: Any, batch: methods.Batch) -> tuple[jax.Array, tuple[Any, Any]]:

@@ -10,12 +10,12 @@ from ml_collections import ConfigDict
 from rs_consistency import data
 from rs_consistency.data import streaming
 from rs_consistency.devices import parallel
-from rs_consistency.training.inputs import Feed, part_positions, step_sizes
+from rs_consistency.training.inputs import Feed, Inputs, part_positions, step_sizes
 
 _AHEAD = 2  # batches that wait on the devices, so that copying them overlaps with the step
 
 
-class StreamInputs:
+class StreamInputs(Inputs):
     """Batches that worker processes decode, copied to the devices while the step before is computed."""
 
     same_feed = False
@@ -54,12 +54,11 @@ class StreamInputs:
     def test_feeds(self) -> Generator[tuple[int, Feed], None, None]:
         """See `Inputs`."""
         size = self._config.eval_batch_size
-        rows = -(-size // len(self.devices)) * len(self.devices)
+        per_device = -(-size // len(self.devices))
         workers = self._config.dataset.num_workers
         with streaming.evaluation_batches(self._test, batch_size=size, num_workers=workers) as batches:
             for number, batch in enumerate(batches):
-                padded = [np.resize(array, (rows, *array.shape[1:])) for array in batch]
-                parts = [array.reshape(len(self.devices), -1, *array.shape[1:]) for array in padded]
+                parts = [np.resize(array, (len(self.devices), per_device, *array.shape[1:])) for array in batch]
                 yield number * size, self._on_devices(*parts)
 
     def test_examples(self, index: jax.Array, images: jax.Array, labels: jax.Array) -> tuple[jax.Array, jax.Array]:
