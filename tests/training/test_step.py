@@ -2,7 +2,6 @@
 
 import functools
 
-import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -17,10 +16,10 @@ from rs_consistency.devices import parallel
 from rs_consistency.methods import smoothadv
 from rs_consistency.methods.base import Method, MethodOutput
 from rs_consistency.models.cifar_resnet import CifarResNet
-from rs_consistency.models.layers import ImageClassifier, conv
 from rs_consistency.training.array_inputs import ArrayInputs
 from rs_consistency.training.inputs import make_order, step_sizes
 from rs_consistency.training.step import compile_steps, create_state, make_model, make_schedule
+from tests.training.normalized import Normalized
 
 NUM_EXAMPLES = 40
 SHAPE = (28, 28, 1)
@@ -228,17 +227,6 @@ def test_a_model_that_cannot_take_the_images_is_told(monkeypatch):
     config = small_config(dataset={"name": "specks"})
     with pytest.raises(ValueError, match=r"model='lenet' cannot take the \(6, 6, 1\) images of dataset 'specks'"):
         create_state(config)
-
-
-class Normalized(ImageClassifier):
-    """Two convolutions with batch normalization, the first with the names of a ResNet."""
-
-    @nn.compact
-    def __call__(self, images, *, train=False):
-        norm, x = self.batch_norm(train), self.prepare(images)
-        for number in (1, 2):
-            x = nn.relu(norm(name=f"bn{number}")(conv(x, 8, 3, stride=2, name=f"conv{number}")))
-        return self.pool_and_classify(x)
 
 
 @pytest.fixture
