@@ -97,11 +97,11 @@ def certify(workdir, **options):
 
 
 @pytest.fixture(scope="module")
-def two_runs(trained, tmp_path_factory):
+def two_runs(toy_trained, tmp_path_factory):
     """A run, certified on 15 images at its sigma and, as a second run, at half of it; not to be changed."""
     folder = tmp_path_factory.mktemp("runs")
     for name, options in {"whole": {}, "half": {"sigma": 0.25}}.items():
-        shutil.copytree(trained, folder / name)
+        shutil.copytree(toy_trained, folder / name)
         certify(folder / name, **options)
     return folder
 
@@ -129,7 +129,7 @@ def test_a_report_of_two_runs(report, two_runs):
         "training",
     ]
     assert "Certificates of whole, half" in page.text and "What is missing" not in page.text
-    assert "computed again" not in page.text and "lenet" in page.text and "clopper_pearson" in page.text
+    assert "computed again" not in page.text and "linear" in page.text and "clopper_pearson" in page.text
     measured = list(csv.DictReader(io.StringIO((report / "measures.csv").read_text())))
     for line, name in zip(measured, ("whole", "half"), strict=True):
         table = read_certificates(two_runs / name)
@@ -172,7 +172,7 @@ def test_margins_and_votes_are_the_networks(two_runs):
     one = of_file(two_runs / "whole", "whole")
     asked = samples.ask(one, samples.open_images(one), images=2, copies=3)
     params, split = final_params(two_runs / "whole"), data.load("mnist", "test")
-    model = create_model("lenet", num_classes=10)
+    model = create_model("linear", num_classes=10)
 
     def by_hand(images, labels):
         logits = np.asarray(model.apply({"params": params}, images))
