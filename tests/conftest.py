@@ -32,7 +32,7 @@ if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
 
 
 def _put_whole(cache, key, value):
-    """Stores a compiled program at once. JAX writes it in place, where another worker may read a half of it."""
+    """Store a compiled program at once. JAX writes it in place, where another worker may read half of it."""
     path = Path(cache.path) / f"{key}-cache"
     if not path.exists():
         temporary = path.with_suffix(f".{os.getpid()}")
@@ -62,7 +62,7 @@ def tfds_dir(tmp_path_factory):
 
 @pytest.fixture
 def program(capfd):
-    """Runs a command-line program in this process."""
+    """Return a runner of command-line programs in this process."""
     return Program(capfd)
 
 
