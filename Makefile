@@ -25,7 +25,7 @@ demo: $(VENV)/installed
 
 # Two files at a time, on a core each; all but tests/documentation. Compiled programs stay in .pytest_cache.
 test: $(VENV)/installed
-	$(RUN) -m pytest -n 2 --dist loadfile
+	$(RUN) -m pytest -n 2 --dist loadfile --no-loadscope-reorder
 
 # The notebooks, the documentation with its commands and examples, the installed commands.
 test-docs: $(VENV)/installed
@@ -33,7 +33,7 @@ test-docs: $(VENV)/installed
 
 # All of it, with the tests that take longer than their worth in every run.
 test-all: $(VENV)/installed
-	$(RUN) -m pytest -n 2 --dist loadfile -m "" tests tests/documentation
+	$(RUN) -m pytest -n 2 --dist loadfile --no-loadscope-reorder -m "" tests tests/documentation
 
 # What needs PyTorch, which no other target installs: its checkpoints, read and written. None of it is skipped here.
 # PyTorch's build for the CPU is smaller than what pip takes by default; PIP_EXTRA_INDEX_URL can name where it is.

@@ -43,6 +43,15 @@ def _put_whole(cache, key, value):
 LRUCache.put = _put_whole
 
 
+# The files that take longest, in order. They start first, so that no worker waits long for the other at the end.
+_LONG = ("test_imagenet", "test_methods", "test_step", "test_report", "test_streaming", "test_loop", "test_runner")
+
+
+def pytest_collection_modifyitems(items):
+    places = {f"{name}.py": place for place, name in enumerate(_LONG)}
+    items.sort(key=lambda item: places.get(item.path.name, len(places)))
+
+
 @pytest.fixture(scope="session", autouse=True)
 def tfds_dir(tmp_path_factory):
     """A TFDS folder with 200 training and 60 test images of MNIST, and a cache folder, for all programs."""
