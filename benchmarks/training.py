@@ -218,7 +218,7 @@ def _measure_alone(side: str, name: str, dtype: str) -> dict[str, float]:
 
 
 def _peak_bytes(side: str) -> int:
-    """Of the accelerator, or of this process."""
+    """Return the peak memory of the accelerator, or of this process."""
     device = jax.devices()[0]
     if device.platform == "cpu":
         # Not getrusage, whose maximum a process inherits from the one that started it.

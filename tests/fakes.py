@@ -1,4 +1,4 @@
-"""What stands for train.py, certify.py and the measurement in tests of a plan: files of a run, without a network.
+"""Stand-ins for train.py, certify.py and the measurement in tests of a plan: files of a run, without a network.
 
 Files in the plan's folder change what they do: `crash_NAME` ends the cell's training by a signal, once; `hang_NAME`
 makes its certification wait after the first image, `hang_measure` a measurement; with `damaged_NAME` the last

@@ -1,4 +1,4 @@
-"""What several test modules use."""
+"""Helpers of several test modules."""
 
 import importlib.util
 import io
@@ -208,7 +208,7 @@ def rows(path):
 
 
 def damage_checkpoint(step_folder, damage):
-    """What disks and kills do to a checkpoint: an empty folder, a cut or changed data file, a missing manifest."""
+    """Damage a checkpoint as disks and kills do: an empty folder, a cut or changed data file, a missing manifest."""
     data_files = sorted((step_folder / "default").rglob("d/*"), key=lambda path: path.stat().st_size)
     largest = data_files[-1].read_bytes()
     if damage == "empty":

@@ -47,7 +47,7 @@ class Report(NamedTuple):
 
     @property
     def ok(self) -> bool:
-        """Whether the audit found no fault."""
+        """Return whether the audit found no fault."""
         return not self.problems and not self.file_problems and self.reproduced == self.drawn
 
     def text(self) -> str:

@@ -22,7 +22,7 @@ COPIES = "copies"  # the vmap axis of the M noisy copies
 
 
 class TrainState(struct.PyTreeNode):
-    """All that a run needs to go on. A checkpoint holds it.
+    """The state of a training run, as a checkpoint holds it.
 
     The number of optimizer steps taken is the state of the input, too: the next examples and their noise are a function
     of config, seed, data and step.

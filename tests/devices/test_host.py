@@ -1,4 +1,4 @@
-"""What is set up for a backend."""
+"""The set-up of the host: memory, cores, pieces of a step."""
 
 import ctypes
 import os

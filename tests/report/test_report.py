@@ -44,7 +44,7 @@ def of_file(path, label):
 
 
 class Page(html.parser.HTMLParser):
-    """What a page refers to and says."""
+    """The elements and the text of a page."""
 
     def __init__(self, path):
         super().__init__()

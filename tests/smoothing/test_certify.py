@@ -40,7 +40,7 @@ def trials():
 
 
 def holds(radius):
-    """Whether at most a share alpha of the radii is too large."""
+    """Return whether at most a share alpha of the radii is too large."""
     return np.mean(radius > DISTANCE) <= ALPHA
 
 
