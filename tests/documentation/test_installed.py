@@ -1,6 +1,7 @@
 """The installed commands, started where no checkout is: they find configurations and go by their own names."""
 
 import json
+import importlib
 import os
 import subprocess
 import sys
@@ -82,10 +83,9 @@ def test_a_configuration_is_told_from_other_words():
 
 
 def test_the_package_installs_its_commands():
-    ours = {
-        one.name: one.load().__module__ for one in entry_points(group="console_scripts") if one.name.startswith("rs-")
-    }
-    names = ("train", "certify", "analyze")
-    assert {f"rs-{name}": f"rs_consistency.cli.{name}" for name in names}.items() <= ours.items()
+    ours = {one.name: one for one in entry_points(group="console_scripts") if one.name.startswith("rs-")}
+    for name in ("train", "certify", "analyze", "reproduce", "export-torch"):
+        program = ours[f"rs-{name}"].load()
+        assert program is importlib.import_module(f"rs_consistency.cli.{name.replace('-', '_')}").run
     done = command("rs-train", "--config=nowhere.py", cwd=os.getcwd())
     assert done.returncode == 2 and done.stderr.startswith("error: ") and done.stderr.count("\n") == 1
