@@ -1,7 +1,7 @@
 """The installed commands, started where no checkout is: they find configurations and go by their own names."""
 
-import json
 import importlib
+import json
 import os
 import subprocess
 import sys
