@@ -1,4 +1,4 @@
-"""One certificate file from the files of all shards."""
+"""The merger of the files of all shards into one certificate file."""
 
 from collections.abc import Sequence
 from pathlib import Path

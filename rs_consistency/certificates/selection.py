@@ -11,7 +11,7 @@ _SHARD = re.compile(r"([1-9][0-9]{0,8})/([1-9][0-9]{0,8})")
 
 
 class Shard(NamedTuple):
-    """One of `count` shares of a certification; its `index` is 1..count."""
+    """A share of a certification that `count` machines divide; its `index` is 1..count."""
 
     index: int
     count: int

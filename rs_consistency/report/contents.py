@@ -18,7 +18,7 @@ _NAMED = 5  # images that gained most, and as many that lost most
 
 
 class Subject(NamedTuple):
-    """One file of certificates.
+    """A file of certificates.
 
     Attributes:
       label: short name in tables and figures.

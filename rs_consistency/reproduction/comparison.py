@@ -22,7 +22,7 @@ from rs_consistency.statistics.intervals import (
 
 
 class Row(NamedTuple):
-    """One method at one sigma over its seeds, whose settings are those of the `first` run.
+    """A method at a sigma over its seeds, whose settings are those of the `first` run.
 
     Attributes:
       acr, accuracy: means over the seeds.

@@ -25,7 +25,7 @@ _HAVE_OPTIONS = ("seed", "sigma", "method", "num_epochs", "dataset.name", "model
 
 
 class Cell(NamedTuple):
-    """One run: trained once, certified once.
+    """A cell of a table: a run that is trained once and certified once.
 
     Its `method` is a row of the table, and its `seed` the seed of both programs. `lbd` is the weight of the consistency
     term in a table that compares weights, None in other tables. `overrides` are the configuration keys that differ from

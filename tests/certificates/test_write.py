@@ -229,7 +229,7 @@ def test_an_unsorted_file_with_a_torn_line_is_resumed(path, torn):
 
 
 def test_a_kill_at_any_moment_can_be_resumed(tmp_path, monkeypatch):
-    """What lies there before each change of a file, and halfway through each write, is what a kill would leave."""
+    """A kill leaves the files as they are before a change of a file, or halfway through a write."""
     path, left = tmp_path / "run" / "c.tsv", []
     path.parent.mkdir()
 

@@ -242,7 +242,7 @@ def test_lenet_passes_through():
 
 
 class Odd(nn.Module):
-    """What the library's models do not have: none of these batch normalizations but the last may be folded."""
+    """Normalizations that no model of the library has: only the last of them may be folded."""
 
     @nn.compact
     def __call__(self, x, *, train=False):
@@ -273,7 +273,7 @@ def test_unusual_uses_stay_right():
 
 
 class Single(nn.Module):
-    """One layer."""
+    """A single layer."""
 
     layer: nn.Module
 

@@ -1,4 +1,4 @@
-"""What a plan says of itself before and while it runs: speeds, time, the bar; with programs that only write files."""
+"""The report of a plan on itself: speeds, time and the bar; with programs that only write files."""
 
 import shutil
 import subprocess

@@ -57,7 +57,7 @@ def votes_of_three(images):
 
 
 def brute_force(votes_of_three, *, n0=20, n=300, seed=SEED, radius=RADIUS, alpha=ALPHA):
-    """One image at a time, one look at a time: `[B, 4]` selected, hits, votes, decision, and the counts0."""
+    """Decide image by image, look by look: `[B, 4]` selected, hits, votes, decision, and the counts0."""
     rows, counts0 = [], []
     for first, further in zip(*votes_of_three[seed], strict=True):
         counts0.append(np.bincount(first[:n0], minlength=3))
@@ -223,7 +223,7 @@ def test_it_agrees_with_certificates_far_from_the_radius(images):
 
 @pytest.fixture
 def schedule(monkeypatch):
-    """What the devices are asked: ("send", rows with a vote), ("fetch", None), ("write", None), in order."""
+    """Record the calls of the devices: ("send", rows with a vote), ("fetch", None), ("write", None), in order."""
     events = []
 
     class Counts:

@@ -59,7 +59,7 @@ def no_test(counts, *, alpha):
 
 
 def covers(conclude, alpha):
-    """Whether another class than the most probable one is predicted with probability at most alpha."""
+    """Return whether another class than the most probable one is predicted with probability at most alpha."""
     cases = [(two_classes(n), [p, 1 - p]) for n in (7, 50, 400) for p in (0.5001, 0.51, 0.6)]
     cases += [(three_classes(40), p) for p in ([0.3334, 0.3333, 0.3333], [0.5001, 0.4999, 0], [0.36, 0.33, 0.31])]
     return max(probability_of_wrong(conclude, counts, p, alpha) for counts, p in cases) <= alpha
