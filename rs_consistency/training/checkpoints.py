@@ -4,6 +4,7 @@ import errno
 import hashlib
 import re
 import shutil
+import warnings
 from collections.abc import Callable
 from contextlib import nullcontext, suppress
 from pathlib import Path
@@ -15,6 +16,9 @@ import numpy as np
 import orbax.checkpoint as ocp
 
 from rs_consistency.common.errors import UserError, first_line, note
+
+# Orbax drops coroutines where it fails on a damaged checkpoint; `restore_newest` tells of the damage in a line.
+warnings.filterwarnings("ignore", "coroutine '.*' was never awaited", RuntimeWarning)
 
 _DIGEST_BYTES = hashlib.sha256().digest_size
 
