@@ -27,21 +27,27 @@ def smooth_adv(
     *,
     epsilon: float | jax.Array,
     num_steps: int,
+    keys: jax.Array | None = None,
 ) -> jax.Array:
     """Return images that attack the smoothed classifier: l2 PGD against the mean softmax over the noisy copies.
 
-    Source: Salman et al. (NeurIPS 2019), SmoothAdv-PGD. The attack ascends `-log(mean_i F_y(x + a + d_i))`, the mean
-    clipped at 1e-20. It starts at a = 0 and takes num_steps steps of length `2 * epsilon / num_steps` along the
-    normalized gradient. Each step ends with projections onto the l2 ball of radius epsilon around x and then onto the
-    box [0, 1].
+    The attack ascends `-log(mean_i F_y(x + a + d_i))`, the mean clipped at 1e-20. It starts at a = 0 and takes
+    num_steps steps of length `2 * epsilon / num_steps` along the normalized gradient. Two forms were published:
+
+    - with `keys`, the form of Salman et al. (NeurIPS 2019): a step ends with the clipping to the box [0, 1], and then
+      the projection onto the ball. Where the gradient is zero, as it is where the mean is clipped, the step is along
+      standard normal noise.
+    - without, the form of Jeong and Shin (NeurIPS 2020) for SmoothAdv + Consistency: projection first, then clipping.
+      Where the gradient is zero, there is no step.
 
     Args:
       apply_fn: `[B, H, W, C]` -> logits `[B, K]`, in inference mode.
       images: `[B, H, W, C]` in [0, 1].
       labels: `[B]` integers in 0..K-1.
       noise: `[M, B, H, W, C]`, scaled by sigma; the same in every step.
-      epsilon: radius in l2, at least 0; may be traced.
+      epsilon: radius of the ball around x in l2, at least 0; may be traced.
       num_steps: T, at least 1.
+      keys: `[B]` random keys of the examples, for the form of Salman et al.
 
     Returns:
       `[B, H, W, C]`: the attacked images, in the box exactly and in the ball up to rounding. No gradient flows through.
@@ -64,10 +70,19 @@ def smooth_adv(
     images, labels, noise = jax.lax.stop_gradient((images, labels, noise))
     step_size = 2 * epsilon / num_steps
 
-    def step(_: jax.Array, attacked: jax.Array) -> jax.Array:
-        attacked = attacked + step_size * _direction(apply_fn, attacked, labels, noise)
+    def project_then_clip(_: jax.Array, attacked: jax.Array) -> jax.Array:
+        attacked = attacked + step_size * unit(_gradient(apply_fn, attacked, labels, noise))
         return jnp.clip(images + project(attacked - images, epsilon), 0, 1)
 
+    def clip_then_project(number: jax.Array, attacked: jax.Array) -> jax.Array:
+        gradient = _gradient(apply_fn, attacked, labels, noise)
+        norm = l2_norm(gradient)
+        draws = jax.vmap(lambda key: jax.random.normal(jax.random.fold_in(key, number), images.shape[1:]))(keys)
+        attacked = attacked + step_size * jnp.where(norm > 0, gradient / jnp.where(norm > 0, norm, 1), draws)
+        attacked = images + project(jnp.clip(attacked, 0, 1) - images, epsilon)
+        return jnp.clip(attacked, 0, 1)  # the ball's projection leaves the box by rounding alone
+
+    step = project_then_clip if keys is None else clip_then_project
     return jax.lax.stop_gradient(repeat(step, num_steps, images))
 
 
@@ -81,9 +96,10 @@ def unbounded(
     num_steps: int,
     keep_step: int,
 ) -> tuple[jax.Array, jax.Array]:
-    """Return two iterates of SmoothMix's attack: `smooth_adv` with steps of a fixed length and without a ball.
+    """Return two iterates of SmoothMix's attack: on the loss of `smooth_adv`, with fixed steps and without a ball.
 
-    Source: Jeong et al. (NeurIPS 2021).
+    Source: Jeong et al. (NeurIPS 2021). A step along the normalized gradient has the length step_size, and ends with
+    the projection onto the box [0, 1]. Where the gradient is zero, the image stays.
 
     Args:
       apply_fn: `[B, H, W, C]` -> logits `[B, K]`, in inference mode.
@@ -117,7 +133,7 @@ def unbounded(
     images, labels, noise = jax.lax.stop_gradient((images, labels, noise))
 
     def step(_: jax.Array, attacked: jax.Array) -> jax.Array:
-        return jnp.clip(attacked + step_size * _direction(apply_fn, attacked, labels, noise), 0, 1)
+        return jnp.clip(attacked + step_size * unit(_gradient(apply_fn, attacked, labels, noise)), 0, 1)
 
     kept = repeat(step, keep_step, images)
     return jax.lax.stop_gradient((kept, repeat(step, num_steps - keep_step, kept)))
@@ -136,8 +152,8 @@ def worst_noise(
 
     Source: Jeong, Kim, Shin (AAAI 2023). The attack ascends `KL(target || F(x + d))` for each copy by itself, in
     num_steps steps of length `2 * epsilon / num_steps` along the normalized gradient. Each step ends with the
-    projection onto the l2 ball of radius epsilon around d_i. The result is shifted and scaled to the mean and the root
-    mean square of d_i, so that it remains plausible as noise.
+    projection onto the l2 ball of radius epsilon around d_i, and then with the standardization that keeps the noise
+    plausible: `mean(d_i) + rms(d_i) * (d - mean(d)) / rms(d)`, the root mean squares not centred.
 
     Args:
       apply_fn: `[B, H, W, C]` -> logits `[B, K]`, in inference mode.
@@ -154,16 +170,16 @@ def worst_noise(
       ValueError: for a number of steps below 1.
 
     Example:
-      The noise moves from the left pixel, which speaks for the target, to the right one, and keeps its norm.
+      The noise moves from the first pixel, which speaks for the target, to the second one, and keeps its mean and size.
 
       >>> import jax.numpy as jnp
       >>> from rs_consistency import attacks
-      >>> apply_fn = lambda x: x[:, 0, :, 0]  # the two pixels are the logits
-      >>> images, noise = jnp.zeros((1, 1, 2, 1)), jnp.array([0.5, -0.5]).reshape(1, 1, 1, 2, 1)
+      >>> apply_fn = lambda x: x[:, 0, :2, 0]  # the first two pixels are the logits
+      >>> images, noise = jnp.zeros((1, 1, 4, 1)), jnp.array([0.5, -0.5, 0.5, -0.5]).reshape(1, 1, 1, 4, 1)
       >>> target = jnp.log(jnp.array([[0.9, 0.1]]))
       >>> attacked = attacks.worst_noise(apply_fn, images, target, noise, epsilon=1.0, num_steps=4)
       >>> [round(pixel, 3) for pixel in attacked.ravel().tolist()]
-      [-0.5, 0.5]
+      [-0.216, 0.216, 0.673, -0.673]
     """
     _check_steps(num_steps)
     images, log_target, noise = jax.lax.stop_gradient((images, log_target, noise))
@@ -174,13 +190,12 @@ def worst_noise(
 
     def step(_: jax.Array, attacked: jax.Array) -> jax.Array:
         attacked = attacked + step_size * unit(jax.grad(divergence)(attacked))
-        return noise + project(attacked - noise, epsilon)
+        attacked = noise + project(attacked - noise, epsilon)
+        scale = norm / jnp.maximum(l2_norm(attacked), jnp.finfo(noise.dtype).tiny)
+        return mean + scale * (attacked - _mean(attacked))
 
-    attacked = repeat(step, num_steps, noise)
-    mean, centred = _centre(noise)
-    _, attacked = _centre(attacked)
-    scale = l2_norm(centred) / jnp.maximum(l2_norm(attacked), jnp.finfo(noise.dtype).tiny)
-    return jax.lax.stop_gradient(mean + scale * attacked)
+    mean, norm = _mean(noise), l2_norm(noise)
+    return jax.lax.stop_gradient(repeat(step, num_steps, noise))
 
 
 def copies(apply_fn: ApplyFn, images: jax.Array, noise: jax.Array) -> jax.Array:
@@ -207,21 +222,20 @@ def project(offset: jax.Array, radius: float | jax.Array) -> jax.Array:
     return offset * jnp.where(outside, radius / jnp.where(outside, norm, 1), 1)
 
 
-def _direction(apply_fn: ApplyFn, images: jax.Array, labels: jax.Array, noise: jax.Array) -> jax.Array:
-    """Return the unit direction `[B, H, W, C]` in which the mean softmax of the label falls fastest."""
+def _gradient(apply_fn: ApplyFn, images: jax.Array, labels: jax.Array, noise: jax.Array) -> jax.Array:
+    """Return the gradient `[B, H, W, C]` of `-log(mean_i F_y(x + d_i))`, the mean clipped at 1e-20."""
 
     def loss(images: jax.Array) -> jax.Array:  # examples do not interact: the gradient of the sum holds theirs
         log_mean = losses.log_mean_softmax(copies(apply_fn, images, noise))  # [B, K]
         of_label = jnp.take_along_axis(log_mean, labels[:, None], axis=-1)
         return -jnp.maximum(of_label, _LOG_OF_SMALLEST_MEAN).sum()
 
-    return unit(jax.grad(loss)(images))
+    return jax.grad(loss)(images)
 
 
-def _centre(x: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """Return the means over H, W, C, and the deviations from them."""
-    mean = x.mean(axis=(-3, -2, -1), keepdims=True)
-    return mean, x - mean
+def _mean(x: jax.Array) -> jax.Array:
+    """Return means over H, W, C, kept as axes of length 1."""
+    return x.mean(axis=(-3, -2, -1), keepdims=True)
 
 
 def _check_steps(num_steps: int) -> None:

@@ -10,9 +10,11 @@ from rs_consistency.methods.base import Batch, Classifier, Method, MethodOutput,
 def build(config: ConfigDict) -> Terms:
     """Return the mean over the M copies of CE(f(x + a + d_i), y), a from `attacks.smooth_adv` with the same noise.
 
-    The attack's radius grows over the first epochs: `min(epsilon, (epoch + 1) * epsilon / warmup_epochs)`.
+    The attack's radius grows over the first epochs: `min(epsilon, (epoch + 1) * epsilon / warmup_epochs)`. With the
+    consistency term the attack is the form of Jeong and Shin, which was published with it.
     """
     epsilon, num_steps, warmup_epochs = (config.smoothadv[key] for key in ("epsilon", "num_steps", "warmup_epochs"))
+    with_consistency = config.consistency.lbd > 0
 
     def terms(model: Classifier, batch: Batch) -> MethodOutput:
         images = attacks.smooth_adv(
@@ -22,6 +24,7 @@ def build(config: ConfigDict) -> Terms:
             batch.noise,
             epsilon=epsilon * warmup(batch.epoch, warmup_epochs),
             num_steps=num_steps,
+            keys=None if with_consistency else batch.keys,
         )
         logits = model.noisy(images, batch.noise)
         return MethodOutput({"cross_entropy": losses.cross_entropy(logits, batch.labels)}, logits)

@@ -99,8 +99,13 @@ def test_stability():
 def test_smoothadv_trains_on_the_attacked_images_with_the_same_noise():
     terms = terms_of("smoothadv", epoch=9, smoothadv={"epsilon": 0.7, "num_steps": 3})
     batch = make_batch()
-    attacked = attacks.smooth_adv(Linear().frozen, batch.images, batch.labels, batch.noise, epsilon=0.7, num_steps=3)
+    example = (Linear().frozen, batch.images, batch.labels, batch.noise)
+    attacked = attacks.smooth_adv(*example, epsilon=0.7, num_steps=3, keys=batch.keys)
     close(terms["cross_entropy"], -of_label(log_probs(attacked, NOISE)).mean(axis=0))
+    both = terms_of("smoothadv", epoch=9, smoothadv={"epsilon": 0.7, "num_steps": 3}, consistency={"lbd": 1.0})
+    projected = attacks.smooth_adv(*example, epsilon=0.7, num_steps=3)  # the form published with consistency
+    assert np.abs(projected - attacked).max() > 0.01
+    close(both["cross_entropy"], -of_label(log_probs(projected, NOISE)).mean(axis=0))
     assert (terms["cross_entropy"] > terms_of("gaussian")["cross_entropy"]).all()
 
 
@@ -246,7 +251,8 @@ def test_the_consistency_term_composes_with_every_method(method):
         logits = Linear().noisy(make_batch().images, make_batch().noise)
         close(both["consistency"], losses.consistency(logits, lbd=4.0, eta=0.3))
     for name, values in alone.items():
-        np.testing.assert_array_equal(both[name], values)
+        if method != "smoothadv":  # its attack has another form beside the term
+            np.testing.assert_array_equal(both[name], values)
 
 
 # Every kind of model, as shallow as it can be, and the smallest one with batch statistics.
