@@ -198,6 +198,64 @@ def worst_noise(
     return jax.lax.stop_gradient(repeat(step, num_steps, noise))
 
 
+def on_sphere(
+    apply_fn: ApplyFn,
+    images: jax.Array,
+    labels: jax.Array,
+    noise: jax.Array,
+    *,
+    step_size: float,
+    num_steps: int,
+) -> jax.Array:
+    """Return noise under which the classifier errs on every copy, as far as steps on the noise's sphere lead there.
+
+    Source: Sun et al. (ICML 2025). The attack ascends the cross entropy of each copy by itself, in num_steps steps of
+    length step_size along the normalized gradient. Each step ends with the scaling to the norm of d_i. A copy that is
+    misclassified already stays as it is.
+
+    Args:
+      apply_fn: `[B, H, W, C]` -> logits `[B, K]`, in inference mode.
+      images: `[B, H, W, C]`.
+      labels: `[B]` integers in 0..K-1.
+      noise: `[M, B, H, W, C]`, scaled by sigma.
+      step_size: l2 length of a step.
+      num_steps: T, at least 1.
+
+    Returns:
+      `[M, B, H, W, C]`: the attacked noise. No gradient flows through.
+
+    Raises:
+      ValueError: for a number of steps below 1.
+
+    Example:
+      The first copy turns towards the second pixel and is misclassified after a step; the second copy already is.
+
+      >>> import jax.numpy as jnp
+      >>> from rs_consistency import attacks
+      >>> apply_fn = lambda x: x[:, 0, :, 0]  # the two pixels are the logits
+      >>> images, noise = jnp.zeros((1, 1, 2, 1)), jnp.array([[0.6, 0.5], [-0.5, 0.6]]).reshape(2, 1, 1, 2, 1)
+      >>> attacked = attacks.on_sphere(apply_fn, images, jnp.array([0]), noise, step_size=0.25, num_steps=4)
+      >>> [round(pixel, 3) for pixel in attacked.ravel().tolist()]
+      [0.414, 0.662, -0.5, 0.6]
+    """
+    _check_steps(num_steps)
+    images, labels, noise = jax.lax.stop_gradient((images, labels, noise))
+
+    def loss(noise: jax.Array) -> tuple[jax.Array, jax.Array]:
+        logits = copies(apply_fn, images, noise)
+        return losses.cross_entropies(logits, labels).sum(), logits
+
+    def step(_: jax.Array, attacked: jax.Array) -> jax.Array:
+        gradient, logits = jax.grad(loss, has_aux=True)(attacked)
+        moved = attacked + step_size * unit(gradient)
+        moved = moved * (norm / jnp.maximum(l2_norm(moved), jnp.finfo(noise.dtype).tiny))
+        misclassified = logits.argmax(axis=-1) != labels  # [M, B]
+        return jnp.where(misclassified[..., None, None, None], attacked, moved)
+
+    norm = l2_norm(noise)
+    return jax.lax.stop_gradient(repeat(step, num_steps, noise))
+
+
 def copies(apply_fn: ApplyFn, images: jax.Array, noise: jax.Array) -> jax.Array:
     """Return the logits `[M, B, K]` of images `[B, H, W, C]` under noise `[M, B, H, W, C]`."""
     return jax.vmap(lambda draw: apply_fn(images + draw))(noise)

@@ -26,6 +26,7 @@ class Stream(IntEnum):
     BOUND = 8
     PREDICT = 9
     REPORT = 10
+    CHOOSE = 11
 
 
 def stream_key(seed: int, stream: Stream) -> jax.Array:
@@ -96,5 +97,25 @@ def bound_uniform(seed: int, indices: np.ndarray) -> np.ndarray:
     """
     key = stream_key(seed, Stream.BOUND)
     words = jax.vmap(lambda index: jax.random.bits(jax.random.fold_in(key, index), (2,), jnp.uint32))
-    high, low = np.asarray(words(jnp.asarray(indices, jnp.int32)), np.uint64).T
+    return _uniforms(words(jnp.asarray(indices, jnp.int32)))
+
+
+def weighted_draws(key: jax.Array, weights: np.ndarray) -> np.ndarray:
+    """Return N draws with replacement from 0..N-1, each number with a probability proportional to its weight.
+
+    Args:
+      key: a random key.
+      weights: `[N]`, at least 0, and not all of them 0.
+
+    Returns:
+      `[N]` int32. A number with weight 0 is never drawn.
+    """
+    ends = np.cumsum(weights, dtype=np.float64)
+    uniforms = _uniforms(jax.random.bits(key, (len(weights), 2), jnp.uint32))
+    return np.searchsorted(ends, uniforms * ends[-1]).astype(np.int32)  # the first end at or after a draw in (0, last]
+
+
+def _uniforms(words: jax.Array) -> np.ndarray:
+    """Return numbers `[N]` float64 from (0, 1], multiples of 2**-53, from random words `[N, 2]` uint32."""
+    high, low = np.asarray(words, np.uint64).T
     return ((high << np.uint64(21) | low >> np.uint64(11)) + np.uint64(1)) * 2.0**-53

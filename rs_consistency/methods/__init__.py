@@ -13,7 +13,7 @@ from ml_collections import ConfigDict
 
 from rs_consistency import losses
 from rs_consistency.common.checks import one_of
-from rs_consistency.methods import catrs, gaussian, macer, smoothadv, smoothmix, stability
+from rs_consistency.methods import catrs, gaussian, macer, smoothadv, smoothmix, stability, sun
 from rs_consistency.methods.base import Batch, Classifier, Method
 
 METHODS: dict[str, Method] = {
@@ -23,6 +23,7 @@ METHODS: dict[str, Method] = {
     "macer": macer.METHOD,
     "smoothmix": smoothmix.METHOD,
     "catrs": catrs.METHOD,
+    "sun": sun.METHOD,
 }
 
 

@@ -4,6 +4,7 @@ from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple, Protocol
 
 import jax
+import numpy as np
 from ml_collections import ConfigDict
 
 
@@ -75,6 +76,21 @@ class Teacher(NamedTuple):
     description: str
 
 
+class Accuracy(Protocol):
+    """The accuracy of the model, as it stands between two epochs, on noisy copies of training images."""
+
+    def __call__(self, num_votes: int, asked: np.ndarray) -> np.ndarray:
+        """Return the shares `[N]` of right votes on the images that are `asked` `[N]` (bool) about; 0 on the others.
+
+        The votes are cast in inference mode on the images as they are, without augmentation, under fresh noise.
+        """
+
+
+# (config, epoch from 0, weights, accuracy) -> weights of the epoch. The weights `[N]` say how often the examples are
+# drawn; they are at least 0, and the given ones are the weights of the epoch before, 1 before the first.
+Choose = Callable[[ConfigDict, int, np.ndarray, Accuracy], np.ndarray]
+
+
 class Method(NamedTuple):
     """An entry of `METHODS`.
 
@@ -82,11 +98,14 @@ class Method(NamedTuple):
       build: config -> the function that computes the terms of a batch.
       check: raises a `UserError` for a setting in this method's block of the config that cannot work.
       teacher: the run that the method learns from; None for most methods.
+      choose: weighs the training examples before every epoch. Where all weights are equal, the epoch has every example
+        once; else N of them are drawn, with replacement. None for most methods: all examples in every epoch.
     """
 
     build: Callable[[ConfigDict], Terms]
     check: Callable[[ConfigDict], None] = lambda config: None
     teacher: Teacher | None = None
+    choose: Choose | None = None
 
 
 def warmup(epoch: jax.Array, warmup_epochs: int) -> jax.Array:

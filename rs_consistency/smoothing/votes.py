@@ -114,6 +114,7 @@ def count_votes(
     settings: VoteSettings,
     devices: Sequence[jax.Device],
     stream: noise.Stream = noise.Stream.CERTIFY,
+    occasion: Sequence[int] = (),
 ) -> Iterator[Votes]:
     """Yield the votes of the images, group after group, in order.
 
@@ -133,6 +134,7 @@ def count_votes(
       settings: from `vote_settings`.
       devices: local devices that share a batch.
       stream: purpose of the noise.
+      occasion: further numbers that address the noise, for a purpose with several occasions, such as epochs.
 
     Raises:
       UserError: when the model does not accept the images, does not give K logits, or gives NaN.
@@ -147,7 +149,7 @@ def count_votes(
     compiled = _compile(apply_fn, num_classes, per_device, batches_per_call, devices)
     variables = parallel.replicate(variables, devices)
     numbers = np.int32([settings.n0, settings.n])
-    key = noise.stream_key(settings.seed, stream)
+    key = noise.fold(noise.stream_key(settings.seed, stream), *occasion)
     for first in range(0, len(images), group):
         num_real = min(group, len(images) - first)
         chosen = np.minimum(np.arange(first, first + group), len(images) - 1)  # the last group is padded

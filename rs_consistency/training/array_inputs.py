@@ -33,9 +33,10 @@ class ArrayInputs(Inputs):
         self._order = make_order(config, len(train))
         self.num_test_examples = len(test)
 
-    def feeds(self, first_step: int, end_step: int) -> Generator[Feed, None, None]:
+    def feeds(self, first_step: int, end_step: int, weights: jax.Array | None = None) -> Generator[Feed, None, None]:
         """See `Inputs`."""
-        feed = Feed((self._train, parallel.replicate(self._order(first_step // self.sizes.steps), self.devices)))
+        order = self._order(first_step // self.sizes.steps, weights)
+        feed = Feed((self._train, parallel.replicate(order, self.devices)))
         for _ in range(first_step, end_step):
             yield feed
 

@@ -73,8 +73,9 @@ def validate(config: ConfigDict, *, num_devices: int) -> None:
     if config.optimizer.momentum >= 1:
         raise UserError(f"optimizer.momentum={config.optimizer.momentum}: use a number in [0, 1)")
     _check_batch(config, num_devices)
-    for method in METHODS.values():  # methods that are not in use, too: a run is known by its whole config
-        method.check(config)
+    for name, method in METHODS.items():
+        if name in config or name == config.method:  # the run of an older version lacks the blocks of newer methods
+            method.check(config)
     _check_method(config, flat)
 
 
@@ -95,7 +96,7 @@ def _check_batch(config: ConfigDict, num_devices: int) -> None:
 
 def _check_method(config: ConfigDict, flat: Mapping[str, Any]) -> None:
     """Raise a `UserError` where the method lacks its teacher, or method and dataset do not go together."""
-    teacher = METHODS[config.method].teacher
+    teacher, choose = METHODS[config.method].teacher, METHODS[config.method].choose
     if teacher and not flat[teacher.workdir_key]:
         key = teacher.workdir_key
         raise UserError(
@@ -108,19 +109,25 @@ def _check_method(config: ConfigDict, flat: Mapping[str, Any]) -> None:
             f"dataset.augment={config.dataset.augment!r}: images of {config.dataset.name} are cropped and flipped as"
             " they are decoded; use none"
         )
-    if is_streamed and teacher:
+    if is_streamed and (teacher or choose):
         raise UserError(
-            f"method={config.method!r} computes something of every training image beforehand, and dataset"
+            f"method={config.method!r} counts votes on every training image, and dataset"
             f" {config.dataset.name} is streamed; use another method, or a dataset that fits into memory"
         )
 
 
 def differing_keys(mine: Mapping[str, Any], other: Mapping[str, Any]) -> list[str]:
-    """Return lines `key: other's value -> my value` for keys that shape the result and differ."""
+    """Return lines `key: other's value -> my value` for keys that shape the result and differ.
+
+    Blocks of methods that neither config uses shape nothing.
+    """
     mine, other = flatten(mine), flatten(other)
     missing = "(no such key)"
+    unused = METHODS.keys() - {config.get("method") for config in (mine, other)}
     return [
         f"{key}: {other.get(key, missing)!r} -> {mine.get(key, missing)!r}"
         for key in sorted(mine.keys() | other.keys())
-        if key not in PLACE_KEYS and mine.get(key, missing) != other.get(key, missing)
+        if key not in PLACE_KEYS
+        and key.split(".")[0] not in unused
+        and mine.get(key, missing) != other.get(key, missing)
     ]

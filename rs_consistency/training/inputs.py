@@ -32,8 +32,8 @@ class Inputs(Protocol):
     num_test_examples: int
     same_feed: bool  # in all steps of an epoch
 
-    def feeds(self, first_step: int, end_step: int) -> Generator[Feed, None, None]:
-        """Yield one `Feed` for each of the steps, which lie in one epoch."""
+    def feeds(self, first_step: int, end_step: int, weights: jax.Array | None = None) -> Generator[Feed, None, None]:
+        """Yield one `Feed` for each of the steps, which lie in one epoch; `weights` `[N]` are `TrainState.weights`."""
 
     def examples(self, step: jax.Array, positions: jax.Array, *args: Any, **parts: Any) -> data.Examples:
         """Return, on a device, the examples at its positions `[B]` of the step's global batch, from the feed."""
@@ -56,10 +56,20 @@ def part_positions(num_parts: int, sizes: StepSizes, num_devices: int) -> np.nda
     return np.arange(sizes.examples, dtype=np.int32).reshape(num_parts, num_devices, -1)
 
 
-def make_order(config: ConfigDict, num_examples: int) -> Callable[[int], jax.Array]:
-    """Return `order(epoch)`: the permutation `[N]` int32 of the examples, a function of seed and epoch."""
+def make_order(config: ConfigDict, num_examples: int) -> Callable[[int, jax.Array | None], jax.Array]:
+    """Return `order(epoch, weights)`: the examples `[N]` int32 of an epoch, a function of seed, epoch and weights.
+
+    Without weights, or with equal ones, the order is a permutation; else the examples are drawn with replacement.
+    """
     key = noise.stream_key(config.seed, noise.Stream.ORDER)
-    return jax.jit(lambda epoch: jax.random.permutation(noise.fold(key, epoch), num_examples))
+    permutation = jax.jit(lambda epoch: jax.random.permutation(noise.fold(key, epoch), num_examples))
+
+    def order(epoch: int, weights: jax.Array | None) -> jax.Array:
+        if weights is None or (weights == weights[0]).all():
+            return permutation(epoch)
+        return jax.numpy.asarray(noise.weighted_draws(noise.fold(key, epoch), np.asarray(weights)))
+
+    return order
 
 
 def step_sizes(config: ConfigDict, num_examples: int) -> StepSizes:

@@ -14,8 +14,10 @@ from ml_collections import ConfigDict
 from rs_consistency.common.errors import UserError, note
 from rs_consistency.common.progress import duration, progress_bar
 from rs_consistency.devices import parallel
+from rs_consistency.methods import METHODS
 from rs_consistency.training import runs
 from rs_consistency.training.checkpoints import Checkpoints
+from rs_consistency.training.choice import choose_examples
 from rs_consistency.training.config import flatten
 from rs_consistency.training.inputs import Inputs
 from rs_consistency.training.metrics import MetricsWriter
@@ -60,7 +62,7 @@ def train(config: ConfigDict, workdir: Path) -> TrainState:
             closing(session.open_inputs(workdir)) as inputs,
             closing(MetricsWriter(workdir, finished_steps=first_step, steps_per_epoch=steps_per_epoch)) as writer,
         ):
-            run = _Run(config, inputs, checkpoints, writer)
+            run = _Run(session, inputs, checkpoints, writer)
             for epoch in range(first_step // steps_per_epoch, config.num_epochs):
                 state = run.epoch(state, epoch)
         checkpoints.wait()
@@ -70,7 +72,7 @@ def train(config: ConfigDict, workdir: Path) -> TrainState:
 def _start_state(session: Session, checkpoints: Checkpoints) -> TrainState:
     """Return the state of the newest readable checkpoint, or else the initial one."""
     config, devices = session.config, session.devices
-    restored = checkpoints.restore_newest(restore_target(config, devices))
+    restored = checkpoints.restore_newest(restore_target(config, devices, len(session.train)))
     if restored is None:
         state = session.initial_state()
         if config.init_from:
@@ -87,14 +89,18 @@ def _start_state(session: Session, checkpoints: Checkpoints) -> TrainState:
 class _Run:
     """The compiled steps of a run, and the files for its results."""
 
-    def __init__(self, config: ConfigDict, inputs: Inputs, checkpoints: Checkpoints, writer: MetricsWriter) -> None:
-        self._config, self._inputs, self._checkpoints, self._writer = config, inputs, checkpoints, writer
+    def __init__(self, session: Session, inputs: Inputs, checkpoints: Checkpoints, writer: MetricsWriter) -> None:
+        self._session, self._config = session, session.config
+        self._inputs, self._checkpoints, self._writer = inputs, checkpoints, writer
         self._steps_per_epoch = inputs.sizes.steps
-        self._compiled = compile_steps(config, inputs)
+        self._compiled = compile_steps(session.config, inputs)
 
     def epoch(self, state: TrainState, epoch: int) -> TrainState:
         """Train to the end of an epoch; evaluate, and write record and checkpoint, where they are due."""
         config, end_step = self._config, (epoch + 1) * self._steps_per_epoch
+        choose = METHODS[config.method].choose
+        if choose and int(state.step) == epoch * self._steps_per_epoch:
+            state = choose_examples(choose, config, state, epoch, self._session.train, self._session.devices)
         start = time.perf_counter()
         state, metrics = self._steps(state, epoch, end_step)
         seconds = time.perf_counter() - start
@@ -105,6 +111,8 @@ class _Run:
             "lr": float(make_schedule(config, self._steps_per_epoch)(epoch * self._steps_per_epoch)),
             "noisy_images_per_second": len(metrics) * config.batch_size / seconds,
         }
+        if choose:
+            record["examples"] = int((state.weights > 0).sum())
         last = epoch + 1 == config.num_epochs
         if last or (epoch + 1) % config.eval_every_epochs == 0:
             record["noisy_test_accuracy"] = self._evaluate(state)
@@ -127,7 +135,7 @@ class _Run:
             brief=True,
             unit_scale=True,
         )
-        with bar, closing(self._inputs.feeds(first_step, end_step)) as feeds:
+        with bar, closing(self._inputs.feeds(first_step, end_step, state.weights)) as feeds:
             step = first_step
             while step < end_step:
                 number = min(compiled.per_call, end_step - step, every - step % every)
@@ -182,7 +190,11 @@ def _check_finite(config: ConfigDict, metrics: Sequence[dict[str, float]], first
 
 
 def _print_record(config: ConfigDict, record: dict[str, Any]) -> None:
-    shown = "  ".join(f"{name} {value:.4g}" for name, value in record.items() if name not in ("epoch", "step"))
+    shown = "  ".join(
+        f"{name} {value:,}" if isinstance(value, int) else f"{name} {value:.4g}"
+        for name, value in record.items()
+        if name not in ("epoch", "step")
+    )
     images_in_epoch = record["step"] / record["epoch"] * config.batch_size
     left = (config.num_epochs - record["epoch"]) * images_in_epoch / record["noisy_images_per_second"]
     print(f"epoch {record['epoch']}/{config.num_epochs}  {shown}  left {duration(left)}", flush=True)

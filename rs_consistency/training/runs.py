@@ -124,9 +124,10 @@ def restore(workdir: Path, devices: Sequence[jax.Device], *, name: str = "workdi
     Raises:
       UserError: when the folder holds no run, or a run without a readable checkpoint.
     """
-    config = read_config(workdir, name=name)
+    config, data_path = read_config(workdir, name=name), workdir / DATA_FILE
+    num_examples = read_json(data_path)["train_examples"] if data_path.exists() else 1
     with closing(Checkpoints(workdir)) as checkpoints:
-        restored = checkpoints.restore_newest(restore_target(config, devices))
+        restored = checkpoints.restore_newest(restore_target(config, devices, num_examples))
     if restored is None:
         raise _no_checkpoint(workdir, name)
     step, state = restored

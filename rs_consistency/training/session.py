@@ -67,7 +67,7 @@ class Session:
 
     def initial_state(self) -> TrainState:
         """Return the state before the first step, replicated on the devices."""
-        return parallel.replicate(create_state(self.config), self.devices)
+        return parallel.replicate(create_state(self.config, len(self.train)), self.devices)
 
     def open_inputs(self, workdir: Path | None) -> Inputs:
         """Open the examples, for a method with a teacher together with the teacher's predictions.

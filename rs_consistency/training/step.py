@@ -25,13 +25,14 @@ class TrainState(struct.PyTreeNode):
     """The state of a training run, as a checkpoint holds it.
 
     The number of optimizer steps taken is the state of the input, too: the next examples and their noise are a function
-    of config, seed, data and step.
+    of config, seed, data, step, and the weights.
     """
 
     step: jax.Array  # int32
     params: Any
     model_state: Any  # other variables, such as running batch statistics; empty for some models
     opt_state: optax.OptState
+    weights: jax.Array | None = None  # [N] float32, of the examples in this epoch, where the method chooses them
 
     @property
     def variables(self) -> dict[str, Any]:
@@ -71,8 +72,11 @@ def make_optimizer(config: ConfigDict, steps_per_epoch: int) -> optax.GradientTr
     )
 
 
-def create_state(config: ConfigDict) -> TrainState:
-    """Return the initial state for config and seed. A `UserError` says that the model cannot take the images."""
+def create_state(config: ConfigDict, num_examples: int = 1) -> TrainState:
+    """Return the initial state for config and seed. A `UserError` says that the model cannot take the images.
+
+    `num_examples` is N, for a method that weighs the examples.
+    """
     shape = data.dataset_info(config.dataset.name).image_shape
     key = noise.stream_key(config.seed, noise.Stream.INIT)
     try:
@@ -86,12 +90,13 @@ def create_state(config: ConfigDict) -> TrainState:
     params = model_state.pop("params")
     # The initial state of the optimizer does not depend on when the learning rate drops, so on no length of an epoch.
     opt_state = make_optimizer(config, steps_per_epoch=1).init(params)
-    return TrainState(step=jnp.zeros((), jnp.int32), params=params, model_state=model_state, opt_state=opt_state)
+    weights = jnp.ones(num_examples, jnp.float32) if methods.METHODS[config.method].choose else None
+    return TrainState(jnp.zeros((), jnp.int32), params, model_state, opt_state, weights)
 
 
-def restore_target(config: ConfigDict, devices: Sequence[jax.Device]) -> TrainState:
+def restore_target(config: ConfigDict, devices: Sequence[jax.Device], num_examples: int = 1) -> TrainState:
     """Return shapes, types and placement of the run's state, to restore a checkpoint into. Nothing is computed."""
-    state = jax.eval_shape(lambda: create_state(config))
+    state = jax.eval_shape(lambda: create_state(config, num_examples))
     sharding = replicated_sharding(devices)
     return jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding), state)
 
@@ -208,8 +213,8 @@ def _train_step(
     updates, opt_state = setup.optimizer.update(grads, state.opt_state, state.params)
     params = optax.apply_updates(state.params, updates)
     metrics = {**metrics, "param_norm": optax.tree.norm((params, model_state))}
-    new_state = TrainState(step=state.step + 1, params=params, model_state=model_state, opt_state=opt_state)
-    return new_state, metrics
+    state = state.replace(step=state.step + 1, params=params, model_state=model_state, opt_state=opt_state)
+    return state, metrics
 
 
 def _gradient(setup: _Setup, state: TrainState, positions: jax.Array, examples: data.Examples) -> _Sums:

@@ -35,8 +35,9 @@ class StreamInputs(Inputs):
         self._next_step = 0
         self.num_test_examples = len(test)
 
-    def feeds(self, first_step: int, end_step: int) -> Generator[Feed, None, None]:
-        """See `Inputs`. The same workers make the feeds of successive epochs."""
+    def feeds(self, first_step: int, end_step: int, weights: jax.Array | None = None) -> Generator[Feed, None, None]:
+        """See `Inputs`. The same workers make the feeds of successive epochs. No method weighs streamed examples."""
+        del weights
         waiting: deque[Feed] = deque()
         batches = self._batches_from(first_step)
         for _ in range(first_step, end_step):
