@@ -55,7 +55,7 @@ class Checkpoints:
 
         Raise a `UserError` when this save or the save before failed, such as on a full disk.
         """
-        saved = {"state": jax.tree.map(jnp.copy, state), "digest": _digest_array(state)}
+        saved = {"state": _fields(jax.tree.map(jnp.copy, state)), "digest": _digest_array(state)}
         self._guard(lambda: self._manager.save(step, args=ocp.args.StandardSave(saved)))
 
     def wait(self) -> None:
@@ -85,13 +85,14 @@ class Checkpoints:
         was stepped over. Raise a `UserError` when there are checkpoints and none can be read.
         """
         steps = sorted(self.steps(), reverse=True)
-        saved_target = {"state": target, "digest": np.zeros(_DIGEST_BYTES, np.uint8)}
+        saved_target = {"state": _fields(target), "digest": np.zeros(_DIGEST_BYTES, np.uint8)}
         for step in steps:
             try:
                 saved = self._manager.restore(step, args=ocp.args.StandardRestore(saved_target))
-                if not np.array_equal(saved["digest"], _digest_array(saved["state"])):
+                state = target.replace(**saved["state"])
+                if not np.array_equal(saved["digest"], _digest_array(state)):
                     raise ValueError("its content is not what was saved")
-                return step, saved["state"]
+                return step, state
             except Exception as error:  # Orbax and TensorStore raise many kinds for a damaged file
                 note(f"checkpoint {self.folder / str(step)} is unreadable: {_reason(error)}; trying the one before")
         if steps:
@@ -125,6 +126,11 @@ def digest(tree: Any) -> str:
         sha.update(f"{path} {array.dtype.str} {array.shape}".encode())
         sha.update(np.ascontiguousarray(array))
     return sha.hexdigest()
+
+
+def _fields(state: Any) -> dict[str, Any]:
+    """Return the fields of a state that are there. So a field that few runs have changes no checkpoint of others."""
+    return {name: value for name, value in vars(state).items() if value is not None}
 
 
 def _digest_array(state: Any) -> np.ndarray:
