@@ -249,7 +249,7 @@ def on_sphere(
         gradient, logits = jax.grad(loss, has_aux=True)(attacked)
         moved = attacked + step_size * unit(gradient)
         moved = moved * (norm / jnp.maximum(l2_norm(moved), jnp.finfo(noise.dtype).tiny))
-        misclassified = logits.argmax(axis=-1) != labels  # [M, B]
+        misclassified = logits.argmax(axis=-1) != labels[None]  # [M, B]
         return jnp.where(misclassified[..., None, None, None], attacked, moved)
 
     norm = l2_norm(noise)

@@ -155,6 +155,7 @@ def test_attacks_take_no_gradient(lenet):
                     attacks.smooth_adv(apply_fn, images, labels, noise, epsilon=1.0, num_steps=1),
                     attacks.unbounded(apply_fn, images, labels, noise, step_size=1.0, num_steps=1, keep_step=1),
                     attacks.worst_noise(apply_fn, images, target, noise, epsilon=1.0, num_steps=1),
+                    attacks.on_sphere(apply_fn, images, labels, noise, step_size=1.0, num_steps=1),
                 )
             )
         )
@@ -206,6 +207,32 @@ def test_worst_noise_equals_the_reference(epsilon, num_steps):
     # The root mean squares of the last step are not centred, so the size is kept up to the squares of the means.
     np.testing.assert_allclose(np.square(got).mean(axes), np.square(NOISE).mean(axes), rtol=0.1)
     assert (after > before).mean() > 0.9
+
+
+def reference_on_sphere(step_size, num_steps):
+    attacked = NOISE.copy()
+    for m, b in np.ndindex(NOISE.shape[:2]):
+        for _ in range(num_steps):
+            logits = np.tensordot(IMAGES[b] + attacked[m, b], WEIGHTS, axes=3)
+            if logits.argmax() != LABELS[b]:
+                break
+            gradient = WEIGHTS @ (special.softmax(logits) - np.eye(NUM_CLASSES)[LABELS[b]])
+            moved = attacked[m, b] + step_size * gradient / (np.linalg.norm(gradient) + 1e-8)
+            attacked[m, b] = moved * np.linalg.norm(NOISE[m, b]) / np.linalg.norm(moved)
+    return attacked
+
+
+@pytest.mark.parametrize(("step_size", "num_steps"), [(0.3, 1), (0.3, 4), (2.0, 3)])
+def test_on_sphere_equals_the_reference(step_size, num_steps):
+    with jax.enable_x64(True):
+        images, labels, noise = jnp.asarray(IMAGES), jnp.asarray(LABELS), jnp.asarray(NOISE)
+        got = attacks.on_sphere(linear, images, labels, noise, step_size=step_size, num_steps=num_steps)
+    got = np.asarray(got)
+    np.testing.assert_allclose(got, reference_on_sphere(step_size, num_steps), atol=1e-9)
+    np.testing.assert_allclose(norms(got), norms(NOISE), rtol=1e-9)
+    wrong = np.tensordot(IMAGES + NOISE, WEIGHTS, axes=3).argmax(axis=-1) != LABELS
+    np.testing.assert_array_equal(got[wrong], NOISE[wrong])
+    assert wrong.any() and np.abs(got - NOISE)[~wrong].reshape((~wrong).sum(), -1).max(axis=1).min() > 1e-3
 
 
 def test_bad_numbers_of_steps(lenet):

@@ -44,3 +44,18 @@ def test_addressed_noise_is_a_function_of_the_address():
 def test_streams_share_no_key():
     keys = [jax.random.key_data(noise.stream_key(seed, stream)).tolist() for seed in (0, 1) for stream in noise.Stream]
     assert len({tuple(key) for key in keys}) == len(keys)
+
+
+def test_weighted_draws_follow_the_weights():
+    weights = np.array([0.0, 1.0, 2.0, 0.0, 5.0, 0.0] * 500)
+    draws = noise.weighted_draws(jax.random.key(0), weights)
+    assert draws.shape == (3000,) and draws.dtype == np.int32
+    counts = np.bincount(draws % 6, minlength=6)
+    assert not counts[weights[:6] == 0].any()
+    assert stats.chisquare(counts[[1, 2, 4]], 3000 * np.array([1, 2, 5]) / 8).pvalue > 1e-3
+    # Within a class of equal weights all examples are equally likely, and drawn with replacement.
+    fives = np.bincount(draws[draws % 6 == 4] // 6, minlength=500)
+    assert 0.25 < (fives == 0).mean() / np.exp(-3.75) < 4 and stats.poisson(3.75).sf(fives.max()) > 1e-8
+    np.testing.assert_array_equal(draws, noise.weighted_draws(jax.random.key(0), weights))
+    assert (draws != noise.weighted_draws(jax.random.key(1), weights)).mean() > 0.9
+    assert set(noise.weighted_draws(jax.random.key(2), np.eye(4)[3])) == {3}

@@ -47,7 +47,9 @@ def plan(config: ConfigDict, workdir: Path) -> Plan:
     check_claim(workdir, config, data_digest=session.train.digest())
     with closing(Checkpoints(workdir)) as checkpoints:
         done = max(checkpoints.steps(), default=0)
+    # The steps of the last epoch are measured: a method may do more in later epochs, not less.
     state = session.initial_state()
+    state = state.replace(step=state.step + session.last_step - sizes.steps)
     parameters = count_parameters(state.variables)
     votes = VoteSettings.for_dataset(
         info, sigma=config.sigma, n0=1, n=1, seed=config.seed, platform=devices[0].platform
@@ -72,8 +74,9 @@ def plan(config: ConfigDict, workdir: Path) -> Plan:
         f"time: about {duration(seconds)}, with evaluation; certify.py then counts about {voted.per_second:,.0f} votes"
         " a second",
     ]
-    if METHODS[config.method].teacher:
-        lines.append(f"not in it: what {config.method} finds out about every training image first")
+    method = METHODS[config.method]
+    if method.teacher or method.choose:
+        lines.append(f"not in it: the votes on training images that {config.method} counts")
     text = "\n".join([*lines, "dry run: nothing but caches was written"])
     return Plan(text, seconds, epoch_seconds, voted.per_second)
 

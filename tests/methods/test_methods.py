@@ -12,6 +12,7 @@ from scipy import special, stats
 
 from configs import default
 from rs_consistency import attacks, data, losses, methods, models
+from rs_consistency.common.errors import UserError
 from rs_consistency.devices import parallel
 from rs_consistency.methods.base import warmup
 from rs_consistency.models.cifar_resnet import CifarResNet
@@ -239,6 +240,64 @@ def test_the_number_of_kept_copies_is_binomial():
     assert (terms["high_confidence"][:6] > 0).all() and not terms["high_confidence"][6:].any()
 
 
+SUN = {"discard_epoch": 6, "discard_threshold": 0.5, "weigh_every": 10, "epsilon": 0.5, "num_steps": 3}
+
+
+def test_sun_attacks_the_noise_once_hard_examples_are_dropped():
+    np.testing.assert_array_equal(
+        terms_of("sun", epoch=5, sun=SUN)["cross_entropy"], terms_of("gaussian")["cross_entropy"]
+    )
+    batch = make_batch()
+    noise = attacks.on_sphere(Linear().frozen, batch.images, batch.labels, batch.noise, step_size=0.5, num_steps=3)
+    for epoch in (6, 80):
+        got = terms_of("sun", epoch=epoch, sun=SUN)["cross_entropy"]
+        close(got, -of_label(log_probs(IMAGES, noise)).mean(axis=0))
+    assert np.abs(noise - batch.noise).max() > 0.01
+
+
+class Asked:
+    """An accuracy with the given shares, that notes what it is asked."""
+
+    def __init__(self, **shares):
+        self.shares, self.calls = shares, []
+
+    def __call__(self, num_votes, asked):
+        self.calls.append((num_votes, asked.tolist()))
+        return np.where(asked, self.shares[f"of_{num_votes}"], 0.0)
+
+
+def test_sun_drops_hard_examples_and_weighs_the_others():
+    config = make_config("sun", sun=SUN)
+    choose = methods.METHODS["sun"].choose
+    everyone = np.ones(5)
+    accuracy = Asked(of_100=[0.49, 0.5, 0.9, 1.0, 0.0], of_16=[0.9, 0.5, 14 / 16, 1.0, 1.0])
+    for epoch in (0, 5):
+        np.testing.assert_array_equal(choose(config, epoch, everyone, accuracy), everyone)
+    assert accuracy.calls == []
+    weights = choose(config, 6, everyone, accuracy)
+    kept = [False, True, True, True, False]
+    assert accuracy.calls == [(100, [True] * 5), (16, kept)]
+    # One-sided Clopper-Pearson bounds at 0.1 of 12 (at least), 14 and 16 of 16 right votes.
+    bounds = [stats.beta.ppf(0.1, right, 16 - right + 1) for right in (12, 14, 16)]
+    np.testing.assert_allclose(weights, [0, *stats.norm.ppf(bounds), 0], rtol=1e-12)
+    accuracy.calls.clear()
+    np.testing.assert_array_equal(choose(config, 7, weights, accuracy), weights)
+    assert accuracy.calls == []
+    accuracy.shares["of_16"] = np.ones(5)
+    again = choose(config, 16, weights, accuracy)  # those that were dropped stay so
+    assert accuracy.calls == [(16, kept)]
+    np.testing.assert_allclose(again, np.where(kept, weights[3], 0), rtol=1e-12)
+    with pytest.raises(UserError, match=r"sun.discard_threshold=0.5: no training example has that share"):
+        choose(config, 6, everyone, Asked(of_100=np.zeros(5)))
+
+
+def test_no_example_that_sun_keeps_gets_a_weight_of_zero():
+    for votes in range(14, 60):
+        config = make_config("sun", sun={**SUN, "weigh_votes": votes})
+        weights = methods.METHODS["sun"].choose(config, 16, np.ones(1), lambda num_votes, asked: np.zeros(1))
+        assert weights > 0, votes
+
+
 ALL_METHODS = sorted(methods.METHODS)
 
 
@@ -247,7 +306,7 @@ def test_the_consistency_term_composes_with_every_method(method):
     alone = terms_of(method)
     both = terms_of(method, consistency={"lbd": 4.0, "eta": 0.3})
     assert both.keys() - alone.keys() == {"consistency"}
-    if method in ("gaussian", "stability", "macer", "catrs"):  # those on the images themselves
+    if method in ("gaussian", "stability", "macer", "catrs", "sun"):  # those on the images themselves
         logits = Linear().noisy(make_batch().images, make_batch().noise)
         close(both["consistency"], losses.consistency(logits, lbd=4.0, eta=0.3))
     for name, values in alone.items():
@@ -269,6 +328,7 @@ FEW_STEPS = {
     "smoothmix": {"num_steps": 1, "warmup_epochs": 0},
     "catrs": {"num_steps": 1},
     "macer": {"deferred": False},
+    "sun": {"num_steps": 1, "discard_epoch": 0},
 }
 
 
@@ -342,6 +402,12 @@ PIPELINES = {
     "macer+consistency": ["--config.method=macer", "--config.consistency.lbd=1"],
     "smoothmix": ["--config.method=smoothmix"],
     "catrs": ["--config.method=catrs", "--config.catrs.num_votes=16", "--config.model=normalized"],
+    "sun": [
+        "--config.method=sun",
+        "--config.model=linear",
+        "--config.sun.discard_epoch=1",
+        "--config.sun.discard_threshold=0.05",
+    ],
 }
 
 
@@ -366,6 +432,7 @@ def test_every_method_trains_saves_resumes_and_certifies(monkeypatch, program, f
         "--config.smoothadv.num_steps=1",
         "--config.smoothmix.num_steps=1",
         "--config.catrs.num_steps=1",
+        "--config.sun.num_steps=1",
         f"--config.catrs.teacher={toy_trained}",
         *PIPELINES[name],
         "--config.num_devices=2",

@@ -178,6 +178,8 @@ def test_cells_that_were_not_published(cell, message):
             "smoothmix.clean_step=9: use a whole number of at least 0 and at most 4",
         ),
         (["--config.method=catrs"], "catrs.teacher='': method catrs needs the workdir of a Gaussian model"),
+        (["--config.method=sun", "--config.sun.weigh_votes=9"], "sun.weigh_votes=9: use a whole number of at least 14"),
+        (["--config.sun.discard_threshold=1.5"], "sun.discard_threshold=1.5: use a number of at least 0 and at most 1"),
         (["--config.macer.lbd=nan"], "macer.lbd=nan: use a number of at least 0 and at most 1e+06"),  # not in use
         (
             ["--config.smoothadv.epsilon=1e300"],
@@ -236,3 +238,16 @@ def test_places_may_change_and_results_may_not():
     other["optimizer"]["lr"] = 0.5
     del other["seed"]
     assert differing_keys(mine, other) == ["optimizer.lr: 0.5 -> 0.01", "seed: '(no such key)' -> 0"]
+
+
+def test_blocks_of_methods_that_no_config_uses_shape_nothing():
+    mine, older = mnist.get_config(), mnist.get_config()
+    del older["sun"]  # a run from before the method
+    older.macer.lbd = 3.0
+    assert differing_keys(mine, older) == []
+    validate(older, num_devices=1)
+    for config in (mine, older):
+        config.method = "macer"
+    assert differing_keys(mine, older) == ["macer.lbd: 3.0 -> 16.0"]
+    mine.method = "sun"
+    assert "sun.epsilon: '(no such key)' -> 0.25" in differing_keys(mine, older)

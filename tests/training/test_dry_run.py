@@ -49,8 +49,18 @@ def test_a_method_that_prepares_is_asked_about_few_images_only(program, toy_trai
     catrs = ["--config.method=catrs", "--config.consistency.lbd=0", "--config.catrs.num_steps=1"]
     catrs += ["--config.catrs.num_votes=50", f"--config.catrs.teacher={toy_trained}"]
     out = program.succeeds("cli.train", *TOY, *catrs, f"--workdir={tmp_path / 'run'}", "--dry_run").out
-    assert "not in it: what catrs finds out about every training image first" in out
+    assert "not in it: the votes on training images that catrs counts" in out
     assert everything_in(toy_trained) == before and not (tmp_path / "run").exists()
+
+
+def test_the_steps_of_the_last_epoch_are_measured(program, tmp_path, monkeypatch):
+    seen = []
+    monkeypatch.setattr(
+        dry_run, "_measure_steps", lambda config, inputs, state: seen.append(int(state.step)) or (0.1, 0.1, 0.1, None)
+    )
+    sun = ["--config.method=sun", "--config.consistency.lbd=0"]
+    out = program.succeeds("cli.train", *TOY, *sun, f"--workdir={tmp_path / 'run'}", "--dry_run").out
+    assert seen == [7] and "not in it: the votes on training images that sun counts" in out
 
 
 @pytest.mark.parametrize(("mode", "most"), [([], "about"), (["--mode=decide", "--radius=0.5"], "at most")])

@@ -179,10 +179,11 @@ def test_evaluation_counts_every_streamed_image(finished):
 
 
 def test_what_cannot_be_streamed_is_told(program, finished, tmp_path):
-    command = ["--config.method=catrs", f"--config.catrs.teacher={finished}", f"--workdir={tmp_path / 'run'}"]
-    error = program.fails("cli.train", *CONFIG, *command)
-    assert not (tmp_path / "run").exists()
-    assert "method='catrs' computes something of every training image beforehand, and dataset imagenet is str" in error
+    for method, more in {"catrs": [f"--config.catrs.teacher={finished}"], "sun": []}.items():
+        command = [f"--config.method={method}", *more, f"--workdir={tmp_path / 'run'}"]
+        error = program.fails("cli.train", *CONFIG, *command)
+        assert not (tmp_path / "run").exists()
+        assert f"method='{method}' counts votes on every training image, and dataset imagenet is streamed" in error
     with pytest.raises(ValueError, match="dataset 'imagenet' is too large for arrays; read it with open_split"):
         data.load("imagenet", "train")
     shutil.copytree(finished, tmp_path / "copy")
