@@ -35,10 +35,11 @@ test-docs: $(VENV)/installed
 test-all: $(VENV)/installed
 	$(RUN) -m pytest -n 2 --dist loadfile --no-loadscope-reorder -m "" tests tests/documentation
 
-# What needs PyTorch, which no other target installs: its checkpoints, read and written. None of it is skipped here.
+# What needs PyTorch, which no other target installs: its checkpoints, read and written, and the published training
+# steps, which ours must equal. None of it is skipped here.
 # PyTorch's build for the CPU is smaller than what pip takes by default; PIP_EXTRA_INDEX_URL can name where it is.
 test-torch: $(VENV)/installed-torch
-	RS_CONSISTENCY_NEEDS_TORCH=1 $(RUN) -m pytest -n 2 tests/models/test_torch_checkpoints.py tests/cli/test_torch.py
+	RS_CONSISTENCY_NEEDS_TORCH=1 $(RUN) -m pytest -n 2 tests/models/test_torch_checkpoints.py tests/cli/test_torch.py tests/methods/test_published_steps.py
 
 $(VENV)/installed-torch: $(VENV)/installed
 	$(RUN) -m pip install -qq --disable-pip-version-check --constraint constraints.txt --editable '.[torch]'

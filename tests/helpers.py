@@ -108,9 +108,8 @@ def kill_when(process, ready, seconds=120):
 
 
 # In `make test-torch`, nothing is skipped: without PyTorch the import fails.
-needs_torch = pytest.mark.skipif(
-    "RS_CONSISTENCY_NEEDS_TORCH" not in os.environ and importlib.util.find_spec("torch") is None, reason="needs PyTorch"
-)
+lacks_torch = "RS_CONSISTENCY_NEEDS_TORCH" not in os.environ and importlib.util.find_spec("torch") is None
+needs_torch = pytest.mark.skipif(lacks_torch, reason="needs PyTorch")
 
 
 def processes_with(text):
