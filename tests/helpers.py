@@ -1,5 +1,6 @@
 """Helpers of several test modules."""
 
+import gzip
 import importlib.util
 import io
 import json
@@ -130,6 +131,16 @@ def write_tfds(folder, name, version, splits):
         for split, (images, labels) in splits.items()
     }
     return write_encoded_tfds(folder, name, version, encoded, {"shape": shape, "classes": 10})
+
+
+def write_idx(folder, part, images, labels, *, packed=True):
+    """Writes a split as the original files of MNIST: images [N, H, W, 1], and part `train` or `t10k`."""
+    folder.mkdir(parents=True, exist_ok=True)
+    for kind, values in (("images-idx3", images[..., 0]), ("labels-idx1", labels)):
+        content = b"\x00\x00\x08" + bytes([values.ndim]) + np.array(values.shape, ">u4").tobytes()
+        content += values.astype(np.uint8).tobytes()
+        path = folder / f"{part}-{kind}-ubyte{'.gz' * packed}"
+        path.write_bytes(gzip.compress(content) if packed else content)
 
 
 def write_imagenet(folder, splits, num_shards=2):

@@ -161,6 +161,16 @@ def record_path(path: Path) -> Path:
     return path.with_suffix(".json")
 
 
+def content_beside(path: Path) -> dict[str, Any]:
+    """Return the content of the record beside a certificate file, packed or not; {} where certify.py wrote none.
+
+    Any other program's file may have a `.json` beside it. A record that is damaged is a `UserError`.
+    """
+    beside = path.with_name(path.name.removesuffix(".gz")).with_suffix(".json")
+    content = read_json(beside) if beside.is_file() else {}
+    return Record.from_json(beside, content).to_json() if "parameter_digest" in content else {}
+
+
 def differing_provenance(here: Mapping[str, Any], there: Mapping[str, Any]) -> list[str]:
     """Return the names that differ between two provenances and can change a vote, such as "device" or "jax"."""
     names = [key for key in _CHANGES_VOTES if here.get(key) != there.get(key)]

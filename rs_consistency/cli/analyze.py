@@ -7,6 +7,11 @@ the radii follow from. The radii are checked against the counts, and recomputed 
 
     python analyze.py runs/a --alpha=0.01 --bound=two_class --joint
 
+Files of other programs number the images of MNIST, Fashion-MNIST and CIFAR in the order of the original files. Given
+the folder of these files, --match_images finds each image by its pixels, and compares image by image:
+
+    python analyze.py runs/a authors.tsv --match_images=~/datasets
+
 --output writes into a folder
 
     report.html              all of the following, in a single file
@@ -36,7 +41,7 @@ from rs_consistency.certificates.proof import Evidence, load
 from rs_consistency.certificates.read import Certificates
 from rs_consistency.cli.common import Parser, entry_points, program_words, user_path
 from rs_consistency.common.checks import probability
-from rs_consistency.common.errors import UserError
+from rs_consistency.common.errors import UserError, note
 from rs_consistency.report import formats, tables
 from rs_consistency.statistics.bounds import BOUNDS
 
@@ -57,6 +62,8 @@ def _parser() -> Parser:
     add(
         "--delta", type=float, default=DEFAULT_DELTA, help="error probability of a --joint bound (default: %(default)s)"
     )
+    match = "compare with files in the original order of the images; DIR holds the dataset's original files"
+    add("--match_images", type=user_path, metavar="DIR", help=match)
     add("--format", choices=tuple(_FORMATS), default="text", help="of the tables (default: %(default)s)")
     add("--output", type=user_path, help="a folder for the report: see above")
     add("--no_network", action="store_true", help="use no run's network: a report without logit margins and images")
@@ -74,8 +81,12 @@ def _main(argv: Sequence[str]) -> None:
         raise UserError(f"output={args.output}: give a folder; the picture in it is called certified_accuracy.png")
     settings = {"alpha": args.alpha, "bound": args.bound, "bonferroni": args.bonferroni, "need_counts": args.joint}
     loaded = [load(path, **settings) for path in args.paths]
+    if args.match_images:
+        loaded = _matched(args, loaded)
     summaries = [_summary(args, path, *file) for path, file in zip(args.paths, loaded, strict=True)]
     print(_FORMATS[args.format](summaries), end="", flush=True)
+    if args.match_images and args.format in _WRITERS:
+        _print_comparisons(args, loaded)
     if args.output:
         _report(args, loaded, summaries)
         if args.format == "text":
@@ -93,7 +104,33 @@ def _summary(args: Any, path: Path, table: Certificates, evidence: Evidence | No
     return summary
 
 
-def _report(args: Any, loaded: list[tuple[Certificates, Evidence | None]], summaries: list[dict[str, Any]]) -> None:
+_Loaded = list[tuple[Certificates, Evidence | None]]
+
+
+def _matched(args: Any, loaded: _Loaded) -> _Loaded:
+    """Return the files with the numbers of their images in one order."""
+    from rs_consistency.certificates.matching import match_images  # reads a dataset, and imports JAX
+
+    tables = match_images(
+        [(path, table) for path, (table, _) in zip(args.paths, loaded, strict=True)],
+        args.match_images,
+        data_dir=args.data_dir,
+    )
+    return [(table, evidence) for table, (_, evidence) in zip(tables, loaded, strict=True)]
+
+
+def _print_comparisons(args: Any, loaded: _Loaded) -> None:
+    """Print the ACR differences on common images, and a note for each two files without such images."""
+    from rs_consistency.report.contents import compare, subject  # SciPy's statistics, slow to import
+
+    found, apart = compare([subject(str(path), path, *file) for path, file in zip(args.paths, loaded, strict=True)])
+    for line in apart:
+        note(line)
+    if found:
+        print("\n" + _WRITERS[args.format](tables.compared(found)), end="", flush=True)
+
+
+def _report(args: Any, loaded: _Loaded, summaries: list[dict[str, Any]]) -> None:
     """Write the report about the files."""
     from rs_consistency.report.contents import subject
     from rs_consistency.report.page import write_report
@@ -131,6 +168,7 @@ def _tables(summaries: list[dict[str, Any]]) -> list[list[list[str]]]:
     return printed
 
 
+_WRITERS = {"text": formats.aligned, "markdown": formats.markdown}
 _FORMATS = {
     "json": lambda summaries: json.dumps(summaries, indent=2, allow_nan=False) + "\n",
     "text": lambda summaries: "\n".join(map(formats.aligned, _tables(summaries))),

@@ -19,7 +19,15 @@ from rs_consistency.certificates.selection import parse_shard
 from rs_consistency.cli.common import Parser, entry_points, program_words, whole
 from rs_consistency.common.checks import whole_number
 from rs_consistency.common.errors import EXIT_FAILED_CELLS, UserError, note
-from rs_consistency.reproduction.plan import Cell, Options, deviations, make_plan, not_available, share_of
+from rs_consistency.reproduction.plan import (
+    Cell,
+    Options,
+    chosen_here,
+    deviations,
+    make_plan,
+    not_available,
+    share_of,
+)
 from rs_consistency.reproduction.published import TABLES
 from rs_consistency.statistics.bounds import N
 
@@ -99,7 +107,8 @@ def _main(argv: Sequence[str]) -> None:
     )
     states = [runner.look(cell) for cell in cells]
     runner.measure(cells)
-    print("\n".join(filter(None, [_plan(cells, states, runner, jobs), not_available(args.table)])), flush=True)
+    about = not_available(args.table), chosen_here(args.table, [cell.method for cell in cells])
+    print("\n".join(filter(None, [_plan(cells, states, runner, jobs), *about])), flush=True)
     if args.dry_run:
         return
     outcome = runner.run(cells)

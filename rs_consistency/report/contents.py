@@ -9,7 +9,7 @@ import numpy as np
 
 from rs_consistency.certificates.proof import Evidence
 from rs_consistency.certificates.read import Certificates, certificate_path
-from rs_consistency.certificates.record import Record
+from rs_consistency.certificates.record import content_beside
 from rs_consistency.common.errors import UserError
 from rs_consistency.common.files import read_json
 from rs_consistency.statistics.intervals import Interval, PairedDifference, bootstrap_interval, paired_difference
@@ -90,7 +90,7 @@ def subject(label: str, path: Path, certificates: Certificates, evidence: Eviden
     Only a record of certify.py counts as a record: another program's file may have any file beside it.
     """
     file, notes, metrics = certificate_path(path), [], []
-    record = _read(file.with_name(file.name.removesuffix(".gz")).with_suffix(".json"), notes, _read_record)
+    record = _read(file, notes, content_beside)
     config = _read(file.parent / "config.json", notes)
     workdir = file.parent if config else None
     if workdir:
@@ -129,8 +129,3 @@ def _read(path: Path, notes: list[str], read: Callable[[Path], Any] = read_json)
     except UserError as error:
         notes.append(str(error))
         return {}
-
-
-def _read_record(path: Path) -> dict[str, Any]:
-    record = read_json(path)
-    return Record.from_json(path, record).to_json() if "parameter_digest" in record else {}

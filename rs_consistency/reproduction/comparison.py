@@ -126,11 +126,11 @@ def difference_error(
     if not squares:
         return None
     pooled = sum(freedom * square for freedom, square in squares) / sum(freedom for freedom, _ in squares)
-    images = 0.0
+    images, others = 0.0, published.images or table.images
     if not table.same_images:
-        images = standard_error(per_image) * math.sqrt(1 + len(per_image) / table.images)
-    elif len(per_image) < table.images:
-        images = standard_error(per_image, population=table.images)
+        images = standard_error(per_image) * math.sqrt(1 + len(per_image) / others)
+    elif len(per_image) < others:
+        images = standard_error(per_image, population=others)
     return math.sqrt(pooled * (1 / seeds + 1 / published.seeds) + images**2)
 
 
@@ -152,16 +152,16 @@ def pairs_of(results: Sequence[Result]) -> list[Pair]:
     return sorted(found, key=lambda pair: (pair.sigma, pair.baseline, pair.method))
 
 
-def _settings(one: Result) -> tuple[int, tuple[str, ...], str | None]:
+def _settings(one: Result) -> tuple[tuple[str, ...], str | None]:
     """Return the settings that two methods must have in common to be compared.
 
-    Warm-ups, which not all methods have, follow the epochs and are left out. The dataset's content is part of the
-    settings, since images are identified by their numbers.
+    Published schedules may differ between methods. Warm-ups, which not all methods have, follow other numbers of epochs
+    and are left out. The dataset's content is part of the settings, since images are identified by their numbers.
     """
     texts = without_images(one.deviations)
     if any(text.startswith("num_epochs ") for text in texts):
         texts = [text for text in texts if not text.partition(" ")[0].endswith(".warmup_epochs")]
-    return one.epochs, tuple(texts), one.data_digest
+    return tuple(texts), one.data_digest
 
 
 def _pair(runs: Sequence[tuple[Result, Result]]) -> list[Pair]:

@@ -29,7 +29,8 @@ class Cell(NamedTuple):
 
     Its `method` is a row of the table, and its `seed` the seed of both programs. `lbd` is the weight of the consistency
     term in a table that compares weights, None in other tables. `overrides` are the configuration keys that differ from
-    the published cell's, and `n` the votes of an image. The training of the cell `needs` must be finished first.
+    the published cell's, and `n` the votes of an image. The training of the cell `needs` must be finished first. A
+    `teacher` is no cell of the table: only another cell needs it.
     """
 
     table: str
@@ -41,12 +42,13 @@ class Cell(NamedTuple):
     selection: Selection
     n: int
     needs: str | None = None
+    teacher: bool = False
 
     @property
     def name(self) -> str:
         """The name of the cell's workdir, and of its folder in the results."""
         weight = "" if self.lbd is None else f"_lbd{self.lbd:g}"
-        return f"{self.method}{weight}_sigma{self.sigma:.2f}_seed{self.seed}"
+        return f"{self.method}{weight}{'_teacher' * self.teacher}_sigma{self.sigma:.2f}_seed{self.seed}"
 
     def config(self) -> ConfigDict:
         """Return the whole configuration, as the training gets it."""
@@ -89,7 +91,7 @@ class Options(NamedTuple):
 def make_plan(table_name: str, options: Options, *, workdir: Path) -> list[Cell]:
     """Return the cells of a table in the order of their runs: the first seed of every cell, then the next seed.
 
-    The teacher that CAT-RS needs is another cell, with its workdir in the folder `workdir`.
+    The teacher that CAT-RS needs comes before it, with its workdir in the folder `workdir`.
     A `UserError` is raised for an option that cannot work, or cells without published settings.
     """
     table = table_of(table_name)
@@ -104,8 +106,8 @@ def make_plan(table_name: str, options: Options, *, workdir: Path) -> list[Cell]
     for seed, (method, sigma, lbd) in itertools.product(seeds, chosen):
         cell = Cell(table_name, method, sigma, seed, lbd, overrides, selection, options.n)
         if method == _NEEDS_TEACHER:
-            teacher = cell._replace(method="gaussian", sigma=_TEACHER_SIGMA)
-            cells.setdefault(teacher.name, _settled(teacher))
+            teacher = _teacher_of(cell)
+            cells.setdefault(teacher.name, teacher)
             path = {"catrs.teacher": str(workdir / teacher.name)}
             cell = cell._replace(overrides=overrides | path, needs=teacher.name)
         cells.setdefault(cell.name, _settled(cell))
@@ -166,7 +168,8 @@ def deviations(cell: Cell) -> list[str]:
         if key not in own
     ]
     size, split_size = cell.selection.size, cell.selection.split_size
-    if size != min(table.images, split_size):
+    published = table.cells.get((cell.method, cell.sigma))
+    if size != min((published and published.images) or table.images, split_size):
         found.append(f"{size:,} of {split_size:,} images")
     if not table.same_images and size < split_size:
         found.append("images picked in the order of tensorflow-datasets instead of the original one")
@@ -192,6 +195,16 @@ def not_available(table_name: str) -> str:
     return f"published without settings, so not run here: {cells}" if cells else ""
 
 
+def chosen_here(table_name: str, methods: Sequence[str]) -> str:
+    """Return a line that names the settings of methods that were not published; empty where there are none."""
+    found: dict[str, dict[str, None]] = {}
+    for (method, sigma), published in table_of(table_name).cells.items():
+        if published.chosen and method in methods:
+            found.setdefault(published.chosen, {})[f"{sigma:g}"] = None
+    text = "; ".join(f"{settings} at sigma {', '.join(sigmas)}" for settings, sigmas in found.items())
+    return f"not published, so chosen here: {text}" if text else ""
+
+
 def _chosen(
     table_name: str, table: Table, settings: Mapping[str, Any], options: Options
 ) -> list[tuple[str, float, float | None]]:
@@ -203,8 +216,9 @@ def _chosen(
                 raise UserError(f"{name}={given}: table={table_name} compares values of lbd; leave {name} out")
         return [("consistency", table.sigmas[0], lbd) for lbd in table.lbds]
     known = [method for method in dict.fromkeys(method for method, _ in table.cells) if method in settings]
+    cells = table.cells.items()
     reported = [
-        method for method in known if any(table.cells[key].deviation for key in table.cells if key[0] == method)
+        method for method in known if any(each.reported and each.deviation for (of, _), each in cells if of == method)
     ]
     methods, sigmas = options.methods or reported or known, options.sigmas or table.sigmas
     for method in methods:
@@ -214,7 +228,8 @@ def _chosen(
             raise UserError(f"sigmas={sigma:g}: table={table_name} has {', '.join(map(str, table.sigmas))}")
     chosen = [(method, sigma, None) for sigma in sigmas for method in methods if sigma in settings[method]]
     if not chosen:
-        raise UserError(f"methods={','.join(methods)}: nothing of it is published for sigma {sigmas}; choose others")
+        given = ", ".join(f"{sigma:g}" for sigma in sigmas)
+        raise UserError(f"methods={','.join(methods)}: no settings are published for sigma {given}; choose others")
     return chosen
 
 
@@ -229,7 +244,7 @@ def _overrides(table: Table, options: Options) -> dict[str, Any]:
     if options.model is not None:
         one_of("model", options.model, MODELS)
         found["model"] = options.model
-    if options.epochs is not None and options.epochs != table.epochs:
+    if options.epochs is not None:
         found["num_epochs"] = whole_number("epochs", options.epochs, at_least=1)
     return found
 
@@ -270,6 +285,17 @@ def _selection(table: Table, options: Options) -> Selection:
         more = -(-total // (skip - 1))
         raise UserError(f"images={wanted}: they are every 2nd, 3rd, ... of {total:,}; use {size} or {more}")
     return Selection(total, skip=skip, most=size)
+
+
+def _teacher_of(cell: Cell) -> Cell:
+    """Return the Gaussian cell that a cell learns from: a cell of the table where it has the same schedule."""
+    own = cell._replace(method="gaussian", sigma=_TEACHER_SIGMA)
+    schedule = {}
+    if "num_epochs" not in cell.overrides:  # otherwise the schedules of all cells follow it
+        published = flatten(cell._replace(overrides={}).config())
+        schedule = {key: published[key] for key in ("num_epochs", "optimizer.lr_step_size")}
+    teacher, own = _settled(own._replace(overrides=schedule | cell.overrides)), _settled(own)
+    return teacher._replace(teacher=teacher != own)
 
 
 def _settled(cell: Cell) -> Cell:

@@ -13,7 +13,7 @@ from rs_consistency.common.files import write_text
 from rs_consistency.report import formats
 from rs_consistency.report.plots import plt, save, save_curves
 from rs_consistency.reproduction.comparison import Pair, Row, groups_of, pairs_of, rows_of
-from rs_consistency.reproduction.plan import not_available
+from rs_consistency.reproduction.plan import chosen_here, not_available
 from rs_consistency.reproduction.published import TRADEOFF, Published, table_of
 from rs_consistency.reproduction.results import NOT_RECORDED, Result, read_results
 
@@ -33,7 +33,8 @@ def render(table_name: str, results: Path) -> str:
     letters = {kind: chr(ord("a") + number % 26) * (1 + number // 26) for number, kind in enumerate(kinds)}
     cells, paired = _table(rows, letters), _paired(pairs, letters)
     notes = [f"({letter}) not as published: {', '.join(kind)}" for kind, letter in letters.items()]
-    notes += [*_made(found), *filter(None, [not_available(table_name)])]
+    about = not_available(table_name), chosen_here(table_name, [one.method for one in found])
+    notes += [*_made(found), *filter(None, about)]
     escaped = [formats.latex_text(one) for one in notes]
     write_text(folder / "table.md", _document(cells, paired, notes, formats.markdown, "  \n"))
     write_text(folder / "table.tex", _document(cells, paired, escaped, formats.latex, "\n\n"))
@@ -102,13 +103,14 @@ def _table(rows: Sequence[Row], letters: _Letters) -> _Cells:
 
 def _line(row: Row, letters: _Letters, released: bool) -> dict[str, str]:
     first, published = row.first, row.published or Published(None)
+    other = published.deviation if published.reported is None else None  # of the released files
     return {
         "method": first.method if first.lbd is None else f"{first.method} (lbd {first.lbd:g})",
         "sigma": f"{first.sigma:.2f}",
         "ACR": _with_deviation(row.acr, row.deviation),
         "95 % over images": f"{row.interval.low:.4f} to {row.interval.high:.4f}",
         "reported": _with_deviation(published.reported, published.deviation),
-        **({"released files": _with_deviation(published.released)} if released else {}),
+        **({"released files": _with_deviation(published.released, other)} if released else {}),
         "difference": "-" if row.difference is None else f"{row.difference:+.4f}",
         "std. errors": "-" if row.errors_apart is None else f"{row.errors_apart:+.1f}",
         "accuracy": f"{row.accuracy:.4f}",

@@ -21,6 +21,7 @@ NOT_RUN = {
     r"python (train|certify|analyze)\.py .*\bruns/(mnist|sa|teacher|catrs|consistency|gaussian|macer|NAME)\b": (
         "minutes to days of training, most of it on data that is downloaded; like it, runs of the demo in the tutorial"
     ),
+    r"python analyze\.py .*--match_images=": "files that are downloaded; tests/certificates/test_matching.py",
     r"python certify\.py --torch_checkpoint=": "a file that is downloaded; tests/cli/test_torch.py",
     r"(rs-export-torch|python -m rs_consistency\.cli\.export_torch)\b": "PyTorch; tests/cli/test_torch.py",
     r"python -m rs_consistency\.data\.prepare ": "a download; tests/data/test_data.py",

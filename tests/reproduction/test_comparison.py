@@ -67,6 +67,7 @@ def test_errors_of_a_difference_with_few_seeds():
     assert error(None, 1, Published(1.0), more) is None
     sample = radii.var(ddof=1) / 50 * (1 - 50 / 1000)
     assert error(0.001, 4, Published(1.0), more) == pytest.approx(math.sqrt(0.001**2 * 1.25 + sample))
+    assert error(0.001, 4, Published(1.0, images=50), more) == error(0.001, 4, Published(1.0))
     # ImageNet: two samples of as many images.
     two = table._replace(same_images=False)
     assert error(0.001, 4, Published(1.0), two) == pytest.approx(
@@ -144,6 +145,17 @@ def test_runs_of_different_settings_are_no_pair_no_curve_and_no_mean(tmp_path, m
     assert "(a) not as published: num_epochs 1, n 30" in text
 
 
+def test_a_method_with_another_published_schedule_is_compared(tmp_path):
+    write_result(tmp_path / "mnist", "gaussian", 0.5, 0, [1.0, 1.5])
+    write_result(tmp_path / "mnist", "catrs", 0.5, 0, [1.2, 1.5], epochs=150)
+    (pair,) = pairs_of(read_results(tmp_path / "mnist"))
+    assert (pair.method, pair.baseline) == ("catrs", "gaussian") and pair.difference.mean == pytest.approx(0.1)
+    text = render.render("mnist", tmp_path)
+    assert "not published, so chosen here: catrs.lbd at sigma 0.5, 1" in text
+    write_result(tmp_path / "mnist", "smoothmix", 0.5, 0, [1.2, 1.5])
+    assert "1.6932 +- 0.0007" in render.render("mnist", tmp_path)  # of released files, over 5 seeds
+
+
 def test_a_tradeoff_connects_runs_of_the_same_settings(tmp_path, monkeypatch):
     for lbd, notes in ((1.0, []), (5.0, []), (5.0, ["n 30"]), (15.0, ["n 30"])):
         write_result(tmp_path / "tradeoff", "consistency", 1.0, 0, [1.0, 1.5], lbd=lbd, notes=notes)
@@ -165,7 +177,7 @@ def test_tables_and_pictures_come_from_the_results_alone(program, tmp_path):
     for name, reported in (("gaussian", "1.5581 +- 0.0016 1.5580"), ("consistency", "1.6653 +- 0.0007 1.6548")):
         (line,) = (words for words in lines if words[:2] == [name, "0.50"])
         assert " ".join(line).partition(" to ")[2].split(maxsplit=1)[1].startswith(reported)  # and released files
-    assert "published without settings, so not run here: catrs at sigma 0.25, 0.5, 1" in out
+    assert "published without settings" not in out and "chosen here" not in out
     assert "(a) not as published: 100 of 10,000 images" in out
     markdown = (tmp_path / "mnist" / "table.md").read_text()
     assert "| gaussian | 0.50 |" in markdown and "| 0.50 | consistency | gaussian | +0." in markdown

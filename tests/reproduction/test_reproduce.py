@@ -10,7 +10,15 @@ import pytest
 
 from rs_consistency.certificates.selection import Shard
 from rs_consistency.reproduction.machine import this_machine
-from rs_consistency.reproduction.plan import Options, cost, deviations, make_plan, not_available, share_of
+from rs_consistency.reproduction.plan import (
+    Options,
+    chosen_here,
+    cost,
+    deviations,
+    make_plan,
+    not_available,
+    share_of,
+)
 from rs_consistency.reproduction.published import TABLES, TRADEOFF, Published, table_of
 from rs_consistency.reproduction.runner import Runner
 from rs_consistency.reproduction.speeds import Speeds
@@ -57,7 +65,13 @@ def test_the_mnist_table_is_six_methods_at_three_sigmas_as_published():
     table = table_of("mnist")
     assert table.cells["consistency", 0.5] == Published(1.6653, 0.0007, 5, 1.6548)
     assert table.cells["macer", 1.0] == Published(1.5950, 0.0051, 5, 1.5950) and TRADEOFF[25.0] == (1.2261, 0.732)
-    assert {name: len(plan(name)) for name in TABLES} == {"mnist": 18, "tradeoff": 6, "cifar10": 21, "imagenet": 5}
+    assert {name: len(plan(name)) for name in TABLES} == {
+        "mnist": 18,
+        "tradeoff": 6,
+        "fashion_mnist": 22,  # with the teacher
+        "cifar10": 24,
+        "imagenet": 7,
+    }
 
 
 def test_seeds_and_shorter_schedules_are_settings_of_a_cell():
@@ -73,10 +87,24 @@ def test_seeds_and_shorter_schedules_are_settings_of_a_cell():
 
 
 def test_catrs_waits_for_its_teacher(tmp_path):
-    cells = plan("cifar10", tmp_path, methods=["catrs"])
+    cells = plan("cifar10", tmp_path, methods=["catrs"], sigmas=[0.25])
     assert [cell.name for cell in cells] == ["gaussian_sigma0.25_seed0", "catrs_sigma0.25_seed0"]
     assert cells[1].needs == cells[0].name and cells[0].needs is None
     assert cells[1].config().catrs.teacher == str(tmp_path / cells[0].name)
+
+
+def test_a_teacher_with_another_schedule_is_a_cell_of_its_own(tmp_path):
+    teacher, student, own, *_ = cells = plan(methods=["catrs", "gaussian"], folder=tmp_path)
+    names = ["gaussian_teacher_sigma0.25_seed0", "catrs_sigma0.25_seed0", "gaussian_sigma0.25_seed0"]
+    assert [cell.name for cell in cells[:3]] == names and len(cells) == 7
+    assert student.needs == names[0] and student.config().catrs.teacher == str(tmp_path / names[0])
+    schedules = [(cell.config().num_epochs, cell.config().optimizer.lr_step_size) for cell in (teacher, student, own)]
+    assert schedules == [(150, 50), (150, 50), (90, 30)]
+    assert deviations(teacher) == ["num_epochs 150", "optimizer.lr_step_size 50"] and deviations(student) == []
+    # With as many epochs for every cell, the teacher is the table's own cell.
+    cells = plan(methods=["catrs", "gaussian"], sigmas=[0.25], epochs=3)
+    assert [cell.name for cell in cells] == [names[2], names[1]]
+    assert {(cell.config().num_epochs, cell.config().optimizer.lr_step_size) for cell in cells} == {(3, 1)}
 
 
 @pytest.mark.parametrize(("table", "count"), [("mnist", 2), ("mnist", 6), ("cifar10", 3)])
@@ -110,6 +138,8 @@ def test_deviations_are_what_differs_from_the_published_and_no_place():
     assert not any(deviations(cell) for cell in plan("tradeoff"))
     (cell,) = plan("imagenet", methods=["gaussian"], sigmas=[0.5])
     assert deviations(cell) == ["images picked in the order of tensorflow-datasets instead of the original one"]
+    (cell,) = plan("imagenet", methods=["smoothadv"], sigmas=[0.5])
+    assert deviations(cell)[0] == "500 of 50,000 images"  # of which 427 are published
     (cell,) = plan("imagenet", methods=["gaussian"], sigmas=[0.5], images=50_000)
     assert deviations(cell) == ["50,000 of 50,000 images"]  # of which 500 are published
     (cell,) = plan("cifar10", methods=["gaussian"], sigmas=[0.5], dataset="svhn")
@@ -127,9 +157,14 @@ def test_images_are_spread_evenly():
 
 
 def test_cells_without_published_settings_are_named():
-    assert not_available("mnist").endswith("not run here: catrs at sigma 0.25, 0.5, 1")
-    assert not_available("cifar10").endswith("catrs at sigma 0.5, 1")
-    assert not_available("imagenet").endswith("smoothadv at sigma 0.25, 0.5, 1") and not_available("tradeoff") == ""
+    assert not_available("imagenet").endswith("not run here: smoothadv at sigma 0.25")
+    assert {not_available(name) for name in TABLES if name != "imagenet"} == {""}
+
+
+def test_settings_that_were_not_published_are_named():
+    assert chosen_here("mnist", ["gaussian", "catrs"]) == "not published, so chosen here: catrs.lbd at sigma 0.5, 1"
+    assert chosen_here("mnist", ["gaussian", "smoothmix"]) == chosen_here("fashion_mnist", ["gaussian"]) == ""
+    assert chosen_here("fashion_mnist", ["macer", "catrs"]).endswith("(those of MNIST) at sigma 0.25, 0.5, 1")
 
 
 def test_time_left_follows_from_what_was_measured(tmp_path):
@@ -222,15 +257,15 @@ def test_speed_is_measured_before_a_plan_starts(program, toys, tmp_path):
     assert not (tmp_path / "gaussian_sigma0.50_seed0").exists()
     (measured,) = json.loads((tmp_path / "speeds.json").read_text()).values()
     assert measured["epoch_seconds"] > 0 and measured["votes_per_second"] > 0
-    assert "published without settings, so not run here: catrs" in out
+    assert "published without settings" not in out and "chosen here" not in out
 
 
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["--table=svhn", "--workdir=x"], "table='svhn' is unknown; use one of mnist, tradeoff, cifar10, imagenet"),
+        (["--table=svhn", "--workdir=x"], "table='svhn' is unknown; use one of mnist, tradeoff, fashion_mnist"),
         ([], "workdir is missing: add --workdir=FOLDER"),
-        (["--methods=magic", "--workdir=x"], "methods='magic' is unknown; use one of consistency"),
+        (["--methods=magic", "--workdir=x"], "methods='magic' is unknown; use one of catrs, consistency"),
         (["--sigmas=0.3", "--workdir=x"], "sigmas=0.3: table=mnist has 0.25, 0.5, 1.0"),
         (["--seeds=0", "--workdir=x"], "seeds=0: use a whole number of at least 1"),
         (["--images=20000", "--workdir=x"], "images=20000: use a whole number of at least 1 and at most 10000"),
@@ -239,7 +274,11 @@ def test_speed_is_measured_before_a_plan_starts(program, toys, tmp_path):
             "methods=macer: table=tradeoff compares values of lbd",
         ),
         (["--dataset=cifar10", "--workdir=x"], "dataset=cifar10 has other images or classes than mnist"),
-        (["--table=imagenet", "--methods=smoothadv", "--workdir=x"], "methods='smoothadv' is unknown"),
+        (["--table=imagenet", "--methods=macer", "--workdir=x"], "methods='macer' is unknown; use one of consistency"),
+        (
+            ["--table=imagenet", "--methods=smoothadv", "--sigmas=0.25", "--workdir=x"],
+            "methods=smoothadv: no settings are published for sigma 0.25; choose others",
+        ),
         (["--config", "sigma=1", "--workdir=x"], "config=sigma=1: this key has an option of its own"),
         (["--config", "lr", "--workdir=x"], "config=lr: write KEY=VALUE, such as optimizer.lr=0.02"),
         (["--config", "optimizer.rate=1", "--workdir=x"], "config=optimizer.rate=1: there is no such key"),

@@ -17,7 +17,7 @@ from rs_consistency.common.errors import UserError
 from rs_consistency.common.files import write_json
 from rs_consistency.reproduction import runner as runner_module
 from rs_consistency.reproduction.plan import Options, make_plan
-from rs_consistency.reproduction.results import check_keepable
+from rs_consistency.reproduction.results import check_keepable, keep, read_results
 from rs_consistency.reproduction.runner import Runner
 from rs_consistency.reproduction.state import State, calls_of, inspect, is_trained
 from tests import fakes
@@ -200,6 +200,17 @@ def test_what_needs_a_cell_waits_for_it_wherever_it_is_trained(tmp_path, capfd):
     err = capfd.readouterr().err
     assert err.count(f"{student.name} waits for {teacher.name}, which another process is at") == 1
     assert runner.speeds.knows(student)  # measured as soon as it could be
+
+
+def test_a_teacher_with_a_schedule_of_its_own_is_trained_first_and_kept(tmp_path):
+    results = tmp_path / "results"
+    cells = cells_of(tmp_path, methods=["gaussian", "catrs"], sigmas=[0.25], epochs=None)
+    runner = runner_of(tmp_path, lambda cell: keep(cell, tmp_path / cell.name, results), jobs=3)
+    assert not runner.run(cells).failed
+    kept = {one.name: one.epochs for one in read_results(results / "mnist")}
+    teacher, student = "gaussian_teacher_sigma0.25_seed0", "catrs_sigma0.25_seed0"
+    assert kept == {"gaussian_sigma0.25_seed0": 90, teacher: 150, student: 150}
+    assert json.loads((tmp_path / student / "config.json").read_text())["catrs"]["teacher"] == str(tmp_path / teacher)
 
 
 def test_what_needs_a_cell_that_failed_fails_and_says_so(tmp_path):
