@@ -28,6 +28,7 @@ def smooth_adv(
     epsilon: float | jax.Array,
     num_steps: int,
     keys: jax.Array | None = None,
+    mean_over: int = 1,
 ) -> jax.Array:
     """Return images that attack the smoothed classifier: l2 PGD against the mean softmax over the noisy copies.
 
@@ -48,6 +49,7 @@ def smooth_adv(
       epsilon: radius of the ball around x in l2, at least 0; may be traced.
       num_steps: T, at least 1.
       keys: `[B]` random keys of the examples, for the form of Salman et al.
+      mean_over: examples in the training step, for the form of Jeong and Shin: see `unit`.
 
     Returns:
       `[B, H, W, C]`: the attacked images, in the box exactly and in the ball up to rounding. No gradient flows through.
@@ -71,7 +73,7 @@ def smooth_adv(
     step_size = 2 * epsilon / num_steps
 
     def project_then_clip(_: jax.Array, attacked: jax.Array) -> jax.Array:
-        attacked = attacked + step_size * unit(_gradient(apply_fn, attacked, labels, noise))
+        attacked = attacked + step_size * unit(_gradient(apply_fn, attacked, labels, noise), mean_over)
         return jnp.clip(images + project(attacked - images, epsilon), 0, 1)
 
     def clip_then_project(number: jax.Array, attacked: jax.Array) -> jax.Array:
@@ -189,7 +191,7 @@ def worst_noise(
         return losses.kl_divergence(log_target, copies(apply_fn, images, noise)).sum()
 
     def step(_: jax.Array, attacked: jax.Array) -> jax.Array:
-        attacked = attacked + step_size * unit(jax.grad(divergence)(attacked))
+        attacked = attacked + step_size * unit(jax.grad(divergence)(attacked), len(noise))
         attacked = noise + project(attacked - noise, epsilon)
         scale = norm / jnp.maximum(l2_norm(attacked), jnp.finfo(noise.dtype).tiny)
         return mean + scale * (attacked - _mean(attacked))
@@ -247,7 +249,7 @@ def on_sphere(
 
     def step(_: jax.Array, attacked: jax.Array) -> jax.Array:
         gradient, logits = jax.grad(loss, has_aux=True)(attacked)
-        moved = attacked + step_size * unit(gradient)
+        moved = attacked + step_size * unit(gradient, len(noise))
         moved = moved * (norm / jnp.maximum(l2_norm(moved), jnp.finfo(noise.dtype).tiny))
         misclassified = logits.argmax(axis=-1) != labels[None]  # [M, B]
         return jnp.where(misclassified[..., None, None, None], attacked, moved)
@@ -268,9 +270,13 @@ def l2_norm(x: jax.Array) -> jax.Array:
     return largest * jnp.sqrt(jnp.square(x / safe).sum(axis=(-3, -2, -1), keepdims=True))
 
 
-def unit(gradient: jax.Array) -> jax.Array:
-    """Return `g / (||g|| + 1e-8)` over H, W, C: a zero gradient stays zero."""
-    return gradient / (l2_norm(gradient) + _SMALLEST_NORM)
+def unit(gradient: jax.Array, mean_over: int = 1) -> jax.Array:
+    """Return `g / (||g|| + 1e-8)` over H, W, C: a zero gradient stays zero.
+
+    Where the published code takes the gradient of a mean over examples or copies, and ours that of the sum, `mean_over`
+    is their number. It multiplies the 1e-8, which shortens the steps of examples that are nearly certain.
+    """
+    return gradient / (l2_norm(gradient) + mean_over * _SMALLEST_NORM)
 
 
 def project(offset: jax.Array, radius: float | jax.Array) -> jax.Array:

@@ -45,8 +45,9 @@ def into_ball(attacked, images, epsilon):
 
 def reference_smooth_adv(images, noise, epsilon, num_steps, clip_first):
     attacked = images.copy()
+    added = 0 if clip_first else 64e-8  # 1e-8 beside the gradient of a mean over 64 examples
     for _ in range(num_steps):
-        attacked = attacked + 2 * epsilon / num_steps * reference_direction(attacked, noise, 0 if clip_first else 1e-8)
+        attacked = attacked + 2 * epsilon / num_steps * reference_direction(attacked, noise, added)
         if clip_first:
             attacked = into_ball(np.clip(attacked, 0, 1), images, epsilon)
         else:
@@ -73,7 +74,9 @@ def test_smooth_adv_equals_the_reference(num_copies, epsilon, num_steps, clip_fi
     for x64, atol in ((False, 2e-3), (True, 1e-9)):
         with jax.enable_x64(x64):
             images, labels, noise = jnp.asarray(IMAGES), jnp.asarray(LABELS), jnp.asarray(NOISE[:num_copies])
-            got = attacks.smooth_adv(linear, images, labels, noise, epsilon=epsilon, num_steps=num_steps, keys=keys)
+            got = attacks.smooth_adv(
+                linear, images, labels, noise, epsilon=epsilon, num_steps=num_steps, keys=keys, mean_over=64
+            )
             np.testing.assert_allclose(got, expected, atol=atol)
 
 
@@ -184,7 +187,7 @@ def reference_worst_noise(target, epsilon, num_steps):
         probs = special.softmax(np.tensordot(IMAGES[None] + attacked, WEIGHTS, axes=3), axis=-1)
         # KL(P || F) has the gradient F - P in the logits of a softmax.
         gradient = np.einsum("mbk,hwck->mbhwc", probs - target[None], WEIGHTS)
-        attacked = attacked + 2 * epsilon / num_steps * gradient / (norms(gradient) + 1e-8)
+        attacked = attacked + 2 * epsilon / num_steps * gradient / (norms(gradient) + 4e-8)  # of a mean over 4
         attacked = into_ball(attacked, NOISE, epsilon)
         size = [np.sqrt(np.square(d).mean(axes, keepdims=True)) for d in (NOISE, attacked)]
         standard = (attacked - attacked.mean(axes, keepdims=True)) / size[1]
@@ -217,7 +220,7 @@ def reference_on_sphere(step_size, num_steps):
             if logits.argmax() != LABELS[b]:
                 break
             gradient = WEIGHTS @ (special.softmax(logits) - np.eye(NUM_CLASSES)[LABELS[b]])
-            moved = attacked[m, b] + step_size * gradient / (np.linalg.norm(gradient) + 1e-8)
+            moved = attacked[m, b] + step_size * gradient / (np.linalg.norm(gradient) + 4e-8)  # of a mean over 4
             attacked[m, b] = moved * np.linalg.norm(NOISE[m, b]) / np.linalg.norm(moved)
     return attacked
 

@@ -15,6 +15,7 @@ def build(config: ConfigDict) -> Terms:
     """
     epsilon, num_steps, warmup_epochs = (config.smoothadv[key] for key in ("epsilon", "num_steps", "warmup_epochs"))
     with_consistency = config.consistency.lbd > 0
+    num_examples = config.batch_size // config.num_noise
 
     def terms(model: Classifier, batch: Batch) -> MethodOutput:
         images = attacks.smooth_adv(
@@ -25,6 +26,7 @@ def build(config: ConfigDict) -> Terms:
             epsilon=epsilon * warmup(batch.epoch, warmup_epochs),
             num_steps=num_steps,
             keys=None if with_consistency else batch.keys,
+            mean_over=num_examples,
         )
         logits = model.noisy(images, batch.noise)
         return MethodOutput({"cross_entropy": losses.cross_entropy(logits, batch.labels)}, logits)

@@ -103,8 +103,10 @@ def test_smoothadv_trains_on_the_attacked_images_with_the_same_noise():
     example = (Linear().frozen, batch.images, batch.labels, batch.noise)
     attacked = attacks.smooth_adv(*example, epsilon=0.7, num_steps=3, keys=batch.keys)
     close(terms["cross_entropy"], -of_label(log_probs(attacked, NOISE)).mean(axis=0))
-    both = terms_of("smoothadv", epoch=9, smoothadv={"epsilon": 0.7, "num_steps": 3}, consistency={"lbd": 1.0})
-    projected = attacks.smooth_adv(*example, epsilon=0.7, num_steps=3)  # the form published with consistency
+    # The form published with consistency. Of that many examples the mean has a gradient of the order of its 1e-8.
+    settings = {"consistency": {"lbd": 1.0}, "batch_size": NUM_COPIES * 10**8}
+    both = terms_of("smoothadv", epoch=9, smoothadv={"epsilon": 0.7, "num_steps": 3}, **settings)
+    projected = attacks.smooth_adv(*example, epsilon=0.7, num_steps=3, mean_over=10**8)
     assert np.abs(projected - attacked).max() > 0.01
     close(both["cross_entropy"], -of_label(log_probs(projected, NOISE)).mean(axis=0))
     assert (terms["cross_entropy"] > terms_of("gaussian")["cross_entropy"]).all()
