@@ -17,7 +17,8 @@ Needs the prepared dataset: `python -m rs_consistency.data.prepare cifar10`.
 
 Papers: the consistency paper above; Cohen et al. (ICML 2019, gaussian), Li et al. (NeurIPS 2019, stability), Salman
 et al. (NeurIPS 2019, smoothadv), Zhai et al. (ICLR 2020, macer), Jeong et al. (NeurIPS 2021, smoothmix), Jeong et al.
-(AAAI 2023, catrs), Sun et al. (ICML 2025, sun). ACR over the 10,000 test images, n = 100,000, ResNet-110, as the papers report it:
+(AAAI 2023, catrs), Sun et al. (ICML 2025, sun). ACR over the 10,000 test images, n = 100,000, ResNet-110, as the
+papers report it:
 
 | method | sigma 0.25 | 0.50 | 1.00 |
 |---|---|---|---|
