@@ -17,7 +17,8 @@ Needs the prepared dataset: `python -m rs_consistency.data.prepare cifar10`.
 
 Papers: the consistency paper above; Cohen et al. (ICML 2019, gaussian), Li et al. (NeurIPS 2019, stability), Salman
 et al. (NeurIPS 2019, smoothadv), Zhai et al. (ICLR 2020, macer), Jeong et al. (NeurIPS 2021, smoothmix), Jeong et al.
-(AAAI 2023, catrs). ACR over the 10,000 test images, n = 100,000, ResNet-110, as the papers report it:
+(AAAI 2023, catrs), Sun et al. (ICML 2025, sun). ACR over the 10,000 test images, n = 100,000, ResNet-110, as the
+papers report it:
 
 | method | sigma 0.25 | 0.50 | 1.00 |
 |---|---|---|---|
@@ -29,6 +30,7 @@ et al. (NeurIPS 2019, smoothadv), Zhai et al. (ICLR 2020, macer), Jeong et al. (
 | smoothadv+consistency | .548 | .726 | .816 |
 | smoothmix | .553 | .736 | .788 |
 | catrs | .562 | .757 | .815 |
+| sun | .564 | .760 | .844 |
 
 (smoothmix at sigma 1.0: a file of Sun et al., ICML 2025.) Sun et al. trained and certified the baselines anew, again
 with all 10,000 images: gaussian .487 / .571 / .543, macer .529 / .680 / .760, consistency .547 / .716 / .757, smoothadv
@@ -75,6 +77,12 @@ def _catrs(lbd: float) -> dict[str, Any]:
     return {"method": "catrs", "num_noise": 4, "catrs": {"num_steps": 4, "epsilon": 1.0, "lbd": lbd}}
 
 
+def _sun(discard_epoch: int, discard_threshold: float, epsilon: float, num_steps: int) -> dict[str, Any]:
+    dropped = {"discard_epoch": discard_epoch, "discard_threshold": discard_threshold, "discard_votes": 100}
+    settings = {**dropped, "weigh_every": 10, "weigh_votes": 16, "epsilon": epsilon, "num_steps": num_steps}
+    return {"method": "sun", "num_noise": 4, "sun": settings}
+
+
 PUBLISHED = {
     "gaussian": {sigma: {"method": "gaussian", "num_noise": 1} for sigma in _SIGMAS},
     "stability": {
@@ -94,6 +102,7 @@ PUBLISHED = {
     },
     "smoothmix": {0.25: _smoothmix(0.5, 0), 0.5: _smoothmix(1.0, 1), 1.0: _smoothmix(2.0, 1)},
     "catrs": {0.25: _catrs(0.5), 0.5: _catrs(1.0), 1.0: _catrs(2.0)},
+    "sun": {0.25: _sun(60, 0.5, 0.25, 3), 0.5: _sun(70, 0.4, 0.25, 6), 1.0: _sun(60, 0.4, 0.5, 4)},
 }
 
 

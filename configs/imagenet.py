@@ -23,11 +23,14 @@ ACR over 500 validation images, n = 100,000, as the papers report it:
 | gaussian | .477 (427 images) | .733 | .875 |
 | smoothadv | .532 (427 images) | .825 (427 images) | 1.040 (427 images) |
 | consistency | - | .8215 | .9823 |
+| sun | .529 | .842 | 1.043 |
 
 Over all 500 images SmoothAdv's released files have .5349 / .8491 / 1.0786. The attack is PGD with one step, of radius
 255/256 at sigma 0.5 and 512/256 at 1.0, on one noisy copy. The number at sigma 0.25 is of the attack DDN, which is not
 implemented: it has no cell. The warm-up of 10 epochs is that of SmoothAdv's other runs; for ImageNet none is
 published. SmoothAdv's networks subtract the channels' mean and do not divide by their deviation, unlike ours.
+
+`sun` (Sun et al., ICML 2025) has no cell: it counts votes on every training image, which streamed images do not offer.
 
 A run needs several GPUs and has not been timed here.
 """

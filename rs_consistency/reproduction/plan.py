@@ -184,7 +184,7 @@ def without_images(deviations: Sequence[str]) -> list[str]:
 
 
 def not_available(table_name: str) -> str:
-    """Return a line that names the published cells without settings; empty where there are none."""
+    """Return a line that names the published numbers without a cell; empty where there are none."""
     table = table_of(table_name)
     settings = importlib.import_module(f"configs.{table.config}").PUBLISHED
     missing: dict[str, list[str]] = {}
@@ -192,7 +192,7 @@ def not_available(table_name: str) -> str:
         if sigma not in settings.get(method, {}):
             missing.setdefault(method, []).append(f"{sigma:g}")
     cells = "; ".join(f"{method} at sigma {', '.join(sigmas)}" for method, sigmas in missing.items())
-    return f"published without settings, so not run here: {cells}" if cells else ""
+    return f"published without a cell in configs/{table.config}.py, so not run here: {cells}" if cells else ""
 
 
 def chosen_here(table_name: str, methods: Sequence[str]) -> str:

@@ -135,6 +135,7 @@ _CIFAR10 = _rows(
         "smoothadv+consistency": (Published(0.548), Published(0.726), Published(0.816)),
         "smoothmix": (*_both((0.553, 0.5534), (0.736, 0.7356)), _released(0.7877)),
         "catrs": _both((0.562, 0.5616), (0.757, 0.7571), (0.815, 0.8148)),
+        "sun": _both((0.564, 0.5642), (0.760, 0.7603), (0.844, 0.8437)),
     }
 )
 
@@ -164,6 +165,7 @@ _IMAGENET = _rows(
             )
         ),
         "consistency": (None, Published(0.8215), Published(0.9823)),
+        "sun": _both((0.529, 0.5293), (0.842, 0.8417), (1.043, 1.0425)),
     }
 )
 

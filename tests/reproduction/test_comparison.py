@@ -177,7 +177,7 @@ def test_tables_and_pictures_come_from_the_results_alone(program, tmp_path):
     for name, reported in (("gaussian", "1.5581 +- 0.0016 1.5580"), ("consistency", "1.6653 +- 0.0007 1.6548")):
         (line,) = (words for words in lines if words[:2] == [name, "0.50"])
         assert " ".join(line).partition(" to ")[2].split(maxsplit=1)[1].startswith(reported)  # and released files
-    assert "published without settings" not in out and "chosen here" not in out
+    assert "published without a cell" not in out and "chosen here" not in out
     assert "(a) not as published: 100 of 10,000 images" in out
     markdown = (tmp_path / "mnist" / "table.md").read_text()
     assert "| gaussian | 0.50 |" in markdown and "| 0.50 | consistency | gaussian | +0." in markdown
