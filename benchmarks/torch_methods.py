@@ -54,10 +54,10 @@ def smoothadv(config: Any) -> Loss:
             mean = F.softmax(_copies(model, attacked, noise), dim=-1).mean(0)
             objective = F.nll_loss(mean.clamp(min=1e-20).log(), labels, reduction="sum")
             (gradient,) = torch.autograd.grad(objective, attacked)
-            direction = gradient / (gradient.flatten(1).norm(dim=1)[:, None, None, None] + 1e-8)
-            offset = attacked.detach() + 2 * epsilon / num_steps * direction - images
-            offset = offset.renorm(2, 0, epsilon)
-            attacked = (images + offset).clamp(0, 1)
+            norm = gradient.flatten(1).norm(dim=1)[:, None, None, None]
+            direction = torch.where(norm > 0, gradient / norm, torch.randn_like(gradient))
+            stepped = (attacked.detach() + 2 * epsilon / num_steps * direction).clamp(0, 1)
+            attacked = images + (stepped - images).renorm(2, 0, epsilon)
         return attacked
 
     def loss(model: nn.Module, images: torch.Tensor, labels: torch.Tensor, noise: torch.Tensor) -> torch.Tensor:
