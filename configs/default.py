@@ -64,12 +64,12 @@ def get_config() -> ConfigDict:
     config.catrs.lbd = 0.5  # weight of the term for examples of high confidence
 
     config.sun = ConfigDict()
-    config.sun.discard_epoch = 60  # epoch (from 0) at which hard examples are dropped; weights and attack begin
+    config.sun.discard_epoch = 60  # epoch (from 0) before which hard examples are dropped; weights and attack begin
     config.sun.discard_threshold = 0.5  # share of right votes below which an example is dropped
     config.sun.discard_votes = 100  # votes for that share
     config.sun.weigh_every = 10  # epochs between two weighings of the examples
     config.sun.weigh_votes = 16  # votes for a weight
-    config.sun.epsilon = 0.25  # l2 length of a step of the attack on the noise
+    config.sun.epsilon = 0.25  # l2 length of a step of the attack on the noise, whose norm it keeps: no radius
     config.sun.num_steps = 3  # T: steps of that attack
 
     config.batch_size = 256  # noisy images in a step: batch_size / num_noise examples, num_noise copies of each

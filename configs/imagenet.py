@@ -23,6 +23,7 @@ ACR over 500 validation images, n = 100,000, as the papers report it:
 | gaussian | .477 (427 images) | .733 | .875 |
 | smoothadv | .532 (427 images) | .825 (427 images) | 1.040 (427 images) |
 | consistency | - | .8215 | .9823 |
+| catrs | - | - | 1.071 |
 | sun | .529 | .842 | 1.043 |
 
 Over all 500 images SmoothAdv's released files have .5349 / .8491 / 1.0786. The attack is PGD with one step, of radius
@@ -30,7 +31,8 @@ Over all 500 images SmoothAdv's released files have .5349 / .8491 / 1.0786. The 
 implemented: it has no cell. The warm-up of 10 epochs is that of SmoothAdv's other runs; for ImageNet none is
 published. SmoothAdv's networks subtract the channels' mean and do not divide by their deviation, unlike ours.
 
-`sun` (Sun et al., ICML 2025) has no cell: it counts votes on every training image, which streamed images do not offer.
+`catrs` (Jeong et al., AAAI 2023) and `sun` (Sun et al., ICML 2025) have no cells: they count votes on every training
+image, which streamed images do not offer.
 
 A run needs several GPUs and has not been timed here.
 """

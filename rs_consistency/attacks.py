@@ -37,7 +37,7 @@ def smooth_adv(
 
     - with `keys`, the form of Salman et al. (NeurIPS 2019): a step ends with the clipping to the box [0, 1], and then
       the projection onto the ball. Where the gradient is zero, as it is where the mean is clipped, the step is along
-      standard normal noise.
+      standard normal noise. With M = 1 nothing is clipped.
     - without, the form of Jeong and Shin (NeurIPS 2020) for SmoothAdv + Consistency: projection first, then clipping.
       Where the gradient is zero, there is no step.
 
@@ -77,7 +77,7 @@ def smooth_adv(
         return jnp.clip(images + project(attacked - images, epsilon), 0, 1)
 
     def clip_then_project(number: jax.Array, attacked: jax.Array) -> jax.Array:
-        gradient = _gradient(apply_fn, attacked, labels, noise)
+        gradient = _gradient(apply_fn, attacked, labels, noise, clipped=len(noise) > 1)
         norm = l2_norm(gradient)
         draws = jax.vmap(lambda key: jax.random.normal(jax.random.fold_in(key, number), images.shape[1:]))(keys)
         attacked = attacked + step_size * jnp.where(norm > 0, gradient / jnp.where(norm > 0, norm, 1), draws)
@@ -209,11 +209,11 @@ def on_sphere(
     step_size: float,
     num_steps: int,
 ) -> jax.Array:
-    """Return noise under which the classifier errs on every copy, as far as steps on the noise's sphere lead there.
+    """Return noise of the same norm under which the classifier errs: Sun et al.'s attack.
 
-    Source: Sun et al. (ICML 2025). The attack ascends the cross entropy of each copy by itself, in num_steps steps of
-    length step_size along the normalized gradient. Each step ends with the scaling to the norm of d_i. A copy that is
-    misclassified already stays as it is.
+    Source: Sun, Mao, Mueller, Vechev (ICML 2025). The attack ascends the cross entropy of each copy by itself, in
+    num_steps steps of length step_size along the normalized gradient. Each step ends with the scaling to the norm of
+    d_i. A copy that is misclassified already stays as it is. A copy that no step makes wrong ends at the last iterate.
 
     Args:
       apply_fn: `[B, H, W, C]` -> logits `[B, K]`, in inference mode.
@@ -286,13 +286,15 @@ def project(offset: jax.Array, radius: float | jax.Array) -> jax.Array:
     return offset * jnp.where(outside, radius / jnp.where(outside, norm, 1), 1)
 
 
-def _gradient(apply_fn: ApplyFn, images: jax.Array, labels: jax.Array, noise: jax.Array) -> jax.Array:
-    """Return the gradient `[B, H, W, C]` of `-log(mean_i F_y(x + d_i))`, the mean clipped at 1e-20."""
+def _gradient(
+    apply_fn: ApplyFn, images: jax.Array, labels: jax.Array, noise: jax.Array, *, clipped: bool = True
+) -> jax.Array:
+    """Return the gradient `[B, H, W, C]` of `-log(mean_i F_y(x + d_i))`, the mean clipped at 1e-20 or not."""
 
     def loss(images: jax.Array) -> jax.Array:  # examples do not interact: the gradient of the sum holds theirs
         log_mean = losses.log_mean_softmax(copies(apply_fn, images, noise))  # [B, K]
         of_label = jnp.take_along_axis(log_mean, labels[:, None], axis=-1)
-        return -jnp.maximum(of_label, _LOG_OF_SMALLEST_MEAN).sum()
+        return -jnp.maximum(of_label, _LOG_OF_SMALLEST_MEAN if clipped else -jnp.inf).sum()
 
     return jax.grad(loss)(images)
 

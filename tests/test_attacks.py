@@ -93,6 +93,15 @@ def test_saturated_logits_leave_a_finite_attack(size):
     clipped = np.asarray(log_mean)[np.arange(6), LABELS] < np.log(1e-20)
     assert clipped.any()
     np.testing.assert_array_equal(np.asarray(got)[clipped], np.asarray(images)[clipped])
+    # A single copy is not clipped where there are keys, so its gradient leads somewhere.
+    single = attacks.smooth_adv(
+        steep, images, jnp.asarray(LABELS), noise[:1] * 0, epsilon=0.2, num_steps=1, keys=jax.random.split(KEYS[0], 6)
+    )
+    again = attacks.smooth_adv(
+        steep, images, jnp.asarray(LABELS), noise[:1] * 0, epsilon=0.2, num_steps=1, keys=jax.random.split(KEYS[1], 6)
+    )
+    certain = np.asarray(losses.log_mean_softmax(attacks.copies(steep, images, noise[:1] * 0)))[np.arange(6), LABELS]
+    np.testing.assert_array_equal(single[certain < -1], again[certain < -1])
     # With keys an image goes into a random direction instead, of its own, and stays in ball and box.
     walked = attacks.smooth_adv(steep, images, jnp.asarray(LABELS), noise, epsilon=0.2, num_steps=3, keys=KEYS)
     offset = np.asarray(walked - images)[clipped].reshape(clipped.sum(), -1)

@@ -119,10 +119,13 @@ def into_ball(x, center, radius):
 
 
 def adversarial_gradient(network, images, labels, noise, reduction="mean"):
-    """Return the gradient of -log of the mean softmax, clipped at 1e-20, in inference mode."""
+    """Return the gradient of -log of the mean softmax, clipped at 1e-20 if there are copies, in inference mode."""
     images = images.detach().requires_grad_()
-    mean = F.softmax(copies(network, images, noise, train=False), dim=-1).mean(0)
-    loss = F.nll_loss(mean.clamp(min=1e-20).log(), labels, reduction=reduction)
+    logits = copies(network, images, noise, train=False)
+    if len(noise) == 1:
+        loss = F.cross_entropy(logits[0], labels, reduction=reduction)
+    else:
+        loss = F.nll_loss(F.softmax(logits, dim=-1).mean(0).clamp(min=1e-20).log(), labels, reduction=reduction)
     return torch.autograd.grad(loss, images)[0]
 
 

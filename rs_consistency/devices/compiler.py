@@ -73,6 +73,17 @@ def repeat(body: Callable[[Any, Any], Any], times: int, start: Any, *, compiled:
     return value
 
 
+def either(condition: Any, then: Callable[[], Any], otherwise: Callable[[], Any], *, compiled: bool = False) -> Any:
+    """Return `then()` where the condition holds, else `otherwise()`, inside a compiled function.
+
+    The branch is taken when the function runs. But on the CPU both are computed, unless the branch is `compiled`:
+    gradients of three 3x3 convolutions took 16 times as long inside a branch there.
+    """
+    if compiled or jax.default_backend() != "cpu":
+        return jax.lax.cond(condition, then, otherwise)
+    return jax.tree.map(functools.partial(jax.numpy.where, condition), then(), otherwise())
+
+
 def memory_of(compiled: Any) -> int | None:
     """Return the most bytes that a compiled function holds on a device; None if its backend does not say."""
     memory = compiled.memory_analysis()

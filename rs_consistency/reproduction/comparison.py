@@ -9,7 +9,7 @@ import numpy as np
 
 from rs_consistency.certificates.measures import certified_accuracy
 from rs_consistency.certificates.read import Certificates
-from rs_consistency.reproduction.plan import without_images
+from rs_consistency.reproduction.plan import follows_epochs, without_images
 from rs_consistency.reproduction.published import Published, Table, published_acr
 from rs_consistency.reproduction.results import Result
 from rs_consistency.statistics.intervals import (
@@ -155,12 +155,12 @@ def pairs_of(results: Sequence[Result]) -> list[Pair]:
 def _settings(one: Result) -> tuple[tuple[str, ...], str | None]:
     """Return the settings that two methods must have in common to be compared.
 
-    Published schedules may differ between methods. Warm-ups, which not all methods have, follow other numbers of epochs
-    and are left out. The dataset's content is part of the settings, since images are identified by their numbers.
+    Published schedules may differ between methods. Keys that not all methods have, and that follow other numbers of
+    epochs, such as warm-ups, are left out. The dataset's content is part of the settings, since images are identified by their numbers.
     """
     texts = without_images(one.deviations)
     if any(text.startswith("num_epochs ") for text in texts):
-        texts = [text for text in texts if not text.partition(" ")[0].endswith(".warmup_epochs")]
+        texts = [text for text in texts if not follows_epochs(text)]
     return tuple(texts), one.data_digest
 
 

@@ -21,6 +21,7 @@ from rs_consistency.training.config import PLACE_KEYS, flatten, validate
 PUBLISHED_VOTES = {"mode": "certify", "n0": N0, "alpha": ALPHA, "bound": BOUNDS[0]}  # of every certificate
 _NEEDS_TEACHER, _TEACHER_SIGMA = "catrs", 0.25
 _FORWARD_PASSES = 3  # in the time of a gradient
+_FOLLOW_EPOCHS = ("lr_step_size", "warmup_epochs", "discard_epoch", "weigh_every")  # the last parts of keys
 _HAVE_OPTIONS = ("seed", "sigma", "method", "num_epochs", "dataset.name", "model")
 
 
@@ -30,7 +31,7 @@ class Cell(NamedTuple):
     Its `method` is a row of the table, and its `seed` the seed of both programs. `lbd` is the weight of the consistency
     term in a table that compares weights, None in other tables. `overrides` are the configuration keys that differ from
     the published cell's, and `n` the votes of an image. The training of the cell `needs` must be finished first. A
-    `teacher` is no cell of the table: only another cell needs it.
+    `teacher` is no cell of the table: only another cell needs it. A single image of it is certified.
     """
 
     table: str
@@ -178,6 +179,12 @@ def deviations(cell: Cell) -> list[str]:
     return found
 
 
+def follows_epochs(deviation: str) -> bool:
+    """Return whether a phrase of `deviations` is about a method's key that follows the number of epochs."""
+    block, _, last = deviation.partition(" ")[0].partition(".")
+    return block != "optimizer" and last in _FOLLOW_EPOCHS
+
+
 def without_images(deviations: Sequence[str]) -> list[str]:
     """Return the phrases of `deviations` but the number of certified images."""
     return [text for text in deviations if not re.fullmatch("[0-9,]+ of [0-9,]+ images", text)]
@@ -295,7 +302,9 @@ def _teacher_of(cell: Cell) -> Cell:
         published = flatten(cell._replace(overrides={}).config())
         schedule = {key: published[key] for key in ("num_epochs", "optimizer.lr_step_size")}
     teacher, own = _settled(own._replace(overrides=schedule | cell.overrides)), _settled(own)
-    return teacher._replace(teacher=teacher != own)
+    if teacher == own:
+        return own
+    return teacher._replace(teacher=True, selection=teacher.selection._replace(most=1))
 
 
 def _settled(cell: Cell) -> Cell:
@@ -307,8 +316,10 @@ def _settled(cell: Cell) -> Cell:
     own: dict[str, Any] = {"seed": cell.seed}
     if cell.lbd is not None:
         own["consistency.lbd"] = cell.lbd
-    for key in ("optimizer.lr_step_size", f"{published['method']}.warmup_epochs"):
-        if "num_epochs" in cell.overrides and key in published and key not in cell.overrides:
+    for key in published:
+        block, _, last = key.partition(".")
+        follows = last in _FOLLOW_EPOCHS and block in ("optimizer", published["method"])
+        if "num_epochs" in cell.overrides and follows and key not in cell.overrides:
             own[key] = max(1, round(published[key] * cell.overrides["num_epochs"] / published["num_epochs"]))
     overrides = {**cell.overrides, **own}
     return cell._replace(overrides={key: value for key, value in overrides.items() if value != published[key]})

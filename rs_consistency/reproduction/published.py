@@ -165,6 +165,7 @@ _IMAGENET = _rows(
             )
         ),
         "consistency": (None, Published(0.8215), Published(0.9823)),
+        "catrs": (None, None, Published(1.071, released=1.0715)),
         "sun": _both((0.529, 0.5293), (0.842, 0.8417), (1.043, 1.0425)),
     }
 )

@@ -61,7 +61,7 @@ class Runner:
         """Prepare a number of jobs; on a CPU each stays on its share of this process's processor cores.
 
         The folder is created where it is missing. `root` is the folder of `configs/`, and `batch_size` an option of
-        certify.py. Every certified cell is passed to `finished`, once. The modules have a `main`.
+        certify.py. Every certified cell of the table is passed to `finished`, once. The modules have a `main`.
         """
         self.folder, self.machine, self.where = folder, machine, machine.where(jobs)
         self._root, self._jobs, self._finished, self._modules = root, jobs, finished, modules
@@ -260,9 +260,10 @@ class Runner:
         return self.folder / f"{cell.name}.log"
 
     def done(self, cell: Cell, state: State) -> None:
-        """Learn from a finished cell, and pass it to `finished`."""
+        """Learn from a finished cell, and pass it to `finished` if it is a cell of the table."""
         self._learn(cell, state, keep=True)
-        self._finished(cell)
+        if not cell.teacher:
+            self._finished(cell)
 
     def _environment(self) -> dict[str, str]:
         """Return the environment of a program, with one compile cache for the plan on this kind of processor.

@@ -3,7 +3,6 @@
 from collections.abc import Sequence
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 from ml_collections import ConfigDict
 
@@ -22,10 +21,15 @@ def choose_examples(
 ) -> TrainState:
     """Return the state with the weights of the epoch (from 0) that it is about to begin.
 
-    They are a function of config, state, data and epoch.
+    They are a function of config, state, data and epoch. Raise a `ValueError` where the method returns no weights.
     """
     accuracy = _accuracy(Run(config, int(state.step), state.variables), epoch, split, devices)
-    weights = jnp.asarray(choose(config, epoch, np.asarray(state.weights), accuracy), jnp.float32)
+    weights = np.asarray(choose(config, epoch, np.asarray(state.weights), accuracy), np.float32)
+    if weights.shape != (len(split),) or not (np.isfinite(weights) & (weights >= 0)).all() or not weights.any():
+        raise ValueError(
+            f"method {config.method} chose weights {weights} of shape {weights.shape}: give {len(split)} finite numbers"
+            " of at least 0, and some above 0"
+        )
     return state.replace(weights=parallel.replicate(weights, devices))
 
 
@@ -53,7 +57,9 @@ def _accuracy(run: Run, epoch: int, split: data.Split, devices: Sequence[jax.Dev
             occasion=(epoch, calls),
         )
         done = 0
-        with progress_bar(f"{num_votes} votes on every training image", len(numbers), brief=True) as bar:
+        with progress_bar(
+            f"{num_votes} votes on each of {len(numbers):,} training images", len(numbers), brief=True
+        ) as bar:
             for votes in groups:
                 answered = numbers[done : done + len(votes.counts)]
                 right[answered] = votes.counts[np.arange(len(answered)), split.labels[answered]]

@@ -47,9 +47,7 @@ def plan(config: ConfigDict, workdir: Path) -> Plan:
     check_claim(workdir, config, data_digest=session.train.digest())
     with closing(Checkpoints(workdir)) as checkpoints:
         done = max(checkpoints.steps(), default=0)
-    # The steps of the last epoch are measured: a method may do more in later epochs, not less.
-    state = session.initial_state()
-    state = state.replace(step=state.step + session.last_step - sizes.steps)
+    state = session.late_state()
     parameters = count_parameters(state.variables)
     votes = VoteSettings.for_dataset(
         info, sigma=config.sigma, n0=1, n=1, seed=config.seed, platform=devices[0].platform

@@ -18,7 +18,7 @@ _WARM_UP_CALLS = 3
 
 
 def profile(config: ConfigDict, workdir: Path, *, num_steps: int) -> str:
-    """Trace some steps from initial parameters into `tensorboard/` of a workdir; train nothing.
+    """Trace some steps of the last epoch, from initial parameters, into `tensorboard/` of a workdir; train nothing.
 
     Args:
       config: as for `train`.
@@ -38,7 +38,7 @@ def profile(config: ConfigDict, workdir: Path, *, num_steps: int) -> str:
         if not 1 <= num_steps <= most:
             raise UserError(f"profile={num_steps}: use a number of steps from 1 to {most}, which one epoch has")
         num_calls = -(-num_steps // steps.per_call)
-        state, number = session.initial_state(), np.int32(steps.per_call)
+        state, number = session.late_state(), np.int32(steps.per_call)
         with closing(inputs.feeds(0, (_WARM_UP_CALLS + num_calls) * steps.per_call)) as feeds:
             for feed in islice(feeds, _WARM_UP_CALLS):
                 state, _ = steps.train(state, number, *feed.args, **feed.parts)

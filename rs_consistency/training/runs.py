@@ -14,6 +14,7 @@ from ml_collections import ConfigDict
 from rs_consistency.common.errors import UserError, note
 from rs_consistency.common.files import lock, read_json, write_json
 from rs_consistency.data import dataset_info
+from rs_consistency.methods import METHODS
 from rs_consistency.models.inference import for_inference
 from rs_consistency.training.checkpoints import Checkpoints
 from rs_consistency.training.config import PLACE_KEYS, differing_keys, flatten, validate
@@ -99,10 +100,18 @@ def read_config(workdir: Path, *, name: str = "workdir") -> ConfigDict:
 
 def finished_step(workdir: Path, config: ConfigDict) -> int | None:
     """Return the last step of the run once it is finished; None where the folder does not say."""
-    path = workdir / DATA_FILE
-    if not path.exists():
+    if not (workdir / DATA_FILE).exists():
         return None
-    return config.num_epochs * step_sizes(config, read_json(path)["train_examples"]).steps
+    return config.num_epochs * step_sizes(config, _num_examples(workdir)).steps
+
+
+def _num_examples(workdir: Path) -> int:
+    """Return the number of training examples; a `UserError` where the folder does not say."""
+    path = workdir / DATA_FILE
+    number = read_json(path).get("train_examples") if path.exists() else None
+    if not isinstance(number, int):
+        raise UserError(f"{path} does not say how many training examples the run has; copy it from the run's folder")
+    return number
 
 
 class Run(NamedTuple):
@@ -124,8 +133,8 @@ def restore(workdir: Path, devices: Sequence[jax.Device], *, name: str = "workdi
     Raises:
       UserError: when the folder holds no run, or a run without a readable checkpoint.
     """
-    config, data_path = read_config(workdir, name=name), workdir / DATA_FILE
-    num_examples = read_json(data_path)["train_examples"] if data_path.exists() else 1
+    config = read_config(workdir, name=name)
+    num_examples = _num_examples(workdir) if METHODS[config.method].choose else 1
     with closing(Checkpoints(workdir)) as checkpoints:
         restored = checkpoints.restore_newest(restore_target(config, devices, num_examples))
     if restored is None:

@@ -69,6 +69,11 @@ class Session:
         """Return the state before the first step, replicated on the devices."""
         return parallel.replicate(create_state(self.config, len(self.train)), self.devices)
 
+    def late_state(self) -> TrainState:
+        """Return the initial state as if the last epoch began, for a measurement: a method may do more in late epochs."""
+        step = min(self.last_step, 2**31 - 1) - self.sizes.steps
+        return parallel.replicate(self.initial_state().replace(step=np.int32(max(step, 0))), self.devices)
+
     def open_inputs(self, workdir: Path | None) -> Inputs:
         """Open the examples, for a method with a teacher together with the teacher's predictions.
 

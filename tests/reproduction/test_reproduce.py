@@ -15,6 +15,7 @@ from rs_consistency.reproduction.plan import (
     chosen_here,
     cost,
     deviations,
+    follows_epochs,
     make_plan,
     not_available,
     share_of,
@@ -86,6 +87,13 @@ def test_seeds_and_shorter_schedules_are_settings_of_a_cell():
     assert weights == [1, 5, 15, 20, 25, 30]
 
 
+def test_a_shorter_sun_drops_and_weighs_earlier():
+    cell, baseline = plan("cifar10", methods=["sun", "gaussian"], sigmas=[0.5], epochs=15)
+    assert (cell.config().sun.discard_epoch, cell.config().sun.weigh_every) == (7, 1)
+    kept = [[text for text in deviations(each) if not follows_epochs(text)] for each in (cell, baseline)]
+    assert kept[0] == kept[1] == ["num_epochs 15", "optimizer.lr_step_size 5"]
+
+
 def test_catrs_waits_for_its_teacher(tmp_path):
     cells = plan("cifar10", tmp_path, methods=["catrs"], sigmas=[0.25])
     assert [cell.name for cell in cells] == ["gaussian_sigma0.25_seed0", "catrs_sigma0.25_seed0"]
@@ -101,6 +109,7 @@ def test_a_teacher_with_another_schedule_is_a_cell_of_its_own(tmp_path):
     schedules = [(cell.config().num_epochs, cell.config().optimizer.lr_step_size) for cell in (teacher, student, own)]
     assert schedules == [(150, 50), (150, 50), (90, 30)]
     assert deviations(teacher) == ["num_epochs 150", "optimizer.lr_step_size 50"] and deviations(student) == []
+    assert [cell.selection.size for cell in (teacher, student)] == [1, 10_000]  # no cell of the table
     # With as many epochs for every cell, the teacher is the table's own cell.
     cells = plan(methods=["catrs", "gaussian"], sigmas=[0.25], epochs=3)
     assert [cell.name for cell in cells] == [names[2], names[1]]
@@ -157,7 +166,9 @@ def test_images_are_spread_evenly():
 
 
 def test_cells_without_published_settings_are_named():
-    assert not_available("imagenet").endswith("not run here: smoothadv at sigma 0.25; sun at sigma 0.25, 0.5, 1")
+    assert not_available("imagenet").endswith(
+        "not run here: smoothadv at sigma 0.25; catrs at sigma 1; sun at sigma 0.25, 0.5, 1"
+    )
     assert {not_available(name) for name in TABLES if name != "imagenet"} == {""}
 
 

@@ -13,7 +13,7 @@ from rs_consistency.methods import METHODS
 from rs_consistency.training import choice, loop, runs
 from rs_consistency.training.checkpoints import Checkpoints
 from rs_consistency.training.inputs import make_order
-from rs_consistency.training.step import restore_target
+from rs_consistency.training.step import create_state, restore_target
 from tests.helpers import TOY, final_params
 from tests.training.test_loop import assert_same_params, records
 
@@ -114,6 +114,24 @@ def test_the_number_of_devices_changes_the_choice_by_rounding_at_most(program, w
     np.testing.assert_array_equal(weights_at(workdir, 18), weights_at(whole, 18))
     for one, other in zip(*map(jax.tree.leaves, map(final_params, (workdir, whole))), strict=True):
         np.testing.assert_allclose(one, other, atol=1e-5)
+
+
+@pytest.mark.parametrize("weights", [np.zeros(5), np.full(5, np.nan), np.ones(4), -np.ones(5)])
+def test_weights_that_are_none_are_refused(toy_trained, weights):
+    run = runs.restore(toy_trained, jax.devices()[:1])
+    state = create_state(run.config, 5).replace(weights=np.ones(5))
+    split = data.Split(np.zeros((5, 28, 28, 1), np.uint8), np.zeros(5, np.int32))
+    with pytest.raises(ValueError, match=r"method gaussian chose weights .*: give 5 finite numbers of at least 0"):
+        choice.choose_examples(lambda *_: weights, run.config, state, 1, split, jax.devices()[:1])
+
+
+def test_a_run_whose_number_of_examples_is_not_known_is_named(program, whole, tmp_path):
+    workdir = tmp_path / "run"
+    shutil.copytree(whole, workdir)
+    assert "3 images" in program.succeeds("cli.certify", f"--workdir={workdir}", "--n=50", "--n0=10", "--max=3").out
+    (workdir / "data.json").unlink()
+    error = program.fails("cli.certify", f"--workdir={workdir}", f"--output={tmp_path / 'c.tsv'}")
+    assert f"{workdir / 'data.json'} does not say how many training examples the run has" in error
 
 
 def test_the_order_of_an_epoch_follows_the_weights():

@@ -178,7 +178,9 @@ def test_cells_that_were_not_published(cell, message):
             "smoothmix.clean_step=9: use a whole number of at least 0 and at most 4",
         ),
         (["--config.method=catrs"], "catrs.teacher='': method catrs needs the workdir of a Gaussian model"),
-        (["--config.method=sun", "--config.sun.weigh_votes=9"], "sun.weigh_votes=9: use a whole number of at least 14"),
+        (["--config.method=sun"], "sun.discard_epoch=60: the run has num_epochs=2, and would drop no example; use a"),
+        (["--config.sun.discard_epoch=0"], "sun.discard_epoch=0: use a whole number of at least 1"),
+        (["--config.sun.weigh_votes=9"], "sun.weigh_votes=9: use a whole number of at least 14"),
         (["--config.sun.discard_threshold=1.5"], "sun.discard_threshold=1.5: use a number of at least 0 and at most 1"),
         (["--config.macer.lbd=nan"], "macer.lbd=nan: use a number of at least 0 and at most 1e+06"),  # not in use
         (

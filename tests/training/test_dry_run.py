@@ -58,7 +58,7 @@ def test_the_steps_of_the_last_epoch_are_measured(program, tmp_path, monkeypatch
     monkeypatch.setattr(
         dry_run, "_measure_steps", lambda config, inputs, state: seen.append(int(state.step)) or (0.1, 0.1, 0.1, None)
     )
-    sun = ["--config.method=sun", "--config.consistency.lbd=0"]
+    sun = ["--config.method=sun", "--config.consistency.lbd=0", "--config.sun.discard_epoch=1"]
     out = program.succeeds("cli.train", *TOY, *sun, f"--workdir={tmp_path / 'run'}", "--dry_run").out
     assert seen == [7] and "not in it: the votes on training images that sun counts" in out
 

@@ -179,7 +179,10 @@ def test_evaluation_counts_every_streamed_image(finished):
 
 
 def test_what_cannot_be_streamed_is_told(program, finished, tmp_path):
-    for method, more in {"catrs": [f"--config.catrs.teacher={finished}"], "sun": []}.items():
+    for method, more in {
+        "catrs": [f"--config.catrs.teacher={finished}"],
+        "sun": ["--config.sun.discard_epoch=1"],
+    }.items():
         command = [f"--config.method={method}", *more, f"--workdir={tmp_path / 'run'}"]
         error = program.fails("cli.train", *CONFIG, *command)
         assert not (tmp_path / "run").exists()
