@@ -57,9 +57,7 @@ def _accuracy(run: Run, epoch: int, split: data.Split, devices: Sequence[jax.Dev
             occasion=(epoch, calls),
         )
         done = 0
-        with progress_bar(
-            f"{num_votes} votes on each of {len(numbers):,} training images", len(numbers), brief=True
-        ) as bar:
+        with progress_bar(f"{num_votes} votes on each training image", len(numbers), brief=True) as bar:
             for votes in groups:
                 answered = numbers[done : done + len(votes.counts)]
                 right[answered] = votes.counts[np.arange(len(answered)), split.labels[answered]]

@@ -70,7 +70,7 @@ class Session:
         return parallel.replicate(create_state(self.config, len(self.train)), self.devices)
 
     def late_state(self) -> TrainState:
-        """Return the initial state as if the last epoch began, for a measurement: a method may do more in late epochs."""
+        """Return the initial state, but in the last epoch, for a measurement: a method may do more in late epochs."""
         step = min(self.last_step, 2**31 - 1) - self.sizes.steps
         return parallel.replicate(self.initial_state().replace(step=np.int32(max(step, 0))), self.devices)
 
