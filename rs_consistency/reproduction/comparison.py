@@ -156,7 +156,8 @@ def _settings(one: Result) -> tuple[tuple[str, ...], str | None]:
     """Return the settings that two methods must have in common to be compared.
 
     Published schedules may differ between methods. Keys that not all methods have, and that follow other numbers of
-    epochs, such as warm-ups, are left out. The dataset's content is part of the settings, since images are identified by their numbers.
+    epochs, such as warm-ups, are left out. The dataset's content is part of the settings, since images are identified
+    by their numbers.
     """
     texts = without_images(one.deviations)
     if any(text.startswith("num_epochs ") for text in texts):
