@@ -62,7 +62,10 @@ def _parser() -> Parser:
     add(
         "--delta", type=float, default=DEFAULT_DELTA, help="error probability of a --joint bound (default: %(default)s)"
     )
-    match = "compare with files in the original order of the images; DIR holds the dataset's original files"
+    match = (
+        "compare with files in the original order of the images; DIR holds the dataset's original files. The"
+        " differences are printed as text and as markdown"
+    )
     add("--match_images", type=user_path, metavar="DIR", help=match)
     add("--format", choices=tuple(_FORMATS), default="text", help="of the tables (default: %(default)s)")
     add("--output", type=user_path, help="a folder for the report: see above")
