@@ -56,7 +56,7 @@ def part_positions(num_parts: int, sizes: StepSizes, num_devices: int) -> np.nda
     return np.arange(sizes.examples, dtype=np.int32).reshape(num_parts, num_devices, -1)
 
 
-def make_order(config: ConfigDict, num_examples: int) -> Callable[[int, jax.Array | None], jax.Array]:
+def make_order(config: ConfigDict, num_examples: int) -> Callable[..., jax.Array]:
     """Return `order(epoch, weights)`: the examples `[N]` int32 of an epoch, a function of seed, epoch and weights.
 
     Without weights, or with equal ones, the order is a permutation; else the examples are drawn with replacement.
@@ -64,7 +64,7 @@ def make_order(config: ConfigDict, num_examples: int) -> Callable[[int, jax.Arra
     key = noise.stream_key(config.seed, noise.Stream.ORDER)
     permutation = jax.jit(lambda epoch: jax.random.permutation(noise.fold(key, epoch), num_examples))
 
-    def order(epoch: int, weights: jax.Array | None) -> jax.Array:
+    def order(epoch: int, weights: jax.Array | None = None) -> jax.Array:
         if weights is None or (weights == weights[0]).all():
             return permutation(epoch)
         return jax.numpy.asarray(noise.weighted_draws(noise.fold(key, epoch), np.asarray(weights)))
