@@ -59,7 +59,7 @@ def part_positions(num_parts: int, sizes: StepSizes, num_devices: int) -> np.nda
 def make_order(config: ConfigDict, num_examples: int) -> Callable[..., jax.Array]:
     """Return `order(epoch, weights)`: the examples `[N]` int32 of an epoch, a function of seed, epoch and weights.
 
-    Without weights, or with equal ones, the order is a permutation; else the examples are drawn with replacement.
+    Without weights, or with equal weights, the order is a permutation; else the examples are drawn with replacement.
     """
     key = noise.stream_key(config.seed, noise.Stream.ORDER)
     permutation = jax.jit(lambda epoch: jax.random.permutation(noise.fold(key, epoch), num_examples))
