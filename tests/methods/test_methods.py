@@ -396,7 +396,8 @@ def test_the_deep_models_take_a_step(model):
     assert float(optax.tree.norm(jax.tree.map(lambda a, b: a - b, before.params, after.params))) > 0
 
 
-# CAT-RS uses the running batch statistics, too. A plain ResNet goes the same way in tests/training/test_imagenet.py.
+# CAT-RS uses the running batch statistics, too. A plain ResNet goes the same way in tests/training/test_imagenet.py,
+# and `sun` in tests/training/test_choice.py.
 PIPELINES = {
     "gaussian": [],
     "stability": ["--config.method=stability"],
@@ -404,12 +405,6 @@ PIPELINES = {
     "macer+consistency": ["--config.method=macer", "--config.consistency.lbd=1"],
     "smoothmix": ["--config.method=smoothmix"],
     "catrs": ["--config.method=catrs", "--config.catrs.num_votes=16", "--config.model=normalized"],
-    "sun": [
-        "--config.method=sun",
-        "--config.model=linear",
-        "--config.sun.discard_epoch=1",
-        "--config.sun.discard_threshold=0.05",
-    ],
 }
 
 
@@ -434,7 +429,6 @@ def test_every_method_trains_saves_resumes_and_certifies(monkeypatch, program, f
         "--config.smoothadv.num_steps=1",
         "--config.smoothmix.num_steps=1",
         "--config.catrs.num_steps=1",
-        "--config.sun.num_steps=1",
         f"--config.catrs.teacher={toy_trained}",
         *PIPELINES[name],
         "--config.num_devices=2",

@@ -3,6 +3,7 @@
 import shutil
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
@@ -67,30 +68,28 @@ def test_the_weights_are_of_the_votes_of_the_model_that_the_epoch_begins_with(wh
     run = runs.restore(tmp_path / "run", jax.devices()[:1])
     split = data.load("mnist", "train")
     apply_fn, variables = run.classifier()
-    expected = np.ones(200)
+
+    @jax.jit
+    def votes(key, index, numbers):
+        draws = jax.vmap(lambda number: jax.random.normal(noise.fold(key, index, 1, number), (28, 28, 1)))(numbers)
+        image = jnp.asarray(split.images)[index] / jnp.float32(255)
+        return apply_fn(variables, image[None] + 0.5 * draws).argmax(axis=-1)
 
     def accuracy(num_votes, asked):
         nonlocal calls
         calls += 1
         key = noise.fold(noise.stream_key(0, noise.Stream.CHOOSE), 1, calls)
-        shares = np.zeros(200)
-        for index in np.flatnonzero(asked):
-            draws = jax.vmap(lambda vote, i=index: jax.random.normal(noise.fold(key, i, 1, vote), (28, 28, 1)))(
-                np.arange(num_votes)
-            )
-            logits = apply_fn(variables, split.images[index][None] / np.float32(255) + 0.5 * draws)
-            shares[index] = (np.asarray(logits).argmax(axis=-1) == split.labels[index]).mean()
-        return shares
+        right = [(votes(key, index, np.arange(num_votes)) == split.labels[index]).mean() for index in range(200)]
+        return np.where(asked, right, 0.0)
 
     calls = 0
-    expected = METHODS["sun"].choose(run.config, 1, expected, accuracy)
+    expected = METHODS["sun"].choose(run.config, 1, np.ones(200), accuracy)
     assert calls == 2
     np.testing.assert_allclose(weights_at(whole, 9), expected, rtol=1e-6)
 
 
-@pytest.mark.parametrize("step", [7, 9])
-def test_a_run_resumes_with_the_weights_of_its_epoch(program, whole, tmp_path, monkeypatch, step):
-    workdir, chosen = tmp_path / "run", []
+def test_a_run_resumes_in_an_epoch_with_its_weights(program, whole, tmp_path, monkeypatch):
+    workdir, chosen, step = tmp_path / "run", [], 9
     shutil.copytree(whole, workdir)
     for path in (workdir / "checkpoints").iterdir():
         if int(path.name) > step:
@@ -103,7 +102,7 @@ def test_a_run_resumes_with_the_weights_of_its_epoch(program, whole, tmp_path, m
     monkeypatch.setattr(loop, "choose_examples", spy)
     program.succeeds("cli.train", *SUN, f"--workdir={workdir}")
     assert f"continuing after step {step}" in program.err
-    assert chosen == ([1, 2] if step == 7 else [2])  # never in the middle of an epoch
+    assert chosen == [2]  # not again in the middle of an epoch
     assert_same_params(whole, workdir)
     np.testing.assert_array_equal(weights_at(workdir, 21), weights_at(whole, 21))
 
