@@ -18,7 +18,8 @@ PAGES = [
 ]
 # Beginnings of commands that no test runs as they stand, and why. Their arguments are parsed here all the same.
 NOT_RUN = {
-    r"python (train|certify|analyze)\.py .*\bruns/(mnist|sa|teacher|catrs|consistency|gaussian|macer|sun|one_step|NAME)\b": (
+    r"python (train|certify|analyze)\.py .*\bruns/"
+    r"(mnist|sa|teacher|catrs|consistency|gaussian|macer|sun|one_step|NAME)\b": (
         "minutes to days of training, most of it on data that is downloaded; like it, runs of the demo in the tutorial"
     ),
     r"python analyze\.py .*--match_images=": "files that are downloaded; tests/certificates/test_matching.py",
