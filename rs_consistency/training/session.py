@@ -71,8 +71,8 @@ class Session:
 
     def late_state(self) -> TrainState:
         """Return the initial state, but in the last epoch, for a measurement: a method may do more in late epochs."""
-        step = min(self.last_step, 2**31 - 1) - self.sizes.steps
-        return parallel.replicate(self.initial_state().replace(step=np.int32(max(step, 0))), self.devices)
+        step = min(self.last_step, 2**31 - 1) - self.sizes.steps  # a step is int32
+        return self.initial_state().replace(step=parallel.replicate(np.int32(step), self.devices))
 
     def open_inputs(self, workdir: Path | None) -> Inputs:
         """Open the examples, for a method with a teacher together with the teacher's predictions.

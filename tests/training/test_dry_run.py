@@ -7,11 +7,13 @@ import jax
 import numpy as np
 import pytest
 
+from configs import mnist
 from rs_consistency.devices.compiler import memory_of
 from rs_consistency.smoothing import speed, votes
 from rs_consistency.smoothing.speed import measure_votes
 from rs_consistency.smoothing.votes import vote_settings
 from rs_consistency.training import dry_run
+from rs_consistency.training.session import Session
 from tests.helpers import TINY, TOY
 
 
@@ -61,6 +63,18 @@ def test_the_steps_of_the_last_epoch_are_measured(program, tmp_path, monkeypatch
     sun = ["--config.method=sun", "--config.consistency.lbd=0", "--config.sun.discard_epoch=1"]
     out = program.succeeds("cli.train", *TOY, *sun, f"--workdir={tmp_path / 'run'}", "--dry_run").out
     assert seen == [7] and "not in it: the votes on training images that sun counts" in out
+
+
+@pytest.mark.parametrize("num_epochs", [3, 10**9])
+def test_a_measurement_begins_with_the_last_epoch_that_int32_can_count(tmp_path, num_epochs):
+    config = mnist.get_config()
+    config.batch_size, config.num_epochs, config.model = 64, num_epochs, "linear"
+    session = Session.open(config, tmp_path / "run")
+    assert session.sizes.steps == 7
+    state = session.late_state()
+    assert int(state.step) == min(7 * num_epochs, 2**31 - 1) - 7 and state.step.dtype == np.int32
+    for late, initial in zip(*map(jax.tree.leaves, (state.params, session.initial_state().params)), strict=True):
+        np.testing.assert_array_equal(late, initial)
 
 
 @pytest.mark.parametrize(("mode", "most"), [([], "about"), (["--mode=decide", "--radius=0.5"], "at most")])

@@ -64,7 +64,7 @@ steps_once = functools.cache(run_steps)  # for what several tests compare with
 
 
 def reference_steps(config, num_steps):
-    """One device, one copy at a time, gradients of the plain mean, PyTorch's SGD written out."""
+    """Take the steps on one device, copy by copy, with gradients of the plain mean and PyTorch's SGD written out."""
     num_noise, batch = config.num_noise, config.batch_size // config.num_noise
     steps = -(-NUM_EXAMPLES // batch)
     model = make_model(config)
