@@ -89,7 +89,7 @@ def words_at_cuts(b, cuts, rng):
         borders = {0, 1, share - 1, cut - 1, cut, cut + 1, cut - 2**32, cut + 2**32, cut >> 32 << 32, cut | 2**32 - 1}
         words += [bucket * share + rest for rest in borders if 0 <= rest < share]
     words += [word | 2**63 for word in words[::3]]
-    return words + [int.from_bytes(rng.bytes(8), "little") for _ in range(20_000)]
+    return words + [int.from_bytes(rng.bytes(8), "little") for _ in range(30_000)]
 
 
 @pytest.mark.parametrize("sigma", [0.0004, 0.12, 0.25, 0.5, 1.0])
@@ -97,6 +97,7 @@ def test_every_word_gives_its_number(sigma):
     table = grid_table(sigma)
     b, cuts, others = unpack(table)
     words = words_at_cuts(b, cuts, np.random.default_rng(0))
+    assert sigma < 1 or len(words) > noise._PRODUCT_ROWS  # more than one product of the one-hot form
     expected = np.array([value_of(word, b, cuts, others) for word in words])
     high, low_words = (jnp.array([word >> shift & 2**32 - 1 for word in words], jnp.uint32) for shift in (32, 0))
 

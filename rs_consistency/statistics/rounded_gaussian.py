@@ -1,21 +1,22 @@
 """The law of a Gaussian rounded to whole numbers, and a table that samples it. All arithmetic is in whole numbers.
 
 An 8-bit image is a point of the grid of multiples of 1/255. Noise that is rounded to this grid is `N / 255` with
-`N = round(s Z)`, `s = 255 sigma` and a standard normal Z. Its size |N| exceeds j - 1/2 with the probability
+`N = round(s Z)`, `s = 255 sigma` and a standard normal Z. Its size, `abs(N)`, is at least j with the probability
 
-    S_j = P(|N| >= j) = erfc(a_j / sqrt 2),  a_j = (j - 1/2) / s,  j = 1, 2, ...,
+    S_j = erfc(a_j / sqrt 2),  a_j = (j - 1/2) / s,  j = 1, 2, ...,
 
-and its sign is a fair coin. The table gives |N| >= j the probability W_j / 2^63, where W_j is the whole number nearest
-to 2^63 S_j. A draw takes 64 random bits: the sign and 63 bits for the size.
+and its sign is a fair coin. The table gives a size of at least j the probability `W_j / 2^63`, where `W_j` is the whole
+number nearest to `2^63 S_j`. A draw takes 64 random bits: the sign and 63 bits for the size.
 
-**How far the table is from the true law.** `_tails` computes W_j with |W_j - 2^63 S_j| <= 1/2 + 2^-40, for every j up
-to the last T with W_T >= 1, and 2^63 S_(T+1) <= 1/2 + 2^-40. Take both sizes from one uniform number U in [0, 1): the
-true size is the number of j with U < S_j, the table's is the number of j <= T with U < W_j / 2^63. They differ only if
-U lies between S_j and W_j / 2^63 for a j <= T, or below S_(T+1). So the total variation between both laws is at most
-(T + 1) (1/2 + 2^-40) 2^-63 = (T + 1) 2^-64 (1 + 2^-39). The fair sign adds nothing.
+**How far the table is from the true law.** The computed `W_j` differ from `2^63 S_j` by at most `1/2 + 2^-40`, for
+every j up to the last T with `W_T >= 1`, and `2^63 S_(T+1) <= 1/2 + 2^-40`; `_tails` has the proof. Take both sizes
+from one uniform number U in [0, 1): the true size is the number of j with `U < S_j`, the table's is the number of
+j <= T with `U < W_j / 2^63`. They differ only if U lies between `S_j` and `W_j / 2^63` for a j <= T, or below
+`S_(T+1)`. So the total variation between both laws is at most
+`(T + 1) (1/2 + 2^-40) 2^-63 = (T + 1) 2^-64 (1 + 2^-39)`. The fair sign adds nothing.
 
 **The table.** Walker's alias method (1977): K = 2^b buckets, at least as many as values, of 2^(63-b) units each. A
-bucket holds at most two values. The units of a value, over all buckets, are exactly W_j - W_(j+1): `_check` counts.
+bucket holds at most two values. The units of a value, over all buckets, are exactly `W_j - W_(j+1)`: `_check` counts.
 """
 
 import functools
@@ -79,7 +80,7 @@ def grid_table(sigma: float, steps: int = STEPS) -> GridTable:
 
 
 def size_units(sigma: float, steps: int = STEPS) -> list[int]:
-    """Return the probabilities of the sizes |N| = 0, 1, ..., T in the table, in units of 2^-63. Their sum is 2^63.
+    """Return the probabilities of the sizes 0, 1, ..., T in the table, in units of 2^-63. Their sum is 2^63.
 
     Arguments and errors are as for `grid_table`.
 
