@@ -5,22 +5,25 @@ import statistics
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-import torch
-import torch_models
 
 from rs_consistency import data, models
 from rs_consistency.common.files import write_json
 
+if TYPE_CHECKING:
+    import torch  # imported where it is needed: not all benchmarks have a rival
+
 DATASETS = {"lenet": "mnist", "resnet20": "cifar10", "resnet110": "cifar10"}
 
 
-def make_twin(name: str, variables: Any) -> torch.nn.Module:
+def make_twin(name: str, variables: Any) -> "torch.nn.Module":
     """Return the network in PyTorch, with the variables of the flax model unless they are None."""
+    import torch_models
+
     info = data.dataset_info(DATASETS[name])
     twin = torch_models.LeNet() if name == "lenet" else torch_models.CifarResNet(int(name[6:]), info.mean, info.std)
     if variables is not None:
@@ -28,7 +31,7 @@ def make_twin(name: str, variables: Any) -> torch.nn.Module:
     return twin
 
 
-def make_network(name: str, dtype: str) -> tuple[Any, Any, torch.nn.Module, tuple[int, ...]]:
+def make_network(name: str, dtype: str) -> tuple[Any, Any, "torch.nn.Module", tuple[int, ...]]:
     """Return a flax model, random variables (batch statistics, too), its twin in PyTorch, and the image shape."""
     info = data.dataset_info(DATASETS[name])
     model = models.create_model(
@@ -47,13 +50,17 @@ def make_network(name: str, dtype: str) -> tuple[Any, Any, torch.nn.Module, tupl
     return model, variables, make_twin(name, variables).eval(), info.image_shape
 
 
-def to_torch(images: np.ndarray) -> torch.Tensor:
+def to_torch(images: np.ndarray) -> "torch.Tensor":
     """Return images `[..., H, W, C]` as a tensor `[..., C, H, W]`."""
+    import torch
+
     return torch.from_numpy(np.moveaxis(images, -1, -3).copy())
 
 
 def torch_device() -> str:
     """Return the rival's device: the GPU if ours runs there."""
+    import torch
+
     return "cuda" if torch.cuda.is_available() and jax.default_backend() == "gpu" else "cpu"
 
 
