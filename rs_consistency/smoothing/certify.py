@@ -108,12 +108,12 @@ def conclude(
     sigma: float,
     bound: str = BOUNDS[0],
     uniform: np.ndarray | None = None,
+    slack: float = 0.0,
 ) -> Certification:
-    """Return predictions and radii from votes `[B, K]`; see `certify`, and `bounds.certify_votes` for `uniform`."""
+    """Return predictions and radii from votes `[B, K]`; see `certify`, and `bounds.certify_votes` for the others."""
     selected = counts0.argmax(axis=1)
     for_selected = np.take_along_axis(counts, selected[:, None], axis=1)[:, 0]
     runner_up = most_of_others(counts, selected)
-    proven = certify_votes(
-        for_selected, runner_up, counts.sum(axis=1), alpha=alpha, sigma=sigma, bound=bound, uniform=uniform
-    )
+    votes = (for_selected, runner_up, counts.sum(axis=1))
+    proven = certify_votes(*votes, alpha=alpha, sigma=sigma, bound=bound, uniform=uniform, slack=slack)
     return Certification(np.where(proven.certified, selected, ABSTAIN), proven.radius, counts0, counts)

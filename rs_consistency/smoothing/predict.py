@@ -73,13 +73,13 @@ def predict(
     return conclude_prediction(votes.counts, alpha=alpha)
 
 
-def conclude_prediction(counts: ArrayLike, *, alpha: float) -> Prediction:
-    """Return predictions and p-values from votes `[B, K]`; see `predict`.
+def conclude_prediction(counts: ArrayLike, *, alpha: float, slack: float = 0.0) -> Prediction:
+    """Return predictions and p-values from votes `[B, K]`; see `predict`, and `bounds.p_value_of` for the slack.
 
     | counts | p-value |
     |---|---|
     | two equal largest | 1: abstains |
-    | all n for one class, also for K = 1 | 2 ** (1 - n), at most 1 |
+    | all n for one class, also for K = 1 | 2 ** (1 - n) + n * slack, at most 1 |
 
     Raises:
       UserError: for counts other than whole numbers `[B, K]`, or an image without votes.
@@ -93,5 +93,6 @@ def conclude_prediction(counts: ArrayLike, *, alpha: float) -> Prediction:
     counts = counts.astype(np.int64)
     check_all("votes of an image", counts.sum(axis=1), counts.sum(axis=1) >= 1, "use at least 1")
     most = counts.argmax(axis=1)
-    p_value = p_value_of(counts.max(axis=1), most_of_others(counts, most))
+    n = counts.sum(axis=1)
+    p_value = p_value_of(counts.max(axis=1), most_of_others(counts, most), n=n, slack=slack)
     return Prediction(np.where(p_value <= alpha, most, ABSTAIN), p_value, counts)

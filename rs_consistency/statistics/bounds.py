@@ -8,6 +8,10 @@ bound is computed, and the bound is lowered until the tail does not exceed alpha
 - `two_class`: p_A against p_B, at alpha / 2 each; it can certify where p_A < 1/2. Source: the same theorem 1.
 - `randomized`: as `clopper_pearson`, with exact coverage through a uniform draw. Source: Stevens (Biometrika 1950); for
   smoothing, Voracek (NeurIPS 2024).
+
+The votes may come from a sampler whose law is not quite the one of the theorem. The `slack` is a bound of the
+difference between the probability of a vote and the p_A in question. It is subtracted from lower bounds and added to
+upper ones; of n votes, n times the slack is added to p-values. 0 leaves every number as it is.
 """
 
 from typing import NamedTuple
@@ -16,7 +20,7 @@ import numpy as np
 from numpy.typing import ArrayLike
 from scipy import special
 
-from rs_consistency.common.checks import SMALLEST_PROBABILITY, check_all, number_array
+from rs_consistency.common.checks import SMALLEST_PROBABILITY, check_all, number_array, number_from
 from rs_consistency.common.errors import UserError
 
 ABSTAIN = -1  # the prediction of an image without a certificate
@@ -168,14 +172,17 @@ def certify_votes(
     sigma: ArrayLike,
     bound: str = "clopper_pearson",
     uniform: ArrayLike | None = None,
+    slack: float = 0.0,
 ) -> Certified:
     """Return the certificate that n votes give a class that was chosen without looking at them.
 
-    Guarantee, for each `bound`: a wrong certificate has probability at most alpha.
+    Guarantee, for each `bound`: a wrong certificate has probability at most alpha. It holds for votes whose probability
+    of each class is within `slack` of the smoothed classifier's: p_A is the latter. `exact.proves_radius` proves a
+    radius without float64.
 
     With `two_class` the radius is `sigma / 2 * (Phi^-1(p_A) - Phi^-1(p_B))`. p_A is bounded from below and p_B from
     above, at alpha / 2 each, with p_B at most 1 - p_A. The largest count of any other class bounds p_B, because the
-    count of the truly second class is not larger.
+    count of the truly second class is not larger. A slack widens both bounds.
 
     Args:
       count: votes for the chosen class.
@@ -185,6 +192,7 @@ def certify_votes(
       sigma: standard deviation of the noise, which was drawn in float32 (`drawn_sigma`).
       bound: one of `BOUNDS`.
       uniform: draws from (0, 1] of `noise.bound_uniform`; only `randomized` uses them.
+      slack: largest difference between the probability of a vote and that of the smoothed classifier, in [0, 1].
 
     Returns:
       Arrays, shaped as the arguments broadcast.
@@ -202,14 +210,14 @@ def certify_votes(
       False 0.0 0.445
       True 0.172 0.445
     """
-    sigma = drawn_sigma(_checked_sigma(sigma))
+    sigma, slack = drawn_sigma(_checked_sigma(sigma)), number_from("slack", slack, at_least=0, at_most=1)
     if bound == "two_class":
         count, n, alpha = _checked(count, n, alpha)
         _, _, runner_up = np.broadcast_arrays(count, n, number_array("runner_up", runner_up))
         good = (runner_up >= 0) & (runner_up <= n - count) & (runner_up == np.floor(runner_up))
         check_all("runner_up", runner_up, good, "use whole numbers from 0 to n - count")
-        lower = _lower(count, n, alpha / 2)
-        upper = np.minimum(_upper(runner_up, n, alpha / 2), 1 - lower)
+        lower = _lowered(_lower(count, n, alpha / 2), slack)
+        upper = np.minimum(_raised(_upper(runner_up, n, alpha / 2), slack), 1 - lower)
         certified = lower >= upper
         with np.errstate(invalid="ignore"):
             at_lower, at_upper = special.ndtri(lower), special.ndtri(upper)
@@ -225,6 +233,7 @@ def certify_votes(
         lower = np.asarray(randomized_lower_bound(count, n, alpha, uniform))
     else:
         raise UserError(f"bound={bound!r} is unknown; use one of {', '.join(BOUNDS)}")
+    lower = _lowered(lower, slack)
     return Certified(lower >= 0.5, _radius(lower, sigma), lower)
 
 
@@ -239,8 +248,12 @@ def drawn_sigma(sigma: ArrayLike) -> np.ndarray:
     return np.minimum(sigma, np.float64(np.float32(sigma)))
 
 
-def radius_ceiling(n: ArrayLike, *, alpha: ArrayLike, sigma: ArrayLike, bound: str = "clopper_pearson") -> np.ndarray:
-    """Return the largest radius that n votes certify, `sigma * Phi^-1(alpha ** (1 / n))`: all are for the same class.
+def radius_ceiling(
+    n: ArrayLike, *, alpha: ArrayLike, sigma: ArrayLike, bound: str = "clopper_pearson", slack: float = 0.0
+) -> np.ndarray:
+    """Return the largest radius that n votes certify: all are for the same class.
+
+    It is `sigma * Phi^-1(alpha ** (1 / n) - slack)`, for `two_class` with alpha / 2.
 
     Example:
       Ten times as many votes certify little more.
@@ -249,7 +262,7 @@ def radius_ceiling(n: ArrayLike, *, alpha: ArrayLike, sigma: ArrayLike, bound: s
       >>> radius_ceiling([10_000, 100_000, 1_000_000], alpha=0.001, sigma=0.5).round(2).tolist()
       [1.6, 1.91, 2.17]
     """
-    return certify_votes(n, 0, n, alpha=alpha, sigma=sigma, bound=bound, uniform=1.0).radius
+    return certify_votes(n, 0, n, alpha=alpha, sigma=sigma, bound=bound, uniform=1.0, slack=slack).radius
 
 
 # A few units in the last place of a float64: above the rounding errors of ndtri and the product.
@@ -259,6 +272,16 @@ _SHRINK = 1 - 2.0**-50
 def _radius(lower: np.ndarray, sigma: np.ndarray) -> np.ndarray:
     """Return `sigma * Phi^-1(lower)`, rounded down; 0 where lower is at most 1/2."""
     return np.maximum(sigma * special.ndtri(np.maximum(lower, 0.5)) * _SHRINK, 0.0)
+
+
+def _lowered(lower: np.ndarray, slack: float) -> np.ndarray:
+    """Return a lower bound less the slack, rounded down, at least 0; the bound itself for 0."""
+    return np.maximum(np.nextafter(lower - slack, -1.0), 0.0) if slack else lower
+
+
+def _raised(upper: np.ndarray, slack: ArrayLike) -> np.ndarray:
+    """Return an upper bound plus the slack, rounded up, at most 1; the bound itself for 0."""
+    return np.minimum(np.nextafter(upper + slack, np.inf), 1.0) if np.any(slack) else upper
 
 
 def _lower(count: np.ndarray, n: np.ndarray, alpha: np.ndarray) -> np.ndarray:
@@ -322,8 +345,11 @@ def most_of_others(counts: np.ndarray, selected: np.ndarray) -> np.ndarray:
     return others.max(axis=1, initial=0)
 
 
-def p_value_of(most: ArrayLike, runner_up: ArrayLike) -> np.ndarray:
+def p_value_of(most: ArrayLike, runner_up: ArrayLike, *, n: ArrayLike | None = None, slack: float = 0.0) -> np.ndarray:
     """Return p-values of the two-sided binomial test at 1/2 between the two largest counts, `most` at least 1.
+
+    With a slack, `n * slack` is added, for n votes in all: they are within that of the assumed law in total variation,
+    so the sum, at most 1, is a p-value for them.
 
     Example:
       >>> from rs_consistency.statistics.bounds import p_value_of
@@ -332,4 +358,9 @@ def p_value_of(most: ArrayLike, runner_up: ArrayLike) -> np.ndarray:
     """
     # P(X >= most) of X ~ Binomial(most + runner_up, 1/2), doubled: at 1/2 the other tail is as large.
     tail = special.betainc(most, np.asarray(runner_up) + 1, 0.5)
-    return np.where(np.equal(most, runner_up), 1.0, np.minimum(2 * tail, 1.0))
+    p_value = np.where(np.equal(most, runner_up), 1.0, np.minimum(2 * tail, 1.0))
+    if not number_from("slack", slack, at_least=0, at_most=1):
+        return p_value
+    if n is None:
+        raise UserError(f"slack={slack} needs n, the number of all votes of an image")
+    return _raised(p_value, np.nextafter(np.multiply(n, slack), np.inf))

@@ -18,11 +18,13 @@ Source: Ville (1939); Robbins (Annals of Mathematical Statistics 1970) for the m
 Transactions on Information Theory 1981) for its prior; for smoothing, Voracek (NeurIPS 2024).
 """
 
+from typing import NamedTuple, Self
+
 import numpy as np
 from numpy.typing import ArrayLike
 from scipy import special
 
-from rs_consistency.common.checks import SMALLEST_PROBABILITY, check_all, number_array
+from rs_consistency.common.checks import SMALLEST_PROBABILITY, check_all, number_array, number_from
 
 CERTIFIED, UNDECIDED, NOT_CERTIFIED = 1, 0, -1
 
@@ -65,7 +67,15 @@ def log_evidence(hits: ArrayLike, votes: ArrayLike, p0: ArrayLike) -> np.ndarray
     return _log_evidence(hits, votes, np.log(p0), np.log1p(-p0))[()]
 
 
-def decide(hits: ArrayLike, votes: ArrayLike, *, radius: ArrayLike, sigma: ArrayLike, alpha: ArrayLike) -> np.ndarray:
+def decide(
+    hits: ArrayLike,
+    votes: ArrayLike,
+    *,
+    radius: ArrayLike,
+    sigma: ArrayLike,
+    alpha: ArrayLike,
+    slack: float = 0.0,
+) -> np.ndarray:
     """Return the decision from the votes so far about a certificate at one radius.
 
     Guarantee: let the votes be independent, for a class that was chosen without looking at them. Let the first decision
@@ -81,6 +91,12 @@ def decide(hits: ArrayLike, votes: ArrayLike, *, radius: ArrayLike, sigma: Array
     `NOT_CERTIFIED` needs H below another limit. A smaller p_A only makes the first less probable than at p0, a larger
     p_A the second.
 
+    With a slack, all this holds for votes whose probability q is within it of p_A. `CERTIFIED` then takes the evidence
+    against p0 + slack, and H above T (p0 + slack); `NOT_CERTIFIED` the evidence against p0 - slack, and H below T (p0 -
+    slack). The evidence only grows as the probability that it is against moves away from H / T. So at p_A = p0 either
+    outcome is evidence of 1 / alpha against q, wherever q is between the two. `exact.proves_decision` proves a decision
+    without float64.
+
     `NOT_CERTIFIED` says that p_A alone does not prove the radius, with however many votes. It does not say that an
     adversarial example exists.
 
@@ -91,6 +107,8 @@ def decide(hits: ArrayLike, votes: ArrayLike, *, radius: ArrayLike, sigma: Array
     | all votes for A | certified, but never before log(1 / alpha) / log(1 / p0) votes |
     | no vote for A | not certified, after few votes |
     | p_A = p0 | usually undecided, with however many votes |
+    | p0 + slack >= 1 | never certified |
+    | p0 - slack <= 0 | never not certified |
 
     Rounding errs towards `UNDECIDED`.
 
@@ -100,6 +118,7 @@ def decide(hits: ArrayLike, votes: ArrayLike, *, radius: ArrayLike, sigma: Array
       radius: l2, at least 0, in units of sigma's.
       sigma: standard deviation of the noise, positive.
       alpha: error probability, in (0, 1), at least 1e-100.
+      slack: largest difference between the probability of a vote and p_A, in [0, 1].
 
     Returns:
       int8, shaped as the arguments broadcast: `CERTIFIED` 1, `NOT_CERTIFIED` -1, `UNDECIDED` 0.
@@ -125,15 +144,44 @@ def decide(hits: ArrayLike, votes: ArrayLike, *, radius: ArrayLike, sigma: Array
     check_all("sigma", sigma, np.isfinite(sigma) & (sigma > 0), "use a number greater than 0")
     check_all("alpha", alpha, (alpha > 0) & (alpha < 1), "use a number in (0, 1), such as 0.001")
     check_all("alpha", alpha, alpha >= SMALLEST_PROBABILITY, f"use a number of at least {SMALLEST_PROBABILITY}")
+    slack = number_from("slack", slack, at_least=0, at_most=1)
     with np.errstate(over="ignore"):
         distance = np.minimum(radius / sigma, _LARGEST_DISTANCE)
-    log_p, log_q = special.log_ndtr(distance), special.log_ndtr(-distance)
-    evidence = _log_evidence(hits, votes, log_p, log_q)
-    size = special.gammaln(votes + 1) - hits * log_p - (votes - hits) * log_q + 1
-    enough = evidence - _ROUNDING * size >= -np.log(alpha)
-    above = votes - hits < votes * special.ndtr(-distance)  # H / T > p0, without rounding p0 near 1
-    decision = np.where(above, CERTIFIED, NOT_CERTIFIED)
-    return np.where(enough, decision, UNDECIDED).astype(np.int8)[()]
+    q0 = special.ndtr(-distance)
+    if not slack:
+        null = _Null(special.log_ndtr(distance), special.log_ndtr(-distance), q0)
+        side = np.where(null.is_below(hits, votes), CERTIFIED, NOT_CERTIFIED)
+        return np.where(null.is_rejected(hits, votes, alpha), side, UNDECIDED).astype(np.int8)[()]
+    high = _Null.at(np.nextafter(q0 * (1 - _ROUNDING) - slack, -1.0))
+    low = _Null.at(np.nextafter(q0 * (1 + _ROUNDING) + slack, 2.0))
+    certified = high.is_rejected(hits, votes, alpha) & high.is_below(hits, votes)
+    not_certified = low.is_rejected(hits, votes, alpha) & ~low.is_below(hits, votes)
+    return np.where(certified, CERTIFIED, np.where(not_certified, NOT_CERTIFIED, UNDECIDED)).astype(np.int8)[()]
+
+
+class _Null(NamedTuple):
+    """A probability p to be rejected: logarithms of p and q = 1 - p, and q itself, since p near 1 would round."""
+
+    log_p: np.ndarray
+    log_q: np.ndarray
+    q: np.ndarray
+
+    @classmethod
+    def at(cls, q: np.ndarray) -> Self:
+        """Return the null p = 1 - q; outside (0, 1), logarithms that no votes reject."""
+        inside = (q > 0) & (q < 1)
+        some = np.where(inside, q, 0.5)
+        return cls(np.where(inside, np.log1p(-some), 0.0), np.where(inside, np.log(some), 0.0), q)
+
+    def is_below(self, hits: np.ndarray, votes: np.ndarray) -> np.ndarray:
+        """Return whether p < H / T."""
+        return votes - hits < votes * self.q
+
+    def is_rejected(self, hits: np.ndarray, votes: np.ndarray, alpha: np.ndarray) -> np.ndarray:
+        """Return whether the evidence reaches 1 / alpha, by more than its rounding."""
+        evidence = _log_evidence(hits, votes, self.log_p, self.log_q)
+        size = special.gammaln(votes + 1) - hits * self.log_p - (votes - hits) * self.log_q + 1
+        return evidence - _ROUNDING * size >= -np.log(alpha)
 
 
 def _log_evidence(hits: np.ndarray, votes: np.ndarray, log_p: np.ndarray, log_q: np.ndarray) -> np.ndarray:

@@ -9,6 +9,7 @@ from scipy import special, stats
 from rs_consistency import ABSTAIN, UserError, certify, lower_confidence_bound
 from rs_consistency.smoothing.certify import conclude
 from rs_consistency.smoothing.votes import count_votes, vote_settings
+from rs_consistency.statistics.bounds import BOUNDS
 
 SHAPE = (4, 4, 1)
 WEIGHTS = np.random.default_rng(0).normal(size=16)
@@ -286,6 +287,16 @@ def test_whole_numbers_may_be_written_as_floats(several, votes):
 def test_bad_images(images, message):
     with pytest.raises(UserError, match=message):
         certify(linear, images, sigma=SIGMA, num_classes=2, n0=10, n=10)
+
+
+@pytest.mark.parametrize("bound", BOUNDS)
+def test_the_slack_reaches_the_conclusion(bound):
+    counts0, counts = np.array([[9, 1, 0]]), np.array([[540, 430, 30]])
+    settings = {"alpha": 0.01, "sigma": 1.0, "bound": bound, "uniform": np.array([0.5])}
+    without, little, much = (conclude(counts0, counts, **settings, slack=slack) for slack in (0.0, 0.001, 0.05))
+    np.testing.assert_array_equal(without.radius, conclude(counts0, counts, **settings).radius)
+    assert without.radius > little.radius > 0 and little.prediction == 0
+    assert much.radius == 0 and much.prediction == ABSTAIN
 
 
 def test_a_model_that_gives_nan_is_refused(several):

@@ -33,6 +33,15 @@ def test_the_ends():
     assert conclude_prediction(np.zeros((0, 4), int), alpha=0.1).prediction.shape == (0,)
 
 
+def test_the_slack_of_all_votes_is_added_to_the_p_value():
+    counts = np.array([[11, 0, 0], [70, 30, 0], [70, 30, 100], [40, 40, 0]])
+    without, found = (conclude_prediction(counts, alpha=0.002, slack=slack) for slack in (0.0, 1e-5))
+    np.testing.assert_array_equal(without.p_value, conclude_prediction(counts, alpha=0.002).p_value)
+    np.testing.assert_allclose(found.p_value, np.minimum(without.p_value + counts.sum(axis=1) * 1e-5, 1), rtol=1e-12)
+    assert without.prediction.tolist() == [0, 0, ABSTAIN, ABSTAIN] and without.prediction[1] == found.prediction[1]
+    assert found.p_value[0] < 0.002 and conclude_prediction([[0, 200]], alpha=0.002, slack=1e-5).prediction == ABSTAIN
+
+
 def two_classes(n):
     hits = np.arange(n + 1)
     return np.stack([n - hits, hits], axis=1)

@@ -11,6 +11,7 @@ from rs_consistency import UserError, certified_radius, lower_confidence_bound, 
 from rs_consistency.statistics.bounds import (
     BOUNDS,
     certify_votes,
+    p_value_of,
     radius_ceiling,
     randomized_lower_bound,
     upper_confidence_bound,
@@ -294,3 +295,110 @@ def test_bad_bounds(settings, message):
     arguments = {"runner_up": 10, "alpha": 0.1, "sigma": 1.0, **settings}
     with pytest.raises(UserError, match=message):
         certify_votes(50, arguments.pop("runner_up"), 100, **arguments)
+
+
+# --- the slack --------------------------------------------------------------------------------------------------
+
+
+SLACK = 0.1
+
+
+def slack_violation(radius_of, n, alpha, truth, votes):
+    """Return the exact probability that the radius exceeds the true one, for votes of other probabilities.
+
+    `truth` and `votes` are (p_A, p_B) of the smoothed classifier and of a vote; the rest is a third class.
+    """
+    count, second = np.meshgrid(np.arange(n + 1), np.arange(n + 1), indexing="ij")
+    possible = count + second <= n
+    count, second = count[possible], second[possible]
+    rest = n - count - second
+    law = [*votes, 1 - sum(votes)]
+    probability = stats.multinomial.pmf(np.stack([count, second, rest], axis=-1), n, law)
+    true = max((special.ndtri(truth[0]) - special.ndtri(truth[1])) / 2, 0)
+    return probability[radius_of(count, np.maximum(second, rest), n, alpha) > true].sum()
+
+
+def with_slack(bound, slack):
+    def radius(count, runner_up, n, alpha):
+        return certify_votes(count, runner_up, n, alpha=alpha, sigma=1.0, bound=bound, uniform=1.0, slack=slack).radius
+
+    return radius
+
+
+def widened(at_lower, at_upper):
+    """Return the two-class radius with p_A lowered and p_B raised by these."""
+    return two_class_with(
+        lambda *asked: np.clip(lower_confidence_bound(*asked) - at_lower, 0, 1),
+        lambda *asked: np.clip(upper_confidence_bound(*asked) + at_upper, 0, 1),
+    )
+
+
+@pytest.mark.parametrize("bound", BOUNDS)
+def test_the_slack_covers_votes_of_other_probabilities(bound):
+    # The votes favour the class by the slack, and the runner-up less by it.
+    cases = [(p_a, 1 - p_a) for p_a in (0.5, 0.6, 0.8)]
+    if bound == "two_class":
+        cases += [(0.3, 0.25), (0.4, 0.2), (0.45, 0.4), (0.6, 0.15)]
+
+    def worst(radius_of):
+        votes = [(p_a + SLACK, p_b - SLACK) for p_a, p_b in cases]
+        return max(
+            slack_violation(radius_of, n, 0.05, *each) for n in (20, 60) for each in zip(cases, votes, strict=True)
+        )
+
+    assert worst(with_slack(bound, SLACK)) <= 0.05 * (1 + 1e-9)
+    assert worst(with_slack(bound, 0.0)) > 0.05
+    if bound == "two_class":
+        assert worst(widened(SLACK, SLACK)) <= 0.05 * (1 + 1e-9)
+        for one_side_or_added in ((SLACK, 0.0), (0.0, SLACK), (-SLACK, -SLACK)):
+            assert worst(widened(*one_side_or_added)) > 0.05, one_side_or_added
+
+
+@pytest.mark.parametrize("bound", BOUNDS)
+def test_a_count_that_just_reaches_one_half_abstains_with_a_slack(bound):
+    n = 10_000
+    settings = {"alpha": 0.001, "sigma": 1.0, "bound": bound, "uniform": 0.5}
+    counts = np.arange(n + 1)
+    just = int(np.argmax(certify_votes(counts, n - counts, n, **settings).certified))
+    for count, slack, answer in (
+        (just - 1, 0.0, False),
+        (just, 0.0, True),
+        (just, 0.01, False),
+        (just + 110, 0.01, True),
+        (n, 0.5, False),
+    ):
+        found = certify_votes(count, n - count, n, **settings, slack=slack)
+        assert (found.certified, found.radius > 0) == (answer, answer), count
+    assert certify_votes(0, 0, n, **settings, slack=0.01).lower == 0  # not below 0
+
+
+def test_the_slack_lowers_bounds_and_raises_p_values_by_itself_and_rounds_against_the_claim():
+    count, n, slack = np.array([6000, 9000, 9999, 10_000]), 10_000, 7e-14
+    settings = {"alpha": 0.001, "sigma": 0.5}
+    for bound in BOUNDS:
+        without = certify_votes(count, 0, n, **settings, bound=bound, uniform=0.5)
+        found = certify_votes(count, 0, n, **settings, bound=bound, uniform=0.5, slack=slack)
+        for low, high in zip(found.lower.tolist(), without.lower.tolist(), strict=True):
+            assert 0 < Fraction(high) - Fraction(slack) - Fraction(low) < Fraction(1, 2**51)
+        assert (found.radius < without.radius).all()
+        np.testing.assert_allclose(found.radius, without.radius, rtol=1e-9)
+        ceiling = radius_ceiling(n, **settings, bound=bound, slack=0.001)
+        assert ceiling == certify_votes(n, 0, n, **settings, bound=bound, uniform=1.0, slack=0.001).radius
+        assert ceiling < radius_ceiling(n, **settings, bound=bound)
+    two = certify_votes(4500, 2000, n, **settings, bound="two_class", slack=0.01)
+    lower, upper = lower_confidence_bound(4500, n, 0.0005) - 0.01, upper_confidence_bound(2000, n, 0.0005) + 0.01
+    assert two.radius == pytest.approx(0.25 * (special.ndtri(lower) - special.ndtri(upper)), rel=1e-12)
+    without = p_value_of([60, 70, 50], [40, 30, 50])
+    found = p_value_of([60, 70, 50], [40, 30, 50], n=np.array([100, 100, 120]), slack=1e-6)
+    np.testing.assert_allclose(found, [without[0] + 1e-4, without[1] + 1e-4, 1], rtol=1e-12)
+    for low, high in zip(without[:2].tolist(), found.tolist()[:2], strict=True):
+        assert Fraction(high) >= Fraction(low) + 100 * Fraction(1e-6)
+    np.testing.assert_array_equal(p_value_of([60, 70], [40, 30], n=100), without[:2])
+
+
+def test_bad_slack():
+    for bad in (-1e-9, 2, float("nan"), None):
+        with pytest.raises(UserError, match=f"slack={bad}: use a number"):
+            certify_votes(60, 40, 100, alpha=0.1, sigma=1.0, slack=bad)
+    with pytest.raises(UserError, match=r"slack=1e-06 needs n, the number of all votes"):
+        p_value_of(60, 40, slack=1e-6)

@@ -118,6 +118,57 @@ def test_each_outcome_errs_with_probability_at_most_alpha_on_its_side(radius):
     assert outcomes(rule_of(min(radius, 0.5), alpha), 0.999)[0] > 0.99
 
 
+SLACK = 0.01
+
+
+def with_slack(radius, alpha, slack=SLACK):
+    return lambda hits, votes: decide(hits, votes, radius=radius, sigma=SIGMA, alpha=alpha, slack=slack)
+
+
+def tabulated(rule):
+    """Return a rule that was asked for all counts once."""
+    table = [rule(np.arange(votes + 1), votes) for votes in range(1, MOST + 1)]
+    return lambda hits, votes: table[votes - 1]
+
+
+def only_certified_with_slack(rules):
+    """Return a rule that forgets the slack of `NOT_CERTIFIED`."""
+    with_it, without = rules["slack"], rules["no slack"]
+    return lambda *votes: np.where(without(*votes) == -1, -1, np.maximum(with_it(*votes), 0))
+
+
+@pytest.mark.parametrize("alpha", [0.05, 0.001])
+def test_the_slack_covers_votes_of_other_probabilities(alpha):
+    worst = {"slack": 0.0, "no slack": 0.0, "one side": 0.0}
+    for radius in (0.0, 0.3, 1.0):
+        p0 = special.ndtr(radius / SIGMA)
+        rules = {"slack": with_slack(radius, alpha), "no slack": rule_of(radius, alpha)}
+        rules = {name: tabulated(rule) for name, rule in rules.items()}
+        for q in (p0 - SLACK, p0, p0 + SLACK):  # p_A = p0
+            assert sum(outcomes(rules["slack"], q)) <= alpha, (radius, q)
+        rules["one side"] = only_certified_with_slack(rules)
+        for name, rule in rules.items():  # each outcome where it is just wrong
+            worst[name] = max(worst[name], outcomes(rule, p0 + SLACK)[0], outcomes(rule, p0 - SLACK)[1])
+    assert worst["slack"] <= alpha < min(worst["no slack"], worst["one side"])
+    assert worst["slack"] > alpha / 4  # the slack is not more than it takes
+
+
+def test_the_slack_of_both_outcomes():
+    asked = {"radius": 0.5, "sigma": 0.5, "alpha": 0.001}  # p0 = 0.8413
+    hits, votes = np.array([8588, 8587, 8234, 8233]), 10_000
+    assert decide(hits, votes, **asked).tolist() == [1, 0, 0, -1]
+    assert decide(hits, votes, **asked, slack=0.01).tolist() == [0, 0, 0, 0]
+    assert decide([8684, 8683, 8130, 8129], votes, **asked, slack=0.01).tolist() == [1, 0, 0, -1]
+    np.testing.assert_array_equal(decide(hits, votes, **asked, slack=1e-13), decide(hits, votes, **asked))
+    # Beyond 0 and 1 nothing is decided.
+    everything = np.array([0, 500, 1000])
+    assert decide(everything, 1000, radius=0.0, sigma=1, alpha=0.001, slack=0.5).tolist() == [0, 0, 0]
+    assert decide(everything, 1000, radius=3.0, sigma=1, alpha=0.001, slack=0.01).tolist() == [-1, -1, 0]
+    for distance in (9.0, 50.0, 1e300):  # p0 + slack = 1, and p0 - slack = 1 - slack
+        found = decide([999, 500, 1000], 1000, radius=distance, sigma=1.0, alpha=0.001, slack=1e-12)
+        assert found.tolist() == [-1, -1, 0]
+
+
 @pytest.mark.parametrize("radius", RADII)
 def test_each_outcome_lies_beyond_a_limit_of_the_hits(radius):
     for votes in (5, 16, 100, 1000):
@@ -171,6 +222,8 @@ def test_many_votes_keep_the_decision_on_the_safe_side_of_rounding():
         ({"hits": [1, -1]}, "hits=-1"),
         ({"hits": 0.5}, r"hits=0\.5"),
         ({"hits": "a"}, "hits='a': use numbers"),
+        ({"slack": -0.1}, r"slack=-0\.1: use a number"),
+        ({"slack": float("nan")}, "slack=nan: use a number"),
     ],
 )
 def test_bad_arguments(arguments, message):
