@@ -60,7 +60,7 @@ def summarize_votes(evidence: Evidence | None) -> dict[str, Any]:
     quantiles = np.quantile(evidence.count / settings["n"], P_A_QUANTILES, method="inverted_cdf")
     return {
         **settings,
-        "radius_ceiling": float(radius_ceiling(**settings)),
+        "radius_ceiling": float(radius_ceiling(**settings | evidence.settings.law._asdict())),
         "at_ceiling": float(np.mean(evidence.count == settings["n"])),
         "p_a": {f"{share:g}": float(value) for share, value in zip(P_A_QUANTILES, quantiles, strict=True)},
     }

@@ -17,7 +17,7 @@ from rs_consistency.certificates.record import Record, Settings, record_path
 from rs_consistency.common import checks
 from rs_consistency.common.errors import UserError
 from rs_consistency.statistics import sequential
-from rs_consistency.statistics.bounds import ABSTAIN, BOUNDS, certify_votes, drawn_sigma, p_value_of
+from rs_consistency.statistics.bounds import ABSTAIN, BOUNDS, certify_votes, p_value_of
 
 _MORE_VOTES = "none before more votes"  # a decision that was not reached when the votes ended
 # One unit of the last written digit: another version of SciPy may have computed the quantile a little differently.
@@ -133,15 +133,16 @@ def _certificates(settings: Settings, columns: dict[str, np.ndarray]) -> tuple[l
         from rs_consistency.noise import bound_uniform  # imports JAX, slowly, which no other bound needs
 
         uniform = bound_uniform(settings.seed, columns["idx"])
-    alpha, sigma, bound = settings.alpha, settings.sigma, settings.bound
-    proven = certify_votes(*counts, alpha=alpha, sigma=sigma, bound=bound, uniform=uniform)
+    proven = certify_votes(
+        *counts, alpha=settings.alpha, bound=settings.bound, uniform=uniform, **settings.law._asdict()
+    )
     prediction = np.where(proven.certified, columns["selected"], ABSTAIN)
     return make_rows(**columns | {"predict": prediction, "radius": proven.radius}), proven.lower
 
 
 def _decisions(settings: Settings, columns: dict[str, np.ndarray]) -> list[Row]:
-    count, votes, sigma = columns["count"], columns["votes"], drawn_sigma(settings.sigma)
-    decided = sequential.decide(count, votes, radius=settings.radius, sigma=sigma, alpha=settings.alpha)
+    count, votes, law = columns["count"], columns["votes"], settings.law
+    decided = sequential.decide(count, votes, radius=settings.radius, alpha=settings.alpha, **law._asdict())
     early = (decided == sequential.UNDECIDED) & (votes < settings.n)
     words = [_MORE_VOTES if one else WORDS[each] for one, each in zip(early, decided.tolist(), strict=True)]
     certified = decided == sequential.CERTIFIED
@@ -154,7 +155,8 @@ def _decisions(settings: Settings, columns: dict[str, np.ndarray]) -> list[Row]:
 
 
 def _predictions(settings: Settings, columns: dict[str, np.ndarray]) -> list[Row]:
-    exact = p_value_of(columns["count"], columns["count_runner_up"])
+    counts = columns["count"], columns["count_runner_up"]
+    exact = p_value_of(*counts, n=settings.n, slack=settings.law.slack)
     written = columns.get("p_value", exact)
     p_value = np.where(np.isclose(written, exact, rtol=1e-9, atol=1e-300), written, exact)
     named = np.where(columns["predict"] == ABSTAIN, "a class", columns["predict"].astype(object))

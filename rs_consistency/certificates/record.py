@@ -16,7 +16,8 @@
 """
 
 import hashlib
-from collections.abc import Callable, Mapping
+import math
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from functools import partial
@@ -26,13 +27,16 @@ from typing import Any, NamedTuple, Self
 from rs_consistency.certificates.columns import CERTIFY, DECIDE, PREDICT, SCHEMAS, Schema
 from rs_consistency.certificates.selection import Selection, parse_shard
 from rs_consistency.common import checks
+from rs_consistency.common.checks import PRECISIONS
 from rs_consistency.common.errors import UserError
 from rs_consistency.common.files import read_json
 from rs_consistency.statistics.bounds import BOUNDS
+from rs_consistency.statistics.rounded_gaussian import STEPS
+from rs_consistency.statistics.samplers import FLOAT, GRID, SAMPLERS, NoiseLaw, noise_law
 
 # Keys that may differ between the calls that write one file; the others' values go to `continued_with`.
-PROVENANCE = ("device", "versions", "code_version", "code_digest", "git_commit")
-_CHANGES_VOTES = ("device", "code_digest")  # beside the versions
+PROVENANCE = ("device", "versions", "code_version", "code_digest", "git_commit", "program")
+_CHANGES_VOTES = ("device", "code_digest", "program")  # beside the versions
 
 
 class Settings(NamedTuple):
@@ -40,7 +44,9 @@ class Settings(NamedTuple):
 
     `sigma` is the standard deviation of the noise and `alpha` the error probability of a line. `n0` votes select the
     class and `n` measure, in mode decide at most so many. The `seed` is that of the noise, and of the draws of the
-    randomized `bound`. A decision at the l2 `radius` looks at the votes after every `look_every`.
+    randomized `bound`. A decision at the l2 `radius` looks at the votes after every `look_every`. The `sampler` is that
+    of the noise, and `precision` that of the network's products in float32. `grid` noise has steps of 1 / `grid_steps`,
+    and its error depends on `image_shape`, (H, W, C).
     """
 
     sigma: float
@@ -51,6 +57,16 @@ class Settings(NamedTuple):
     bound: str | None = None
     radius: float | None = None
     look_every: int | None = None
+    sampler: str = FLOAT
+    precision: str = "default"
+    grid_steps: int | None = None
+    image_shape: Sequence[int] = ()
+
+    @property
+    def law(self) -> NoiseLaw:
+        """The law of the noise. Its slack is computed here: a record's own number is not believed."""
+        about = {"dimension": math.prod(self.image_shape), "steps": self.grid_steps or STEPS}
+        return noise_law(self.sampler, sigma=self.sigma, **about)
 
 
 _CHECKS: dict[str, Callable[[str, Any], Any]] = {
@@ -62,8 +78,15 @@ _CHECKS: dict[str, Callable[[str, Any], Any]] = {
     "bound": lambda name, value: checks.one_of(name, value, BOUNDS) or value,
     "radius": partial(checks.number_from, at_least=0),
     "look_every": checks.count,
+    "sampler": lambda name, value: checks.one_of(name, value, SAMPLERS) or value,
+    "precision": lambda name, value: checks.one_of(name, value, PRECISIONS) or value,
+    "grid_steps": partial(checks.whole_number, at_least=STEPS, at_most=STEPS),
+    "image_shape": lambda name, value: _shape(name, value),
 }
 _OF_MODE = {CERTIFY.name: ("n0", "bound"), DECIDE.name: ("n0", "radius", "look_every"), PREDICT.name: ()}
+_OF_SAMPLER = {FLOAT: (), GRID: ("grid_steps", "image_shape")}
+# Of a record that lacks these keys: there was no choice when it was made.
+_UNNAMED = {"sampler": FLOAT, "precision": "default"}
 
 
 @dataclass(frozen=True)
@@ -77,7 +100,7 @@ class Record:
       selection: the images that the file is to hold.
       identity: the keys that the lines depend on, with their values.
       finished: SHA-256 of the `.tsv`, in hexadecimal, once every image is there.
-      content: every key as it was read, in its order.
+      content: every key as it was read, in its order; behind them those that older records lack.
     """
 
     path: Path
@@ -105,7 +128,13 @@ class Record:
             raise UserError(f"{path} is no record of a certification that this version knows; give another file")
         try:
             _check_provenance(content)
-            names, needed = _list(content, "identity", str), ("sigma", "n", "alpha", "seed", *_OF_MODE[mode])
+            names = _list(content, "identity", str)
+            unnamed = {key: value for key, value in _UNNAMED.items() if key not in content}
+            names, content = [*names, *unnamed], {**content, **unnamed}
+            content["identity"] = names
+            needed = ["sigma", "n", "alpha", "seed", *_OF_MODE[mode], *_UNNAMED]
+            checks.one_of("sampler", content["sampler"], SAMPLERS)
+            needed += _OF_SAMPLER[content["sampler"]]
             missing = [] if "max" in content else ["max"]
             for name in dict.fromkeys(("mode", *needed, "skip", "split_size", "shard", *names)):
                 missing += [] if name in content and name in names else [name]
@@ -114,10 +143,12 @@ class Record:
             numbers = ("split_size", "skip", "max")
             split_size, skip, most = (checks.whole_number(name, content[name], at_least=1) for name in numbers)
             shard = None if content["shard"] is None else parse_shard(content["shard"])
+            settings = Settings(**{name: _CHECKS[name](name, content[name]) for name in needed})
+            _ = settings.law  # a sigma that the sampler cannot have
             return cls(
                 path,
                 SCHEMAS[mode],
-                Settings(**{name: _CHECKS[name](name, content[name]) for name in needed}),
+                settings,
                 Selection(split_size, skip, most, shard),
                 {name: content[name] for name in names},
                 _finished(content),
@@ -127,7 +158,7 @@ class Record:
             raise UserError(f"{path} is damaged: {error}; restore it from a copy") from None
 
     def to_json(self) -> dict[str, Any]:
-        """Return the JSON object, with every key as it was read."""
+        """Return the JSON object; see `content`."""
         return dict(self.content)
 
     def finish(self, table: bytes) -> Self:
@@ -190,6 +221,12 @@ def _list(content: Mapping[str, Any], key: str, kind: type) -> list[Any]:
     if not isinstance(values, list) or not all(isinstance(value, kind) for value in values):
         raise UserError(f"{key}={values!r} is no list of {'texts' if kind is str else 'JSON objects'}")
     return values
+
+
+def _shape(name: str, value: Any) -> list[int]:
+    if not isinstance(value, list) or len(value) != 3:
+        raise UserError(f"{name}={value!r}: use [H, W, C]")
+    return [checks.count(name, size, at_most=2**15) for size in value]
 
 
 def _finished(content: Mapping[str, Any]) -> str | None:

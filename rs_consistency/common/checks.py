@@ -13,6 +13,7 @@ MOST = 10**9  # largest count: sums on the devices are int32
 LARGEST = 1e6  # largest weight or distance: sums of their products stay finite in float32
 MAX_SEED = 2**32 - 1  # for every random stream
 MAX_INDEX = 2**31 - 1  # largest number of an image, which addresses its noise: int32 on the devices
+PRECISIONS = ("highest", "default")  # of a network's products in float32: full float32, or as fast as the device can
 SMALLEST_PROBABILITY = 1e-100  # below it the quantile functions lose their accuracy
 
 

@@ -123,7 +123,9 @@ def save_p_a(evidences: Mapping[str, Evidence | None], path: Path) -> None:
     styles = {label: line_style(place) for place, label in enumerate(evidences)}
     evidences = {label: evidence for label, evidence in evidences.items() if evidence is not None}
     ceilings = {
-        float(radius_ceiling(settings.n, alpha=settings.alpha, sigma=1.0, bound=settings.bound))
+        float(
+            radius_ceiling(settings.n, alpha=settings.alpha, sigma=1.0, bound=settings.bound, slack=settings.law.slack)
+        )
         for settings in (evidence.settings for evidence in evidences.values())
     }
     estimates = {label: evidence.count / evidence.settings.n for label, evidence in evidences.items()}

@@ -30,7 +30,7 @@ from rs_consistency.common.checks import LARGEST, number_from, probability
 from rs_consistency.devices import parallel
 from rs_consistency.smoothing.votes import ApplyFn, VoteSettings, cast, check_model, nan_error, to_float
 from rs_consistency.statistics import sequential
-from rs_consistency.statistics.bounds import drawn_sigma
+from rs_consistency.statistics.samplers import drawn_sigma
 
 LOOK_EVERY = 16  # votes; part of the result's definition. A decision takes hundreds: 8 too many, on average, is little.
 _SLOTS_PER_BLOCK = 2  # one image in the batch that runs, one in the batch that is sent meanwhile

@@ -189,7 +189,7 @@ def certify_votes(
       runner_up: largest number of votes for another class; only `two_class` uses it.
       n: all votes.
       alpha: error probability, in (0, 1), at least 1e-100.
-      sigma: standard deviation of the noise, which was drawn in float32 (`drawn_sigma`).
+      sigma: standard deviation of the noise; `samplers.noise_law` has it, and the slack, for each sampler.
       bound: one of `BOUNDS`.
       uniform: draws from (0, 1] of `noise.bound_uniform`; only `randomized` uses them.
       slack: largest difference between the probability of a vote and that of the smoothed classifier, in [0, 1].
@@ -210,7 +210,7 @@ def certify_votes(
       False 0.0 0.445
       True 0.172 0.445
     """
-    sigma, slack = drawn_sigma(_checked_sigma(sigma)), number_from("slack", slack, at_least=0, at_most=1)
+    sigma, slack = _checked_sigma(sigma), number_from("slack", slack, at_least=0, at_most=1)
     if bound == "two_class":
         count, n, alpha = _checked(count, n, alpha)
         _, _, runner_up = np.broadcast_arrays(count, n, number_array("runner_up", runner_up))
@@ -235,17 +235,6 @@ def certify_votes(
         raise UserError(f"bound={bound!r} is unknown; use one of {', '.join(BOUNDS)}")
     lower = _lowered(lower, slack)
     return Certified(lower >= 0.5, _radius(lower, sigma), lower)
-
-
-def drawn_sigma(sigma: ArrayLike) -> np.ndarray:
-    """Return the sigma for computing radii, float64: noise is drawn in float32, whose sigma may be a little smaller.
-
-    Example:
-      >>> from rs_consistency.statistics.bounds import drawn_sigma
-      >>> float(drawn_sigma(0.5)), float(drawn_sigma(0.12))
-      (0.5, 0.11999999731779099)
-    """
-    return np.minimum(sigma, np.float64(np.float32(sigma)))
 
 
 def radius_ceiling(
