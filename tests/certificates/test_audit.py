@@ -104,7 +104,7 @@ def test_an_honest_file_reproduces(tmp_path, bound):
 
 
 def test_votes_of_a_model_reproduce_and_those_of_another_do_not(tmp_path):
-    images = np.random.default_rng(0).uniform(size=(6, 4, 4, 1)).astype(np.float32)
+    images = np.random.default_rng(0).integers(256, size=(6, 4, 4, 1)).astype(np.uint8)
     weights = np.random.default_rng(1).normal(size=(16, 3)).astype(np.float32)
     settings = {"sigma": 0.5, "n0": 20, "n": 300, "seed": 3}
     result = rs_consistency.certify(
@@ -118,7 +118,8 @@ def test_votes_of_a_model_reproduce_and_those_of_another_do_not(tmp_path):
     )
     counts = columns_of_counts(CERTIFY, Votes(result.counts0, result.counts))
     rows = make_rows(idx=range(0, 12, 2), label=0, predict=result.prediction, radius=result.radius, time=0.1, **counts)
-    path = save(tmp_path / "c.tsv", CERTIFY, {**SETTINGS, "bound": "clopper_pearson"}, rows)
+    on_grid = {"sampler": "grid", "grid_steps": 255, "image_shape": [4, 4, 1], "precision": "highest"}
+    path = save(tmp_path / "c.tsv", CERTIFY, {**SETTINGS, **on_grid, "bound": "clopper_pearson"}, rows)
     chosen = np.array([2, 8])
     checked = vote_settings(**settings, num_classes=3, batch_size=64, image_shape=(4, 4, 1), platform="cpu")
     for change, ok in {0.0: True, 0.3: False}.items():
