@@ -79,7 +79,7 @@ def test_the_teachers_votes_are_those_of_its_smoothed_classifier(toy_trained, sp
     model, key = make_model(run.config), noise.stream_key(0, noise.Stream.TEACHER)
     for index in (0, 13):
         draws = grid_draws(key, index, 1, np.arange(40), shape=(28, 28, 1), sigma=run.config.sigma)
-        logits = model.apply(run.variables, np.float32(split.images[index] + draws) / np.float32(255))
+        logits = model.apply(run.variables, np.float32(split.images[index][None] + draws) / np.float32(255))
         expected = np.bincount(logits.argmax(axis=-1), minlength=10) / 40
         np.testing.assert_allclose(shares[index], expected, atol=1e-7)
 
