@@ -114,7 +114,10 @@ def test_default_files_by_mode_and_shard(program, trained, tmp_path):
     made = {path.name for path in workdir.glob("*.tsv")}
     assert made == {"decisions.tsv", "predictions.tsv", "certificates-2-of-3.tsv"}
     program.succeeds(*command, "--mode=decide", "--verify=2")
-    assert program.out == "2 of 2 lines reproduce; of all 4, at most 77.7% do not, with 95% confidence\n"
+    assert program.out == (
+        "2 of 2 lines reproduce; of all 4, at most 77.7% do not, with 95% confidence; all 4 are proven in whole"
+        " numbers\n"
+    )
 
 
 def test_shards_together_are_the_whole(program, trained, certified, tmp_path):
@@ -139,7 +142,7 @@ def test_shards_together_are_the_whole(program, trained, certified, tmp_path):
 def test_an_audit_finds_a_forged_line_and_another_model(program, trained, certified, tmp_path):
     command = ["cli.certify", f"--workdir={trained}", "--verify=30"]
     program.succeeds(*command, f"--output={certified}")
-    assert program.out == "30 of 30 lines reproduce\n"
+    assert program.out == "30 of 30 lines reproduce; all 30 are proven in whole numbers\n"
     forged = tmp_path / "forged.tsv"
     lines = certified.read_text().splitlines(keepends=True)
     cells = lines[5].rstrip("\n").split("\t")
