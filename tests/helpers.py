@@ -240,5 +240,6 @@ def damage_checkpoint(step_folder, damage):
 def grid_draws(key, index, phase, vote, *, shape, sigma):
     """Return noise on the grid, `[N, *shape]` int32, of votes by their addresses `[N]`; phase 1 is the estimation."""
     packed, low, _ = grid_table(sigma)
-    index, number = (jnp.asarray(each, jnp.int32) for each in np.broadcast_arrays(index, phase * 2**30 + vote))
+    addresses = np.broadcast_arrays(np.atleast_1d(index), phase * 2**30 + vote)
+    index, number = (jnp.asarray(each, jnp.int32) for each in addresses)
     return noise.grid_noise(key, index, number, shape=shape, packed=packed, low=low)
