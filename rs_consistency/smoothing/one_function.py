@@ -5,7 +5,7 @@ noisy image does not depend on its row in a batch, on the other rows, or on the 
 a network for inference mixes rows, but a kernel may add in another order elsewhere. So, for noise on the grid, a test
 comes before a vote is used. It is a test, not a proof.
 
-It does depend, in the last bits of its logits, on the number of rows in a batch. So the function is that of a recorded
+The last bits of the logits do depend on the number of rows in a batch. So the function is that of a recorded
 program, and votes are counted again with the recorded number of rows.
 """
 
