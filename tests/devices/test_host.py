@@ -5,9 +5,10 @@ import os
 import subprocess
 import sys
 
+import jax
 import pytest
 
-from rs_consistency.devices.compiler import pieces_of
+from rs_consistency.devices.compiler import deterministic_options, pieces_of
 from rs_consistency.devices.host import CPU_DEVICES
 
 _PROGRAM = """
@@ -82,3 +83,11 @@ def test_cores_become_devices_unless_somebody_said_otherwise(when, flags, device
         [sys.executable, "-c", _DEVICES, when], capture_output=True, text=True, timeout=60, check=True, env=environment
     )
     assert done.stdout.strip() == str(devices)
+
+
+def test_votes_on_a_gpu_repeat_and_xla_knows_the_option():
+    options = deterministic_options("gpu")
+    assert options == {"xla_gpu_deterministic_ops": True} and deterministic_options("cpu") is None
+    assert jax.jit(lambda x: x + 1, compiler_options=options)(1) == 2
+    with pytest.raises(jax.errors.JaxRuntimeError, match="No such compile option"):
+        jax.jit(lambda x: x + 1, compiler_options={"xla_gpu_unknown": True})(1)
