@@ -12,11 +12,15 @@ import time
 from pathlib import Path
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 from array_record.python import array_record_module
 from PIL import Image
 from tensorflow_datasets.proto import tf_example_pb2, tf_feature_pb2
+
+from rs_consistency import noise
+from rs_consistency.statistics.rounded_gaussian import grid_table
 
 ROOT = Path(__file__).parents[1]
 
@@ -231,3 +235,11 @@ def damage_checkpoint(step_folder, damage):
         data_files[-1].write_bytes(largest[:middle] + bytes([largest[middle] ^ 1]) + largest[middle + 1 :])
     else:
         (step_folder / "default" / "manifest.ocdbt").unlink()
+
+
+def grid_draws(key, index, phase, vote, *, shape, sigma):
+    """Return noise on the grid, `[N, *shape]` int32, of votes by their addresses `[N]`; phase 1 is the estimation."""
+    packed, low, _ = grid_table(sigma)
+    addresses = np.broadcast_arrays(np.atleast_1d(index), phase * 2**30 + vote)
+    index, number = (jnp.asarray(each, jnp.int32) for each in addresses)
+    return noise.grid_noise(key, index, number, shape=shape, packed=packed, low=low)

@@ -1,4 +1,4 @@
-"""The audit of a certificate file: some lines drawn again, and all lines computed again from their counts.
+"""The audit of a certificate file: some lines drawn again, and all lines computed again, and proven, from their counts.
 
 The votes of an image are a function of seed, image number, sigma and the parameters, so an honest line comes out the
 same, count for count. Rounding in the model can decide near-ties differently on another device or with other versions.
@@ -13,7 +13,8 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from rs_consistency.certificates.columns import Row
-from rs_consistency.certificates.proof import contradictions
+from rs_consistency.certificates.exact_lines import unproven
+from rs_consistency.certificates.proof import contradictions, decimal_value
 from rs_consistency.certificates.read import Table
 from rs_consistency.certificates.record import differing_provenance
 from rs_consistency.common.checks import whole_number
@@ -30,6 +31,7 @@ class Report(NamedTuple):
     Attributes:
       drawn: number of lines drawn again.
       reproduced: number of these that came out the same, and follow from their counts.
+      proven: number of lines of the file whose counts prove them, see `exact_lines`.
       total: number of lines of the file.
       problems: image number -> the faults of its line; also of lines that were not drawn.
       file_problems: faults of the file as a whole.
@@ -39,6 +41,7 @@ class Report(NamedTuple):
 
     drawn: int
     reproduced: int
+    proven: int
     total: int
     problems: dict[int, str]
     file_problems: list[str]
@@ -60,7 +63,8 @@ class Report(NamedTuple):
         if self.ok and self.drawn < self.total:
             share = math.ceil(1000 * upper_confidence_bound(0, self.drawn, _ERROR)) / 1000
             summary += f"; of all {self.total}, at most {share:.1%} do not, with {1 - _ERROR:.0%} confidence"
-        return "\n".join([*lines, summary])
+        of_all = f"all {self.total}" if self.proven == self.total else f"{self.proven} of {self.total}"
+        return "\n".join([*lines, f"{summary}; {of_all} are proven in whole numbers"])
 
 
 def choose_lines(table: Table, k: int, seed: int | None = None) -> np.ndarray:
@@ -99,7 +103,7 @@ def check_binding(table: Table, given: Mapping[str, Any]) -> None:
 
 
 def compare(table: Table, redrawn: Sequence[Row], here: Mapping[str, Any]) -> Report:
-    """Compare lines with those drawn again, and every line of the file with its own counts.
+    """Compare lines with those drawn again, and every line of the file with its own counts, which must prove it, too.
 
     Args:
       table: the file; `check_binding` accepts model and data.
@@ -107,7 +111,11 @@ def compare(table: Table, redrawn: Sequence[Row], here: Mapping[str, Any]) -> Re
       here: the `PROVENANCE` of the fresh rows.
     """
     record, largest = table.record, 0
-    problems = contradictions(table)
+    settings, problems = record.settings, contradictions(table)
+    faults = unproven(record.schema, settings, table.rows.values(), alpha=decimal_value(settings.alpha))
+    for index, text in faults.items():
+        if problems.get(index) != text:  # counts that cannot be
+            problems[index] = f"{problems[index]}; {text}" if index in problems else text
     for fresh in redrawn:
         index, old = fresh["idx"], table.rows[fresh["idx"]]
         names = [name for name in old if name != "time" and old[name] != fresh[name]]
@@ -119,6 +127,7 @@ def compare(table: Table, redrawn: Sequence[Row], here: Mapping[str, Any]) -> Re
     return Report(
         drawn=len(redrawn),
         reproduced=sum(fresh["idx"] not in problems for fresh in redrawn),
+        proven=len(table.rows) - len(faults),
         total=len(table.rows),
         problems=problems,
         file_problems=[changed] if table.changed else [],

@@ -6,6 +6,7 @@ the record beside the file, `NAME.json`.
 
 from collections.abc import Sequence
 from decimal import Decimal
+from fractions import Fraction
 from pathlib import Path
 from typing import NamedTuple
 
@@ -25,15 +26,19 @@ _RADIUS_TOLERANCE = Decimal("0.000001")
 
 
 class Evidence(NamedTuple):
-    """The votes that certificates rest on.
+    """The lines of a file and the votes that they rest on.
 
     Attributes:
       settings: with the alpha and the bound that the certificates were concluded with.
+      alpha: the same alpha, exactly; see `decimal_value`.
+      rows: N rows, read or recomputed.
       count: `[N]`, votes for the selected class among the n that measured it.
       lower: `[N]` float64, the lower confidence bounds of p_A (`two_class`: at alpha / 2).
     """
 
     settings: Settings
+    alpha: Fraction
+    rows: list[Row]
     count: np.ndarray
     lower: np.ndarray
 
@@ -71,7 +76,7 @@ def load(
         not prove, and counts that are needed and missing.
     """
     if alpha is not None:
-        checks.probability("alpha", alpha)
+        alpha = checks.probability("alpha", alpha)
     if bound is not None:
         checks.one_of("bound", bound, BOUNDS)
     recompute = alpha is not None or bound is not None or bonferroni
@@ -85,25 +90,23 @@ def load(
         return table, None
     settings, rows = record.settings, list(by_index.values())
     for row in rows:
-        if not _is_possible(CERTIFY, settings, row):
-            raise UserError(f"{path}, image {row['idx']}: {_impossible(settings)}")
-    each = settings.alpha if alpha is None else alpha
-    if bonferroni:
-        each = checks.probability("alpha", each / len(rows))
-    settings = settings._replace(alpha=each, bound=bound or settings.bound)
+        if not is_possible(CERTIFY, settings, row):
+            raise UserError(f"{path}, image {row['idx']}: {impossible(settings)}")
+    each = decimal_value(settings.alpha if alpha is None else alpha) / (len(rows) if bonferroni else 1)
+    settings = settings._replace(alpha=checks.probability("alpha", float(each)), bound=bound or settings.bound)
     proven, lower = _certificates(settings, _columns(rows))
     if recompute:
-        table = to_columns(file, {row["idx"]: row for row in proven})
+        rows, table = proven, to_columns(file, {row["idx"]: row for row in proven})
     else:
         _check_claims(path, rows, proven)
-    return table, Evidence(settings, np.array([row["count"] for row in rows]), lower)
+    return table, Evidence(settings, each, rows, np.array([row["count"] for row in rows]), lower)
 
 
 def contradictions(table: Table) -> dict[int, str]:
     """Return image number -> how its line differs from the line that its counts give, for each line that does."""
     schema, settings = table.record.schema, table.record.settings
-    possible = [row for row in table.rows.values() if _is_possible(schema, settings, row)]
-    found = dict.fromkeys(table.rows, _impossible(settings))
+    possible = [row for row in table.rows.values() if is_possible(schema, settings, row)]
+    found = dict.fromkeys(table.rows, impossible(settings))
     proven = rows_of_counts(schema, settings, _columns(possible)) if possible else []
     for old, new in zip(possible, proven, strict=True):
         differing = [f"{name} {old[name]}, its counts give {new[name]}" for name in old if old[name] != new[name]]
@@ -126,15 +129,41 @@ def rows_of_counts(schema: Schema, settings: Settings, columns: dict[str, np.nda
     return (_decisions if schema is DECIDE else _predictions)(settings, columns)
 
 
+def decimal_value(number: float) -> Fraction:
+    """Return the decimal number that a float is written as: 1/1000 for 0.001, whose float64 is a little more."""
+    return Fraction(repr(number))
+
+
+def uniform_draws(settings: Settings, indices: np.ndarray) -> np.ndarray | None:
+    """Return the draws `[G]` of the bound `randomized` for images with these numbers; None for another bound."""
+    if settings.bound != "randomized":
+        return None
+    from rs_consistency.noise import bound_uniform  # imports JAX, slowly, which no other bound needs
+
+    return bound_uniform(settings.seed, indices)
+
+
+def is_possible(schema: Schema, settings: Settings, row: Row) -> bool:
+    """Return whether votes with these settings can give the counts of a row."""
+    n, count = settings.n, row["count"]
+    if schema is CERTIFY:
+        return row["count0"] <= settings.n0 and count + row["count_runner_up"] <= n
+    if schema is DECIDE:
+        looked = row["votes"] == n or (0 < row["votes"] < n and row["votes"] % settings.look_every == 0)
+        return row["count0"] <= settings.n0 and count <= row["votes"] and looked
+    return row["count_runner_up"] <= count and 1 <= count + row["count_runner_up"] <= n
+
+
+def impossible(settings: Settings) -> str:
+    """Return the fault of a row that is not possible."""
+    return f"its counts cannot be with {f'n0={settings.n0} and ' if settings.n0 else ''}n={settings.n}"
+
+
 def _certificates(settings: Settings, columns: dict[str, np.ndarray]) -> tuple[list[Row], np.ndarray]:
     """Return the rows, and the lower confidence bounds of p_A."""
-    uniform, counts = None, (columns["count"], columns["count_runner_up"], settings.n)
-    if settings.bound == "randomized":
-        from rs_consistency.noise import bound_uniform  # imports JAX, slowly, which no other bound needs
-
-        uniform = bound_uniform(settings.seed, columns["idx"])
+    uniform, counts = uniform_draws(settings, columns["idx"]), (columns["count"], columns["count_runner_up"])
     proven = certify_votes(
-        *counts, alpha=settings.alpha, bound=settings.bound, uniform=uniform, **settings.law._asdict()
+        *counts, settings.n, alpha=settings.alpha, bound=settings.bound, uniform=uniform, **settings.law._asdict()
     )
     prediction = np.where(proven.certified, columns["selected"], ABSTAIN)
     return make_rows(**columns | {"predict": prediction, "radius": proven.radius}), proven.lower
@@ -147,10 +176,8 @@ def _decisions(settings: Settings, columns: dict[str, np.ndarray]) -> list[Row]:
     words = [_MORE_VOTES if one else WORDS[each] for one, each in zip(early, decided.tolist(), strict=True)]
     certified = decided == sequential.CERTIFIED
     prediction = np.where(certified, columns["selected"], ABSTAIN)
-    exact = Decimal(
-        repr(settings.radius)
-    )  # as the user wrote it: 0.3, not the float64 beside it, which is a little less
-    radius = np.where(certified, exact, Decimal(0))
+    # As the user wrote it: 0.3, not the float64 beside it, which is a little less.
+    radius = np.where(certified, Decimal(repr(settings.radius)), Decimal(0))
     return make_rows(**columns | {"predict": prediction, "radius": radius, "decision": words})
 
 
@@ -166,21 +193,6 @@ def _predictions(settings: Settings, columns: dict[str, np.ndarray]) -> list[Row
 
 def _columns(rows: Sequence[Row]) -> dict[str, np.ndarray]:
     return {name: np.array([row[name] for row in rows]) for name in rows[0]}
-
-
-def _is_possible(schema: Schema, settings: Settings, row: Row) -> bool:
-    """Return whether votes with these settings can give the counts of a row."""
-    n, count = settings.n, row["count"]
-    if schema is CERTIFY:
-        return row["count0"] <= settings.n0 and count + row["count_runner_up"] <= n
-    if schema is DECIDE:
-        looked = row["votes"] == n or (0 < row["votes"] < n and row["votes"] % settings.look_every == 0)
-        return row["count0"] <= settings.n0 and count <= row["votes"] and looked
-    return row["count_runner_up"] <= count and 1 <= count + row["count_runner_up"] <= n
-
-
-def _impossible(settings: Settings) -> str:
-    return f"its counts cannot be with {f'n0={settings.n0} and ' if settings.n0 else ''}n={settings.n}"
 
 
 def _check_claims(path: Path, rows: Sequence[Row], proven: Sequence[Row]) -> None:

@@ -14,9 +14,12 @@ from rs_consistency.certificates.record import Settings
 from rs_consistency.common.checks import one_of, probability
 from rs_consistency.common.errors import UserError
 from rs_consistency.data import DatasetInfo
-from rs_consistency.smoothing.pool import LOOK_EVERY, Decisions, check_radius, decide_images
-from rs_consistency.smoothing.votes import ApplyFn, Votes, VoteSettings, count_votes
+from rs_consistency.smoothing.pool import LOOK_EVERY, Decisions, check_radius, decide_images, rows_per_device
+from rs_consistency.smoothing.voter import ApplyFn
+from rs_consistency.smoothing.votes import Votes, VoteSettings, count_votes
 from rs_consistency.statistics.bounds import BOUNDS, N0, most_of_others
+from rs_consistency.statistics.rounded_gaussian import STEPS
+from rs_consistency.statistics.samplers import GRID
 
 FILES = {CERTIFY.name: "certificates", DECIDE.name: "decisions", PREDICT.name: "predictions"}
 
@@ -42,11 +45,20 @@ class Question(NamedTuple):
         """Return the settings that the answers depend on, for the record; see `record.Settings`."""
         votes = self.votes
         settings = {"sigma": votes.sigma, "n0": votes.n0, "n": votes.n, "alpha": self.alpha, "seed": votes.seed}
+        settings |= {"sampler": votes.sampler, "precision": votes.precision}
+        if votes.sampler == GRID:
+            settings |= {"grid_steps": STEPS, "image_shape": list(votes.image_shape)}
         if self.bound is not None:
             settings["bound"] = self.bound
         if self.radius is not None:
             settings |= {"radius": self.radius, "look_every": LOOK_EVERY}
         return settings
+
+    def rows_per_device(self, num_devices: int) -> int:
+        """Return the number of noisy images in a batch on each device."""
+        if self.schema is DECIDE:
+            return rows_per_device(self.votes, num_devices)
+        return self.votes.rows_per_device(num_devices)
 
 
 def make_question(
@@ -63,7 +75,8 @@ def make_question(
     """Return a checked question about the images of a dataset.
 
     None stands for the default of a setting, and for a setting that the mode does not have. The settings are the
-    attributes of `Question`; `votes` are sigma, n, seed and batch_size, as for `votes.vote_settings`.
+    attributes of `Question`; `votes` are sigma, n, seed, batch_size, sampler and precision, as for
+    `votes.vote_settings`.
 
     Raises:
       UserError: for the first setting that cannot work, or that the mode does not have.

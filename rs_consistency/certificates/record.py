@@ -10,6 +10,9 @@
 | identity | the names of the keys above |
 | max | number of images that the file is to hold; of all shards together |
 | device, versions, code_version, code_digest, git_commit, ... | recorded with the first line |
+| program | recorded with it: the compiled network, see `smoothing.one_function.program_of` |
+| sampler_error | for readers: the bound of the sampler's error, which every program computes for itself |
+| seed_source | whether the seed was given, or drawn by the operating system |
 | continued_with | the same, of later calls with another device, other versions or other code |
 | finished | once every image is there: when, how many, and the SHA-256 of the `.tsv` |
 | shards | in a merged file: for each shard the keys of its record that the merged record lacks |
@@ -176,6 +179,11 @@ class Record:
         recorded = {key: self.content.get(key) for key in wanted}
         return [f"{key}: {recorded[key]!r} -> {wanted[key]!r}" for key in wanted if recorded[key] != wanted[key]]
 
+    def rows_per_device(self, platform: str) -> int | None:
+        """Return the noisy images in a batch on a device of a platform when lines were made there; None if unknown."""
+        programs = [entry["program"] for entry in self.provenances() if entry["program"]]
+        return next((one["rows_per_device"] for one in programs if one.get("platform") == platform), None)
+
     def provenances(self) -> list[dict[str, Any]]:
         """Return the `PROVENANCE` of every call that made lines; of a merged file, those of all shards first."""
         parts = [*self.content.get("shards", []), self.content]
@@ -214,6 +222,11 @@ def _check_provenance(content: Mapping[str, Any]) -> None:
         for entry in (part, *_list(part, "continued_with", dict)):
             if not isinstance(entry.get("versions", {}), dict):
                 raise UserError(f"versions={entry['versions']!r} is no JSON object")
+            if "program" in entry:
+                program = entry["program"]
+                if not isinstance(program, dict):
+                    raise UserError(f"program={program!r} is no JSON object")
+                checks.count("rows_per_device", program.get("rows_per_device"))
 
 
 def _list(content: Mapping[str, Any], key: str, kind: type) -> list[Any]:

@@ -24,8 +24,9 @@ from rs_consistency.devices import parallel
 from rs_consistency.models import count_parameters
 from rs_consistency.models.inference import for_inference
 from rs_consistency.models.torch_checkpoints import ARCHITECTURES, from_torch, read_torch_checkpoint, with_input_layer
+from rs_consistency.smoothing.one_function import program_of
 from rs_consistency.smoothing.speed import measure_votes
-from rs_consistency.smoothing.votes import ApplyFn
+from rs_consistency.smoothing.voter import ApplyFn
 from rs_consistency.training import runs
 from rs_consistency.training.checkpoints import digest
 from rs_consistency.training.step import make_model
@@ -106,19 +107,23 @@ class Source:
             images, labels = self.split.read(part)
             yield from answer(question, self.apply_fn, self.variables, images, part, labels, devices=self.devices)
 
-    def about(self, sigma: float) -> dict[str, Any]:
-        """Return the origin of answers, for the record: device, versions, code and configuration.
+    def about(self, question: Question) -> dict[str, Any]:
+        """Return the origin of answers to a question, for the record: device, versions, code, program, configuration.
 
-        A configuration beside a PyTorch checkpoint is recorded only as far as it was used, with the `sigma` of the
-        votes: how that network was trained is not known.
+        A configuration beside a PyTorch checkpoint is recorded only as far as it was used, with the sigma of the votes:
+        how that network was trained is not known.
         """
-        config = self.config.to_dict()
+        config, votes = self.config.to_dict(), question.votes
         if self.step is None:
-            config = {"model": config["model"], "dataset": {"name": config["dataset"]["name"]}, "sigma": sigma}
+            config = {"model": config["model"], "dataset": {"name": config["dataset"]["name"]}, "sigma": votes.sigma}
+        voter = votes.voter(self.apply_fn, self.devices[0].platform)
+        rows = question.rows_per_device(len(self.devices))
         return {
             "device": parallel.describe(self.devices),
             "versions": {"python": platform.python_version(), **{name: package_version(name) for name in _PACKAGES}},
             **code_version(),
+            "program": program_of(voter, self.variables, votes.image_shape, rows=rows, devices=self.devices),
+            "sampler_error": votes.law.slack,
             "started": datetime.now(UTC).isoformat(timespec="seconds"),
             "config": config,
         }

@@ -16,6 +16,7 @@ from rs_consistency.certificates.selection import Selection
 from rs_consistency.common.errors import UserError
 from rs_consistency.common.files import lock, naming, read_json, replace_atomically, write_json
 from rs_consistency.statistics.bounds import ABSTAIN
+from rs_consistency.statistics.samplers import FLOAT, GRID
 
 
 class Progress(NamedTuple):
@@ -220,8 +221,10 @@ def _held(path: Path, content: bytes, wanted: Record) -> tuple[Record, dict[int,
     record = Record.read(beside)
     differing = record.differences(wanted.identity)
     if differing:
+        older = record.settings.sampler == FLOAT and wanted.settings.sampler == GRID
+        remedy = ", or continue it with --sampler=float --precision=default" if older else ", or delete it"
         raise UserError(
-            f"{path} was made with other settings ({'; '.join(differing)}); choose another --output, or delete it"
+            f"{path} was made with other settings ({'; '.join(differing)}); choose another --output{remedy}"
         )
     rows = parse_own(path, whole, record.schema, record.selection, ordered=record.finished is not None)
     # A finished table may have lost its last lines, which are made again.

@@ -7,6 +7,9 @@ the radii follow from. The radii are checked against the counts, and recomputed 
 
     python analyze.py runs/a --alpha=0.01 --bound=two_class --joint
 
+--exact proves every line of such files in whole numbers, from its counts and without SciPy. It includes the error of
+the grid sampler; noise of the float sampler it takes for exact Gaussian noise.
+
 Files of other programs number the images of MNIST, Fashion-MNIST and CIFAR in the order of the original files. Given
 the folder of these files, --match_images finds each image by its pixels, and compares image by image:
 
@@ -35,6 +38,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from rs_consistency.certificates.exact_lines import Proven, prove
 from rs_consistency.certificates.joint import DEFAULT_DELTA, joint_statement
 from rs_consistency.certificates.measures import DEFAULT_RADII, summarize, summarize_votes
 from rs_consistency.certificates.proof import Evidence, load
@@ -62,6 +66,8 @@ def _parser() -> Parser:
     add(
         "--delta", type=float, default=DEFAULT_DELTA, help="error probability of a --joint bound (default: %(default)s)"
     )
+    exact = "prove every line from its counts, in whole numbers: a line that claims 1e-6 more is refused"
+    add("--exact", action="store_true", help=exact)
     match = (
         "compare with files in the original order of the images; DIR holds the dataset's original files. The"
         " differences are printed as text and as markdown"
@@ -84,10 +90,16 @@ def _main(argv: Sequence[str]) -> None:
         raise UserError(f"output={args.output}: give a folder; the picture in it is called certified_accuracy.png")
     settings = {"alpha": args.alpha, "bound": args.bound, "bonferroni": args.bonferroni, "need_counts": args.joint}
     loaded = [load(path, **settings) for path in args.paths]
+    proven = [
+        prove(path, evidence) if args.exact else None for path, (_, evidence) in zip(args.paths, loaded, strict=True)
+    ]
     if args.match_images:
         loaded = _matched(args, loaded)
-    summaries = [_summary(args, path, *file) for path, file in zip(args.paths, loaded, strict=True)]
+    summaries = [_summary(args, *file) for file in zip(args.paths, loaded, proven, strict=True)]
     print(_FORMATS[args.format](summaries), end="", flush=True)
+    if args.exact and args.format in _WRITERS:
+        for path, each in zip(args.paths, proven, strict=True):
+            print(f"\n{path}: {each.text()}", flush=True)
     if args.match_images and args.format in _WRITERS:
         _print_comparisons(args, loaded)
     if args.output:
@@ -99,9 +111,14 @@ def _main(argv: Sequence[str]) -> None:
             print(f"report: {args.output / 'report.html'}")
 
 
-def _summary(args: Any, path: Path, table: Certificates, evidence: Evidence | None) -> dict[str, Any]:
-    """Return the measures of a file, with its joint statement where it was asked for."""
+def _summary(
+    args: Any, path: Path, file: tuple[Certificates, Evidence | None], proven: Proven | None
+) -> dict[str, Any]:
+    """Return the measures of a file, with proof and joint statement where they were asked for."""
+    table, evidence = file
     summary = {**summarize(path, table, args.radii), **summarize_votes(evidence)}
+    if proven:
+        summary["exact"] = proven.claims
     if args.joint:
         summary |= joint_statement(table, args.radii, alpha=evidence.settings.alpha, delta=args.delta)
     return summary

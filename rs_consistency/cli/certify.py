@@ -16,6 +16,7 @@ For every image: the class that the smoothed classifier predicts, and an l2 radi
 Installed, the program is rs-certify.
 """
 
+import secrets
 import shlex
 from collections.abc import Iterator, Sequence
 from contextlib import closing
@@ -31,13 +32,14 @@ from rs_consistency.certificates.columns import CERTIFY, DECIDE, SCHEMAS, Row
 from rs_consistency.certificates.merge import merge
 from rs_consistency.certificates.question import FILES, Question, make_question
 from rs_consistency.certificates.read import read_table
-from rs_consistency.certificates.selection import Selection, parse_shard
+from rs_consistency.certificates.record import Record, record_path
+from rs_consistency.certificates.selection import Selection, Shard, parse_shard
 from rs_consistency.certificates.source import Source, plan
 from rs_consistency.certificates.write import CertificateFile, check_answers
 from rs_consistency.cli.common import Parser, entry_points, fail, program_words, user_path, whole
 from rs_consistency.cli.config_file import split
 from rs_consistency.cli.train import parse
-from rs_consistency.common.checks import one_of, whole_number
+from rs_consistency.common.checks import PRECISIONS, one_of, whole_number
 from rs_consistency.common.errors import EXIT_NOT_FINISHED, EXIT_NOT_REPRODUCED, UserError, note
 from rs_consistency.common.progress import progress_bar
 from rs_consistency.devices import parallel
@@ -45,12 +47,17 @@ from rs_consistency.devices.host import keep_compiled, keep_memory, use_cores
 from rs_consistency.models import DTYPES
 from rs_consistency.models.torch_checkpoints import INPUT_LAYERS
 from rs_consistency.statistics.bounds import ALPHA, BOUNDS, N0, N
+from rs_consistency.statistics.samplers import GRID, SAMPLERS
 from rs_consistency.training.config import validate
 from rs_consistency.training.runs import finished_step, read_config
 
 # Not argparse's defaults: --verify must know which settings the user named.
-_DEFAULTS = {"n": N, "alpha": ALPHA, "skip": 1, "split": "test", "seed": 0}
+_DEFAULTS = {"n": N, "alpha": ALPHA, "skip": 1, "split": "test", "seed": 0, "sampler": GRID, "precision": PRECISIONS[0]}
+_CHOICES = ("n0", "n", "alpha", "seed", "bound", "radius", "sampler", "precision", "batch_size")
 _KEPT_IN_THE_RECORD = ("sigma", "n0", "bound", "radius", "dtype", *_DEFAULTS)
+
+_FRESH = "fresh"
+_SEED_SOURCES = ("command", "operating system")  # by whether the seed is fresh; for the record
 
 # Beyond the parser's groups: flags that exclude each other, and flags that need another one, with how to write it.
 _EXCLUSIVE = (
@@ -65,6 +72,14 @@ _NEEDED = (
     ("torch_checkpoint", "sigma", "--sigma=NUMBER, or the cell: --config=FILE:method=NAME,sigma=NUMBER"),
     ("torch_checkpoint", "output", "--output=FILE.tsv"),
 )
+
+
+def _seed(text: str) -> int | str:
+    """Return a seed as a whole number, or the word for a fresh one."""
+    return text if text == _FRESH else whole(text)
+
+
+_seed.__name__ = "whole number"
 
 
 def _parser() -> Parser:
@@ -93,7 +108,11 @@ def _parser() -> Parser:
     add("--alpha", type=float, help=f"error probability of a certificate (default: {ALPHA})")
     add("--bound", help=f"of --mode=certify: {', '.join(BOUNDS)} (default: {BOUNDS[0]})")
     add("--radius", type=float, help="of --mode=decide")
-    add("--seed", type=whole, help="seed of the noise (default: 0)")
+    add("--seed", type=_seed, help=f"seed of the noise, or {_FRESH}: drawn by the operating system (default: 0)")
+    noise = "noise on the grid of 8-bit images, or float32 noise for comparisons with older files"
+    add("--sampler", help=f"{', '.join(SAMPLERS)}: {noise} (default: {GRID})")
+    products = "of the network's float32 products: full float32, or as fast as the device can"
+    add("--precision", help=f"{', '.join(PRECISIONS)}: {products} (default: {PRECISIONS[0]})")
 
     add = parser.add_argument_group("images").add_argument
     add("--split", help="train or test (default: test)")
@@ -191,29 +210,63 @@ def _answer_all(args: Any) -> None:
         if getattr(args, name) is None:
             setattr(args, name, value)
     config, devices = _read_config(args, args.dtype), parallel.choose_devices(args.num_devices)
-    settings = {name: getattr(args, name) for name in ("n0", "n", "alpha", "seed", "bound", "radius", "batch_size")}
-    settings["sigma"] = config.sigma if args.sigma is None else args.sigma
-    info = data.dataset_info(config.dataset.name)
-    question = make_question(args.mode, **settings, info=info, platform=devices[0].platform)
+    one_of("mode", args.mode, FILES)
     skip = whole_number("skip", args.skip, at_least=1)
     most = None if args.max is None else whole_number("max", args.max, at_least=1)
     shard = None if args.shard is None else parse_shard(args.shard)
+    output = _output(args)
+    there = _record_there(output)
+    settings = {name: getattr(args, name) for name in _CHOICES}
+    settings["sigma"] = config.sigma if args.sigma is None else args.sigma
+    if args.seed == _FRESH:
+        settings["seed"] = _fresh_seed(output, there, shard)
+    if args.batch_size is None:
+        settings["batch_size"] = _recorded_batch_size(there, devices)
+    info = data.dataset_info(config.dataset.name)
+    question = make_question(args.mode, **settings, info=info, platform=devices[0].platform)
     source = _read_source(args, config, args.split, devices)
     if args.workdir is not None:
         _check_finished(args, source)
     selection = Selection(len(source.split), skip, most, shard)
-    output = _output(args, question.schema.name)
     identity = {**question.identity(), **source.binding}
     held = {"schema": question.schema, "identity": identity, "selection": selection}
     if args.dry_run:
         print(plan(source, question, selection, output, answered=check_answers(output, **held)))
         return
-    about = {**source.about(question.votes.sigma), "command": args.command}
+    about = {**source.about(question), "seed_source": _SEED_SOURCES[args.seed == _FRESH], "command": args.command}
     with closing(CertificateFile(output, **held, about=about)) as file:
         print(f"devices: {parallel.describe(devices)}", flush=True)
         _fill(file, source.answers(question, file.remaining))
         file.finish()
     print(_summary(file, question))
+
+
+def _record_there(output: Path) -> Record | None:
+    """Return the record of a file that holds images already, or None."""
+    beside = record_path(output)
+    begun = output.is_file() and beside.is_file() and output.read_bytes().count(b"\n") > 1
+    return Record.read(beside) if begun else None
+
+
+def _fresh_seed(output: Path, there: Record | None, shard: Shard | None) -> int:
+    """Return a seed that nobody could know, or the fresh seed with which the file was begun."""
+    if shard is not None:
+        raise UserError(
+            f"seed={_FRESH}: shards share a seed; draw one, such as --seed={secrets.randbits(32)}, and give it to all"
+        )
+    if there is None:
+        return secrets.randbits(32)
+    if there.content.get("seed_source") != _SEED_SOURCES[True]:
+        raise UserError(
+            f"seed={_FRESH}: {output} was begun with the given seed {there.settings.seed}; choose another --output"
+        )
+    return there.settings.seed
+
+
+def _recorded_batch_size(there: Record | None, devices: Sequence[jax.Device]) -> int | None:
+    """Return the batch size that makes a file's network the recorded function; None if nothing is recorded."""
+    rows = there and there.rows_per_device(devices[0].platform)
+    return rows and rows * len(devices)
 
 
 def _check_finished(args: Any, source: Source) -> None:
@@ -266,7 +319,7 @@ def _summary(file: CertificateFile, question: Question) -> str:
 
 def _verify(args: Any) -> None:
     """Draw lines of a file again, with the settings of its record, and print the report."""
-    table = read_table(_output(args, args.mode))
+    table = read_table(_output(args))
     recorded = table.record.identity
     for name in _KEPT_IN_THE_RECORD:
         named = getattr(args, name)
@@ -279,28 +332,29 @@ def _verify(args: Any) -> None:
     dtype = recorded.get("dtype")
     config, devices = _read_config(args, dtype if dtype in DTYPES else None), parallel.choose_devices(args.num_devices)
     info = data.dataset_info(config.dataset.name)
-    settings = table.record.settings._asdict() | {"batch_size": args.batch_size}
-    del settings["look_every"]
+    settings = {name: getattr(table.record.settings, name, None) for name in ("sigma", *_CHOICES)}
+    settings["batch_size"] = args.batch_size or _recorded_batch_size(table.record, devices)
     question = make_question(table.record.schema.name, **settings, info=info, platform=devices[0].platform)
     source = _read_source(args, config, recorded.get("split", "test"), devices)
-    audit.check_binding(table, source.binding)
+    audit.check_binding(table, {**question.identity(), **source.binding})
     redrawn: list[Row] = []
     with progress_bar("drawing again", len(chosen)) as bar:
         for rows in source.answers(question, chosen):
             redrawn += rows
             bar.update(len(rows))
-    report = audit.compare(table, redrawn, source.about(question.votes.sigma))
+    report = audit.compare(table, redrawn, source.about(question))
     print(report.text())
     if not report.ok:
         raise SystemExit(EXIT_NOT_REPRODUCED)
 
 
-def _output(args: Any, mode: str) -> Path:
+def _output(args: Any) -> Path:
+    """Return the file to write or to verify."""
     if args.output is not None:
         return args.output
-    one_of("mode", mode, FILES)
+    one_of("mode", args.mode, FILES)
     shard = "" if args.shard is None else parse_shard(args.shard).suffix
-    return args.workdir / f"{FILES[mode]}{shard}.tsv"
+    return args.workdir / f"{FILES[args.mode]}{shard}.tsv"
 
 
 def _analyze(path: Path) -> str:

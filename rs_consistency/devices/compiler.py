@@ -31,6 +31,14 @@ def training_compiler_options(platform: str, *, matrix_products: bool) -> dict[s
     return options
 
 
+def deterministic_options(platform: str) -> dict[str, bool] | None:
+    """Return the XLA options that make a program on a platform repeat its results to the last bit.
+
+    A GPU's kernels may add in any order, and its compiler chooses kernels by their speed, unless it is told not to.
+    """
+    return {"xla_gpu_deterministic_ops": True} if platform == "gpu" else None
+
+
 def steps_per_call(platform: str) -> int:
     """Return the number of training steps in a call of the device, for steps that can share a feed.
 

@@ -12,7 +12,9 @@ from rs_consistency.common.errors import UserError
 from rs_consistency.common.progress import progress_bar
 from rs_consistency.models import DTYPES
 from rs_consistency.report.contents import Subject
-from rs_consistency.smoothing.votes import VoteSettings, count_votes, nan_error, to_float
+from rs_consistency.smoothing.voter import Voter, nan_error, pixels, to_float
+from rs_consistency.smoothing.votes import VoteSettings, count_votes
+from rs_consistency.statistics.samplers import FLOAT
 from rs_consistency.training import runs
 from rs_consistency.training.checkpoints import digest
 
@@ -104,10 +106,16 @@ def ask(subject: Subject, split: data.OpenSplit, *, images: int = 5, copies: int
     devices = jax.local_devices()[:1]
     info = data.dataset_info(record["dataset"])
     question = VoteSettings.for_dataset(
-        info, sigma=record.get("sigma"), n=VOTES, seed=record.get("seed"), platform=devices[0].platform
+        info,
+        sigma=record.get("sigma"),
+        n=VOTES,
+        seed=record.get("seed"),
+        sampler=record.get("sampler", FLOAT),
+        precision=record.get("precision", "default"),
+        platform=devices[0].platform,
     )
     apply_fn, variables = _network(subject, devices)
-    look = _look(apply_fn, variables, noise.stream_key(question.seed, noise.Stream.REPORT), question.sigma)
+    look = _look(question.voter(apply_fn, devices[0].platform), variables, question)
     spread = np.unique(np.linspace(0, len(table.idx) - 1, min(len(table.idx), _MOST_FOR_MARGINS)).astype(int))
     least, most = _extremes(np.where(table.correct == 1, table.radius, -table.radius), images)
     chosen = np.concatenate([least, most])
@@ -117,11 +125,11 @@ def ask(subject: Subject, split: data.OpenSplit, *, images: int = 5, copies: int
         clean, noisy = [], []
         for first in range(0, len(spread), _BATCH):
             indices = table.idx[spread[first : first + _BATCH]]
-            pictures, labels = read_images(split, indices)
+            pictures, labels = split.read(indices)
             clean.append(margins(look(pictures, indices, None)[1], labels))
             noisy.append([margins(look(pictures, indices, copy)[1], labels) for copy in range(copies)])
             bar.update((1 + copies) * len(indices))
-        pictures, labels = read_images(split, shown)
+        pictures, labels = split.read(shown)
         drawn, logits = zip(*(look(pictures, shown, copy) for copy in range(copies)), strict=True)
         bar.update(copies * len(shown))
         counts = []
@@ -136,7 +144,7 @@ def ask(subject: Subject, split: data.OpenSplit, *, images: int = 5, copies: int
         noisy_margins=np.concatenate(noisy, axis=1),
         shown=shown,
         least=len(least),
-        images=pictures,
+        images=to_float(pictures),
         labels=labels,
         predictions=table.predict[chosen],
         radii=table.radius[chosen],
@@ -155,31 +163,29 @@ def margins(logits: np.ndarray, labels: np.ndarray) -> np.ndarray:
 
 
 def _look(
-    apply_fn: Any, variables: Any, key: jax.Array, sigma: float
+    voter: Voter, variables: Any, settings: VoteSettings
 ) -> Callable[[np.ndarray, np.ndarray, int | None], tuple[np.ndarray, np.ndarray]]:
     """Return a function (images, their numbers, copy) -> (noisy images, logits); copy None is without noise.
 
     It takes at most `_BATCH` images, and is compiled once, since all its batches are of that size.
     """
+    draws = {"key": noise.stream_key(settings.seed, noise.Stream.REPORT), "scale": settings.scale}
 
     @jax.jit
     def noisy_logits(
-        variables: Any, images: jax.Array, indices: jax.Array, copy: jax.Array, sigma: jax.Array
+        variables: Any, draws: Any, images: jax.Array, indices: jax.Array, copy: jax.Array, is_clean: bool
     ) -> tuple[jax.Array, jax.Array]:
         # The address of an estimating vote, as `votes.count_votes` has it.
         address = indices, jnp.ones_like(indices), jnp.full_like(indices, copy)
-        noisy = images + sigma * noise.addressed_noise(key, *address, shape=images.shape[1:])
-        return noisy, apply_fn(variables, noisy)
+        noisy = voter.noisy(images, addresses=address, **draws)
+        noisy = jnp.where(is_clean, images.astype(noisy.dtype), noisy)
+        return voter.inputs(noisy), voter.logits(variables, noisy)
 
     def look(images: np.ndarray, indices: np.ndarray, copy: int | None) -> tuple[np.ndarray, np.ndarray]:
         rows = np.minimum(np.arange(_BATCH), len(images) - 1)  # the last image fills the batch
-        noisy, logits = noisy_logits(
-            variables,
-            images[rows],
-            indices[rows].astype(np.int32),
-            np.int32(copy or 0),
-            np.float32(0 if copy is None else sigma),
-        )
+        numbers, is_clean = indices[rows].astype(np.int32), copy is None
+        pictures = pixels(images[rows], settings.sampler)
+        noisy, logits = noisy_logits(variables, draws, pictures, numbers, np.int32(copy or 0), is_clean)
         noisy, logits = np.asarray(noisy)[: len(images)], np.asarray(logits, np.float32)[: len(images)]
         nan = np.flatnonzero(np.isnan(logits).any(axis=1))
         if len(nan):

@@ -8,9 +8,10 @@ import numpy as np
 from numpy.typing import ArrayLike
 
 from rs_consistency import noise
-from rs_consistency.common.checks import one_of, probability
+from rs_consistency.common.checks import PRECISIONS, one_of, probability
 from rs_consistency.smoothing.images import prepare
 from rs_consistency.statistics.bounds import ABSTAIN, ALPHA, BOUNDS, N0, N, certify_votes, most_of_others
+from rs_consistency.statistics.samplers import GRID
 
 
 class Certification(NamedTuple):
@@ -40,6 +41,8 @@ def certify(
     alpha: float = ALPHA,
     bound: str = BOUNDS[0],
     seed: int = 0,
+    sampler: str = GRID,
+    precision: str = PRECISIONS[0],
     batch_size: int | None = None,
     indices: Sequence[int] | np.ndarray | None = None,
     devices: Sequence[jax.Device] | None = None,
@@ -51,7 +54,10 @@ def certify(
 
     Guarantee: for each image, with probability at least 1 - alpha over the noise, either the prediction is
     `ABSTAIN`, or the smoothed classifier predicts it at every point within l2 distance `radius` of the image. The
-    statement is about one image; over many images, expect a share of up to alpha to be wrong.
+    statement is about one image; over many images, expect a share of up to alpha to be wrong. With the sampler "grid"
+    it holds as stated, for the classifier that rounds its noisy input to the grid of 8-bit images: docs/certificate.md
+    has the theorem and its two assumptions. With "float" it holds only as far as floating-point numbers are taken for
+    real numbers, and a network that was made for it can have false certificates.
 
     Source: CERTIFY of Cohen, Rosenfeld, Kolter (ICML 2019). n0 votes select the class, the lowest of equals. n further
     and independent votes bound its probability from below by Clopper-Pearson. The radius is `sigma * Phi^-1(p_A)`;
@@ -62,14 +68,14 @@ def certify(
     >>> import numpy as np
     >>> from rs_consistency import certify
     >>> is_bright = lambda images: (images.mean(axis=(1, 2)) - 0.5) * np.float32([[-1, 1]])
-    >>> images = np.stack([np.full((4, 4, 1), brightness) for brightness in (0.1, 0.9)])
+    >>> images = np.stack([np.full((4, 4, 1), level, np.uint8) for level in (25, 230)])
     >>> result = certify(is_bright, images, sigma=0.5, num_classes=2, n0=10, n=100)
     >>> result.prediction, result.radius.round(3), result.counts.shape
     (array([0, 1]), array([0.75, 0.75]), (2, 2))
 
     Args:
       apply_fn: function that JAX can trace, `[N, H, W, C]` float32 -> logits `[N, K]`; it includes any normalization.
-      images: `[B, H, W, C]`, in [0, 1].
+      images: `[B, H, W, C]`, uint8, or numbers in [0, 1]; for the sampler "grid", whole multiples of 1/255.
       sigma: standard deviation of the noise, in units of the images.
       num_classes: K.
       n0: votes that select the class.
@@ -78,6 +84,9 @@ def certify(
       bound: rule from votes to radius, one of `bounds.BOUNDS`: the published `clopper_pearson` described above,
         `two_class` or `randomized`. All have the same guarantee. Choose one before you see the votes.
       seed: seed of the noise, and of the draws of `randomized`.
+      sampler: "grid", noise rounded to steps of 1/255, or "float", float32 noise; see `statistics.samplers`.
+      precision: "highest", float32 products of the network in full float32, or "default", as fast as the device can:
+        in bfloat16 on a TPU, in TF32 on a GPU. A CPU knows no difference.
       batch_size: noisy images at a time; None for a choice by device. No effect on the votes.
       indices: `[B]`, numbers that address the images' noise, 0..B-1 by default. The votes of an image are a function
         of seed, index, sigma and vote number; the other images have no effect.
@@ -94,10 +103,11 @@ def certify(
     alpha = probability("alpha", alpha)
     one_of("bound", bound, BOUNDS)
     settings = {"sigma": sigma, "num_classes": num_classes, "n0": n0, "n": n, "seed": seed, "batch_size": batch_size}
+    settings |= {"sampler": sampler, "precision": precision}
     task = prepare(images, indices, devices, least_n0=1, **settings)
     votes = task.all_votes(apply_fn, noise.Stream.CERTIFY, "certifying", progress)
     uniform = noise.bound_uniform(task.settings.seed, task.indices) if bound == "randomized" else None
-    return conclude(*votes, alpha=alpha, sigma=task.settings.sigma, bound=bound, uniform=uniform)
+    return conclude(*votes, alpha=alpha, bound=bound, uniform=uniform, **task.settings.law._asdict())
 
 
 def conclude(

@@ -29,7 +29,7 @@ class SmoothedClassifier:
     >>> from rs_consistency import SmoothedClassifier
     >>> is_bright = lambda images: (images.mean(axis=(1, 2)) - 0.5) * np.float32([[-1, 1]])
     >>> smoothed = SmoothedClassifier(is_bright, sigma=0.5, num_classes=2)
-    >>> images = np.full((1, 4, 4, 1), 0.9)
+    >>> images = np.full((1, 4, 4, 1), 230, np.uint8)
     >>> smoothed.predict(images, n=100).prediction, smoothed.certify(images, n0=10, n=100).radius.round(3)
     (array([1]), array([0.75]))
 
@@ -49,15 +49,15 @@ class SmoothedClassifier:
         self.num_classes = whole_number("num_classes", num_classes, at_least=1)
 
     def predict(self, images: ArrayLike, **settings: Any) -> Prediction:
-        """Predict the classes of images `[B, H, W, C]` in [0, 1], or abstain; see `rs_consistency.predict`."""
+        """Predict the classes of images `[B, H, W, C]`, or abstain; see `rs_consistency.predict`."""
         return predict(self.apply_fn, images, **self._with_own(settings))
 
     def certify(self, images: ArrayLike, **settings: Any) -> Certification:
-        """Certify the classes of images `[B, H, W, C]` in [0, 1], with l2 radii; see `rs_consistency.certify`."""
+        """Certify the classes of images `[B, H, W, C]`, with l2 radii; see `rs_consistency.certify`."""
         return certify(self.apply_fn, images, **self._with_own(settings))
 
     def decide(self, images: ArrayLike, radius: float, **settings: Any) -> Decisions:
-        """Decide whether images `[B, H, W, C]` in [0, 1] are certified at a radius; see `rs_consistency.decide`."""
+        """Decide whether images `[B, H, W, C]` are certified at a radius; see `rs_consistency.decide`."""
         return decide(self.apply_fn, images, radius=radius, **self._with_own(settings))
 
     def _with_own(self, settings: dict[str, Any]) -> dict[str, Any]:

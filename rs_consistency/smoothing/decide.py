@@ -6,9 +6,11 @@ import jax
 import numpy as np
 from numpy.typing import ArrayLike
 
+from rs_consistency.common.checks import PRECISIONS
 from rs_consistency.smoothing.images import join, prepare
 from rs_consistency.smoothing.pool import Decisions, decide_images
 from rs_consistency.statistics.bounds import ALPHA, N0, N
+from rs_consistency.statistics.samplers import GRID
 
 
 def decide(
@@ -22,6 +24,8 @@ def decide(
     n: int = N,
     alpha: float = ALPHA,
     seed: int = 0,
+    sampler: str = GRID,
+    precision: str = PRECISIONS[0],
     batch_size: int | None = None,
     indices: Sequence[int] | np.ndarray | None = None,
     devices: Sequence[jax.Device] | None = None,
@@ -43,10 +47,10 @@ def decide(
     >>> import numpy as np
     >>> from rs_consistency import decide
     >>> is_bright = lambda images: (images.mean(axis=(1, 2)) - 0.5) * np.float32([[-1, 1]])
-    >>> images = np.stack([np.full((4, 4, 1), brightness) for brightness in (0.1, 0.6)])
+    >>> images = np.stack([np.full((4, 4, 1), level, np.uint8) for level in (25, 153)])
     >>> result = decide(is_bright, images, sigma=0.5, radius=1.0, num_classes=2, n0=10, n=1000)
     >>> result.decision, result.votes
-    (array([ 1, -1], dtype=int8), array([464,  64]))
+    (array([ 1, -1], dtype=int8), array([464,  32]))
 
     `radius` is an l2 distance, at least 0, in units of the images, and `n` the most further votes. A batch of noisy
     images is made of blocks of 16 on each device; `batch_size` has no effect on the result. The other arguments, and
@@ -56,6 +60,7 @@ def decide(
       NumPy arrays in the order of the images, see `Decisions`.
     """
     settings = {"sigma": sigma, "num_classes": num_classes, "n0": n0, "n": n, "seed": seed, "batch_size": batch_size}
+    settings |= {"sampler": sampler, "precision": precision}
     task = prepare(images, indices, devices, least_n0=1, **settings)
     asked = (lambda _, batch: apply_fn(batch), (), task.images, task.indices)
     groups = decide_images(*asked, settings=task.settings, radius=radius, alpha=alpha, devices=task.devices)

@@ -8,17 +8,18 @@ import numpy as np
 from numpy.typing import ArrayLike
 
 from rs_consistency import noise
-from rs_consistency.common.checks import MAX_INDEX
+from rs_consistency.common.checks import MAX_INDEX, one_of
 from rs_consistency.common.errors import UserError
 from rs_consistency.common.progress import progress_bar
 from rs_consistency.devices import parallel
 from rs_consistency.smoothing.votes import Votes, VoteSettings, count_votes, vote_settings
+from rs_consistency.statistics.samplers import GRID, SAMPLERS
 
 _Group = TypeVar("_Group", bound=tuple)  # arrays about some images: `Votes` or `Decisions`
 
 
 class Task(NamedTuple):
-    """Checked images `[B, H, W, C]` float32, their indices `[B]` int64, and the settings of their votes."""
+    """Checked images `[B, H, W, C]`, uint8 or float32, their indices `[B]` int64, and the settings of their votes."""
 
     images: np.ndarray
     indices: np.ndarray
@@ -46,30 +47,50 @@ def join(empty: _Group, groups: Iterable[_Group], desc: str, total: int, progres
 
 
 def prepare(
-    images: ArrayLike, indices: ArrayLike | None, devices: Sequence[jax.Device] | None, **settings: Any
+    images: ArrayLike, indices: ArrayLike | None, devices: Sequence[jax.Device] | None, *, sampler: str, **settings: Any
 ) -> Task:
     """Check the arguments of `certify`, `decide` or `predict`; `settings` are those of `votes.vote_settings`."""
-    images = check_images(images)
+    images = check_images(images, sampler)
     indices = check_indices(indices, len(images))
     devices = parallel.choose_devices() if devices is None else list(devices)
     if not devices:
         raise UserError("devices=[]: give at least one, or None for all")
-    checked = vote_settings(**settings, image_shape=images.shape[1:], platform=devices[0].platform)
-    return Task(images, indices, devices, checked)
+    about = {"sampler": sampler, "image_shape": images.shape[1:], "platform": devices[0].platform}
+    return Task(images, indices, devices, vote_settings(**settings, **about))
 
 
-def check_images(images: ArrayLike) -> np.ndarray:
-    """Return images as float32; a `UserError` for a shape other than `[B, H, W, C]` or values outside [0, 1]."""
+def check_images(images: ArrayLike, sampler: str) -> np.ndarray:
+    """Return images as uint8 for noise on the grid, else as float32 in [0, 1], or uint8 where they were.
+
+    Raises:
+      UserError: for an unknown sampler, a shape other than `[B, H, W, C]`, or values that do not fit the sampler.
+    """
+    one_of("sampler", sampler, SAMPLERS)
     images = np.asarray(images)
     if not (np.issubdtype(images.dtype, np.number) or images.dtype == bool):
-        raise UserError(f"images are of type {images.dtype}; they must be numbers in [0, 1]")
+        raise UserError(f"images are of type {images.dtype}; they must be uint8, or numbers in [0, 1]")
     if images.ndim != 4:
         raise UserError(f"images has shape {images.shape}; it must be [B, H, W, C], one image being images[None]")
+    if images.dtype == np.uint8:
+        return images
     if images.size and not (np.isfinite(images).all() and images.min() >= 0 and images.max() <= 1):
         raise UserError(
-            f"images lie in [{images.min()}, {images.max()}]; they must be in [0, 1] (divide uint8 images by 255)"
+            f"images lie in [{images.min()}, {images.max()}]; they must be uint8, or numbers in [0, 1] (divided by 255)"
         )
-    return images.astype(np.float32)
+    images = images.astype(np.float32)
+    return images if sampler != GRID else _whole_levels(images)
+
+
+def _whole_levels(images: np.ndarray) -> np.ndarray:
+    """Return the levels, uint8, of float32 images that were made from levels by division or multiplication."""
+    levels = np.rint(images * np.float32(255))
+    whole = (images == levels / np.float32(255)) | (images == levels * np.float32(1 / 255))
+    if not whole.all():
+        raise UserError(
+            f"images has the value {images[~whole][0]}, which is no whole multiple of 1/255; give uint8 images, or"
+            " sampler='float'"
+        )
+    return levels.astype(np.uint8)
 
 
 def check_indices(indices: ArrayLike | None, num_images: int) -> np.ndarray:

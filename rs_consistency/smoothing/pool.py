@@ -28,14 +28,22 @@ import numpy as np
 from rs_consistency import noise
 from rs_consistency.common.checks import LARGEST, number_from, probability
 from rs_consistency.devices import parallel
-from rs_consistency.smoothing.votes import ApplyFn, VoteSettings, cast, check_model, nan_error, to_float
+from rs_consistency.devices.compiler import deterministic_options
+from rs_consistency.smoothing.one_function import check_one_function
+from rs_consistency.smoothing.voter import ApplyFn, Voter, nan_error, pixels
+from rs_consistency.smoothing.votes import VoteSettings
 from rs_consistency.statistics import sequential
-from rs_consistency.statistics.samplers import drawn_sigma
+from rs_consistency.statistics.samplers import GRID
 
 LOOK_EVERY = 16  # votes; part of the result's definition. A decision takes hundreds: 8 too many, on average, is little.
 _SLOTS_PER_BLOCK = 2  # one image in the batch that runs, one in the batch that is sent meanwhile
 _BATCHES_IN_FLIGHT = 2
 _BLOCKS_PER_REFILL = 8  # an image takes more than 8 blocks, selection included: mostly one refill for a batch
+
+
+def rows_per_device(settings: VoteSettings, num_devices: int) -> int:
+    """Return the number of rows of a batch on each device: whole blocks, at least one."""
+    return LOOK_EVERY * max(1, settings.batch_size // (num_devices * LOOK_EVERY))
 
 
 def check_radius(radius: Any) -> float:
@@ -92,17 +100,20 @@ def decide_images(
     radius = check_radius(radius)
     alpha = probability("alpha", alpha)
     num_devices, shape = len(devices), images.shape[1:]
-    per_device = max(1, settings.batch_size // (num_devices * LOOK_EVERY))  # blocks
+    rows = rows_per_device(settings, num_devices)
+    per_device = rows // LOOK_EVERY  # blocks
     num_blocks = per_device * num_devices
-    check_model(apply_fn, variables, shape, num_classes=settings.num_classes, batch_size=per_device * LOOK_EVERY)
+    voter = settings.voter(apply_fn, devices[0].platform)
+    voter.check(variables, shape, rows)
     num_slots = min(max(len(images), 1), _SLOTS_PER_BLOCK * num_blocks)
     per_refill = min(num_slots, -(-num_blocks // _BLOCKS_PER_REFILL))
-    count_blocks, write = _compile(apply_fn, settings, per_device, devices)
-    variables = parallel.replicate(variables, devices)
-    pool = parallel.replicate(np.zeros((num_slots, *shape), np.float32), devices)
+    count_blocks, write = _compile(voter, per_device, devices)
+    draws = {"key": noise.stream_key(settings.seed, noise.Stream.CERTIFY), "scale": settings.scale}
+    replicated = parallel.replicate((variables, draws), devices)
+    pool = parallel.replicate(pixels(np.zeros((num_slots, *shape), np.uint8), settings.sampler), devices)
     schedule = _Schedule(indices, num_slots=num_slots, settings=settings, radius=radius, alpha=alpha)
     in_flight: deque[tuple[_Blocks, jax.Array]] = deque()
-    finished = None
+    finished, tested = None, settings.sampler != GRID
     while True:
         while len(in_flight) < _BATCHES_IN_FLIGHT:
             slots, positions = schedule.refill()
@@ -110,42 +121,65 @@ def decide_images(
                 padding = (0, max(0, start + per_refill - len(slots)))
                 at = np.pad(slots[start : start + per_refill], padding, constant_values=num_slots)
                 of = np.pad(positions[start : start + per_refill], padding)
-                incoming = (at.astype(np.int32), to_float(images[of]))
+                incoming = (at.astype(np.int32), pixels(images[of], settings.sampler))
                 pool = write(pool, *parallel.replicate(incoming, devices))
             blocks = schedule.next_blocks(num_blocks)
             if not len(blocks.slot):
                 break
             columns = schedule.columns(blocks, num_blocks).reshape(num_devices, per_device, 5)
-            in_flight.append((blocks, count_blocks(variables, pool, blocks=parallel.divide(columns, devices))))
+            in_flight.append((blocks, count_blocks(*replicated, pool, blocks=parallel.divide(columns, devices))))
         if finished is not None:  # while the devices are busy
             yield finished
         if not in_flight:
             return
         blocks, counts = in_flight.popleft()
-        finished = schedule.absorb(blocks, np.asarray(counts).reshape(num_blocks, -1)[: len(blocks.slot)])
+        counts = np.asarray(counts).reshape(num_blocks, -1)[: len(blocks.slot)]
+        if not tested:
+            block, row = np.divmod(np.arange(len(blocks.slot) * LOOK_EVERY), LOOK_EVERY)
+            _, index, phase, first, length = schedule.columns(blocks, num_blocks)[block].T
+            used = row < length
+            check_one_function(
+                voter,
+                variables,
+                images[blocks.position[block]],
+                addresses=(index, phase, first + row),
+                draws=draws,
+                rows=rows,
+                device=devices[0],
+                group_of=np.where(used, block, len(counts)),
+                counts=counts,
+            )
+            tested = True
+        finished = schedule.absorb(blocks, counts[:, :-1])
 
 
 def _compile(
-    apply_fn: ApplyFn, settings: VoteSettings, per_device: int, devices: Sequence[jax.Device]
+    voter: Voter, per_device: int, devices: Sequence[jax.Device]
 ) -> tuple[Callable[..., jax.Array], Callable[..., jax.Array]]:
-    """Compile the votes of a batch of blocks, `[D, N / D, K + 1]`, and the writing of images into slots of the pool."""
-    num_classes, key = settings.num_classes, noise.stream_key(settings.seed, noise.Stream.CERTIFY)
+    """Compile the votes of a batch of blocks, `[D, N / D, K + 2]`, and the writing of images into slots of the pool."""
 
-    def count_blocks(shard: jax.Array, variables: Any, pool: jax.Array, *, blocks: jax.Array) -> jax.Array:
+    def count_blocks(
+        shard: jax.Array, variables: Any, draws: dict[str, Any], pool: jax.Array, *, blocks: jax.Array
+    ) -> jax.Array:
         # The pool is [P, H, W, C], the blocks are [N / D, 5], from `_Schedule.columns`.
         slot, index, phase, first, length = jnp.repeat(blocks, LOOK_EVERY, axis=0).T
-        place = jnp.tile(jnp.arange(LOOK_EVERY), per_device)
-        addresses = (index, phase, first + place)
-        asked = (apply_fn, variables, pool[slot])
-        voted = cast(*asked, key=key, addresses=addresses, sigma=settings.sigma, num_classes=num_classes)
-        block = jnp.repeat(jnp.arange(per_device), LOOK_EVERY)
-        counts = jnp.zeros((len(devices), per_device, num_classes + 1), jnp.int32)  # the last class: NaN
-        return parallel.sum_over_devices(counts.at[shard, block, voted].add((place < length).astype(jnp.int32)))
+        place = jnp.tile(jnp.arange(LOOK_EVERY, dtype=jnp.int32), per_device)
+        noisy = voter.noisy(pool[slot], addresses=(index, phase, first + place), **draws)
+        voted, checksum = voter.votes(voter.logits(variables, noisy))
+        block = jnp.repeat(jnp.arange(per_device, dtype=jnp.int32), LOOK_EVERY)
+        counts = jnp.zeros((len(devices), per_device, voter.num_classes + 2), jnp.int32)  # as in `votes.count_votes`
+        used = (place < length).astype(jnp.int32)
+        counts = counts.at[shard, block, voted].add(used).at[shard, block, -1].add(used * checksum)
+        return parallel.sum_over_devices(counts)
 
     def write(shard: jax.Array, pool: jax.Array, slots: jax.Array, images: jax.Array) -> jax.Array:
         return pool.at[slots].set(images, mode="drop")  # the padding of a refill has slot P, which does not exist
 
-    return parallel.spread(count_blocks, devices=devices), parallel.spread(write, devices=devices, donate=(0,))
+    options = deterministic_options(devices[0].platform) if voter.sampler == GRID else None
+    return (
+        parallel.spread(count_blocks, devices=devices, compiler_options=options),
+        parallel.spread(write, devices=devices, donate=(0,)),
+    )
 
 
 class _Blocks(NamedTuple):
@@ -232,8 +266,8 @@ class _Schedule:
         running = np.cumsum(hits)
         hits = self._hits[slot] + running - (running - hits)[_first_of_slot(slot)]
         votes = np.minimum(LOOK_EVERY * (number - self._selecting + 1), self._settings.n)
-        sigma = drawn_sigma(self._settings.sigma)
-        decision = sequential.decide(hits, votes, radius=self._radius, sigma=sigma, alpha=self._alpha)
+        law = self._settings.law._asdict()
+        decision = sequential.decide(hits, votes, radius=self._radius, alpha=self._alpha, **law)
         self._hits[slot] = hits
         ends = np.flatnonzero((decision != sequential.UNDECIDED) | (votes == self._settings.n) | nan)
         ends = ends[np.unique(slot[ends], return_index=True)[1]]

@@ -8,10 +8,11 @@ import numpy as np
 from numpy.typing import ArrayLike
 
 from rs_consistency import noise
-from rs_consistency.common.checks import check_all, number_array, probability
+from rs_consistency.common.checks import PRECISIONS, check_all, number_array, probability
 from rs_consistency.common.errors import UserError
 from rs_consistency.smoothing.images import prepare
 from rs_consistency.statistics.bounds import ABSTAIN, ALPHA, N, most_of_others, p_value_of
+from rs_consistency.statistics.samplers import GRID
 
 
 class Prediction(NamedTuple):
@@ -37,6 +38,8 @@ def predict(
     n: int = N,
     alpha: float = ALPHA,
     seed: int = 0,
+    sampler: str = GRID,
+    precision: str = PRECISIONS[0],
     batch_size: int | None = None,
     indices: Sequence[int] | np.ndarray | None = None,
     devices: Sequence[jax.Device] | None = None,
@@ -57,7 +60,7 @@ def predict(
     >>> import numpy as np
     >>> from rs_consistency import predict
     >>> is_bright = lambda images: (images.mean(axis=(1, 2)) - 0.5) * np.float32([[-1, 1]])
-    >>> images = np.stack([np.full((4, 4, 1), brightness) for brightness in (0.1, 0.5, 0.9)])
+    >>> images = np.stack([np.full((4, 4, 1), level, np.uint8) for level in (25, 128, 230)])
     >>> predict(is_bright, images, sigma=0.5, num_classes=2, n=100).prediction
     array([ 0, -1,  1])
 
@@ -68,9 +71,10 @@ def predict(
     """
     alpha = probability("alpha", alpha)
     settings = {"sigma": sigma, "num_classes": num_classes, "n": n, "seed": seed, "batch_size": batch_size}
+    settings |= {"sampler": sampler, "precision": precision}
     task = prepare(images, indices, devices, **settings)
     votes = task.all_votes(apply_fn, noise.Stream.PREDICT, "predicting", progress)
-    return conclude_prediction(votes.counts, alpha=alpha)
+    return conclude_prediction(votes.counts, alpha=alpha, slack=task.settings.law.slack)
 
 
 def conclude_prediction(counts: ArrayLike, *, alpha: float, slack: float = 0.0) -> Prediction:

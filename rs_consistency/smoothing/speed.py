@@ -5,12 +5,12 @@ from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 
 from rs_consistency import noise
 from rs_consistency.devices.compiler import memory_of
-from rs_consistency.smoothing.votes import ApplyFn, VoteSettings, cast, count_votes
+from rs_consistency.smoothing.voter import ApplyFn, pixels
+from rs_consistency.smoothing.votes import VoteSettings, count_votes
 
 _MEASURED_SECONDS = 2.0
 _MEASURED_IMAGES = 64
@@ -28,7 +28,7 @@ def measure_votes(
     apply_fn: ApplyFn, variables: Any, images: np.ndarray, *, settings: VoteSettings, devices: Sequence[jax.Device]
 ) -> VoteCost:
     """Time votes on images `[B, H, W, C]` for about two seconds; arguments as in `votes.count_votes`."""
-    rows = -(-settings.batch_size // len(devices))
+    rows = settings.rows_per_device(len(devices))
     # Whole batches on all devices: then the images make several groups, and all but the first are timed.
     short = settings._replace(n0=1, n=_MEASURED_BATCHES * rows * len(devices) - 1)
     many = images[np.arange(_MEASURED_IMAGES) % len(images)]
@@ -42,11 +42,13 @@ def measure_votes(
             break
     per_second = counted / (time.perf_counter() - start)
 
-    def one_batch(variables: Any, key: jax.Array, images: jax.Array, index: jax.Array) -> jax.Array:
-        noisy = {"key": key, "addresses": (index, index, index), "sigma": settings.sigma}
-        return cast(apply_fn, variables, images, **noisy, num_classes=settings.num_classes)
+    voter = settings.voter(apply_fn, devices[0].platform)
+    draws = {"key": noise.stream_key(settings.seed, noise.Stream.PREDICT), "scale": settings.scale}
 
-    batch = jax.ShapeDtypeStruct((rows, *images.shape[1:]), jnp.float32)
-    index = jax.ShapeDtypeStruct((rows,), jnp.int32)
-    key = noise.stream_key(settings.seed, noise.Stream.PREDICT)
-    return VoteCost(per_second, memory_of(jax.jit(one_batch).lower(variables, key, batch, index).compile()))
+    def one_batch(variables: Any, draws: dict[str, Any], images: jax.Array, index: jax.Array) -> jax.Array:
+        noisy = voter.noisy(images, addresses=(index, index, index), **draws)
+        return voter.votes(voter.logits(variables, noisy))
+
+    batch = np.broadcast_to(pixels(images[:1], settings.sampler), (rows, *images.shape[1:]))
+    compiled = jax.jit(one_batch).lower(variables, draws, batch, np.zeros(rows, np.int32)).compile()
+    return VoteCost(per_second, memory_of(compiled))

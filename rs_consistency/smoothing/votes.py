@@ -9,10 +9,13 @@ import jax.numpy as jnp
 import numpy as np
 
 from rs_consistency import noise
-from rs_consistency.common.checks import LARGEST, MAX_SEED, number_above, whole_number
-from rs_consistency.common.errors import UserError, first_line
+from rs_consistency.common.checks import LARGEST, MAX_SEED, PRECISIONS, number_above, one_of, whole_number
 from rs_consistency.data import DatasetInfo
 from rs_consistency.devices import parallel
+from rs_consistency.devices.compiler import deterministic_options
+from rs_consistency.smoothing.one_function import check_one_function
+from rs_consistency.smoothing.voter import ApplyFn, Voter, nan_error, pixels, scale_of
+from rs_consistency.statistics.samplers import GRID, NoiseLaw, noise_law
 
 # Calls of the device for a group of images, at least: then the rows that its last call leaves unused are few.
 _CALLS_IN_GROUP = 16
@@ -31,8 +34,9 @@ _BATCHES_PER_CALL_ELSEWHERE = 16
 # Row numbers are int32 on the devices: n0 + n and the 256 batches of a group must stay below 2**31 together.
 _MOST_VOTES = 2**29
 _LARGEST_BATCH = 2**20
-
-ApplyFn = Callable[[Any, jax.Array], jax.Array]  # (variables, images `[N, H, W, C]`) -> logits `[N, K]`
+# A CPU multiplies a matrix and a vector 8 rows at a time, and adds in another order in the rows that are left.
+_ROWS = 8
+_STATEMENTS = (noise.Stream.CERTIFY, noise.Stream.PREDICT)  # streams whose votes prove something
 
 
 class VoteSettings(NamedTuple):
@@ -45,6 +49,9 @@ class VoteSettings(NamedTuple):
       n: votes of the estimation.
       seed: seed of the noise.
       batch_size: noisy images at a time, over all devices.
+      image_shape: (H, W, C).
+      sampler: of the noise, one of `samplers.SAMPLERS`.
+      precision: of the network's products in float32, one of `checks.PRECISIONS`.
     """
 
     sigma: float
@@ -53,6 +60,28 @@ class VoteSettings(NamedTuple):
     n: int
     seed: int
     batch_size: int
+    image_shape: tuple[int, ...]
+    sampler: str
+    precision: str
+
+    @property
+    def law(self) -> NoiseLaw:
+        """The law of the noise, for bounds and tests."""
+        return noise_law(self.sampler, sigma=self.sigma, dimension=math.prod(self.image_shape))
+
+    @property
+    def scale(self) -> Any:
+        """Sigma as `Voter.noisy` takes it."""
+        return scale_of(self.sampler, self.sigma)
+
+    def rows_per_device(self, num_devices: int) -> int:
+        """Return the number of rows of a batch on each device, a multiple of 8."""
+        return -(-self.batch_size // (num_devices * _ROWS)) * _ROWS
+
+    def voter(self, apply_fn: ApplyFn, platform: str) -> Voter:
+        """Return the compiled part of the votes, for the devices of a platform."""
+        lookup = "one_hot" if platform == "tpu" else "gather"  # a TPU is slow at gathers
+        return Voter(apply_fn, self.num_classes, self.sampler, self.precision, lookup)
 
     @classmethod
     def for_dataset(cls, info: DatasetInfo, **settings: Any) -> Self:
@@ -71,6 +100,8 @@ def vote_settings(
     n0: Any = 0,
     least_n0: int = 0,
     batch_size: Any = None,
+    sampler: Any = GRID,
+    precision: Any = PRECISIONS[0],
 ) -> VoteSettings:
     """Return checked settings; see `VoteSettings`.
 
@@ -83,14 +114,20 @@ def vote_settings(
     if batch_size is None:
         usual, values = _BATCH.get(platform, _BATCH_ELSEWHERE)
         batch_size = min(usual, max(_LEAST_BATCH, values // max(1, math.prod(image_shape))))
-    return VoteSettings(
+    one_of("precision", precision, PRECISIONS)
+    settings = VoteSettings(
         sigma=number_above("sigma", sigma, 0, at_most=LARGEST),
         num_classes=whole_number("num_classes", num_classes, at_least=1),
         n0=whole_number("n0", n0, at_least=least_n0, at_most=_MOST_VOTES),
         n=whole_number("n", n, at_least=1, at_most=_MOST_VOTES),
         seed=whole_number("seed", seed, at_least=0, at_most=MAX_SEED),
         batch_size=whole_number("batch_size", batch_size, at_least=1, at_most=_LARGEST_BATCH),
+        image_shape=tuple(image_shape),
+        sampler=sampler,
+        precision=precision,
     )
+    _ = settings.law  # checks the sampler, and sigma for it
+    return settings
 
 
 class Votes(NamedTuple):
@@ -123,13 +160,14 @@ def count_votes(
     time, and only counts leave the devices.
 
     Guarantee: vote v of an image is a function of the seed, the image's index, the phase (selection or estimation), v
-    and sigma. Other images, the batch size and the devices have no effect, except through rounding in the model, which
-    can only decide ties.
+    and sigma. Other images and the number of devices have no effect, nor has the batch size, except through rounding in
+    the model, which can only decide ties. With noise on the grid, and for certificates and predictions, a test of
+    `one_function` precedes the first vote.
 
     Args:
       apply_fn: (variables, `[N, H, W, C]`) -> logits `[N, K]`.
       variables: first argument of `apply_fn`; replicated on the devices.
-      images: `[B, H, W, C]`, float32 in [0, 1], or uint8.
+      images: `[B, H, W, C]`, uint8; for the sampler "float" also float32 in [0, 1].
       indices: `[B]`, the images' numbers in their dataset, 0..MAX_INDEX, which address the noise.
       settings: from `vote_settings`.
       devices: local devices that share a batch.
@@ -137,27 +175,45 @@ def count_votes(
       occasion: further numbers that address the noise, for a purpose with several occasions, such as epochs.
 
     Raises:
-      UserError: when the model does not accept the images, does not give K logits, or gives NaN.
+      UserError: when the model does not accept the images, does not give K logits, or gives NaN; when images do not fit
+        the sampler; when the model is found not to be one function.
     """
     num_classes, per_image = settings.num_classes, settings.n0 + settings.n
-    per_device = -(-settings.batch_size // len(devices))
-    check_model(apply_fn, variables, images.shape[1:], num_classes=num_classes, batch_size=per_device)
+    per_device = settings.rows_per_device(len(devices))
+    voter = settings.voter(apply_fn, devices[0].platform)
+    voter.check(variables, images.shape[1:], per_device)
     batches_per_call = _BATCHES_PER_CALL.get(devices[0].platform, _BATCHES_PER_CALL_ELSEWHERE)
     rows_per_call = per_device * len(devices) * batches_per_call
     group = min(max(len(images), 1), -(-_CALLS_IN_GROUP * rows_per_call // per_image))
     group = min(group, max(1, _GROUP_VALUES // max(1, math.prod(images.shape[1:]))))
-    compiled = _compile(apply_fn, num_classes, per_device, batches_per_call, devices)
-    variables = parallel.replicate(variables, devices)
+    compiled = _compile(voter, per_device, batches_per_call, devices)
+    replicated = parallel.replicate(variables, devices)
     numbers = np.int32([settings.n0, settings.n])
-    key = noise.fold(noise.stream_key(settings.seed, stream), *occasion)
+    draws = {"key": noise.fold(noise.stream_key(settings.seed, stream), *occasion), "scale": settings.scale}
+    tested = settings.sampler != GRID or stream not in _STATEMENTS
     for first in range(0, len(images), group):
         num_real = min(group, len(images) - first)
         chosen = np.minimum(np.arange(first, first + group), len(images) - 1)  # the last group is padded
-        about_images = (to_float(images[chosen]), indices[chosen].astype(np.int32), np.int32(num_real))
-        arrays = parallel.replicate((key, np.float32(settings.sigma), numbers, *about_images), devices)
-        counts = parallel.replicate(np.zeros((2, group, num_classes + 1), np.int32), devices)
+        about_images = (pixels(images[chosen], settings.sampler), indices[chosen].astype(np.int32), np.int32(num_real))
+        arrays = parallel.replicate((draws, numbers, *about_images), devices)
+        counts = parallel.replicate(np.zeros((2, group, num_classes + 2), np.int32), devices)
         for start in range(0, num_real * per_image, rows_per_call):
-            counts = compiled(counts, variables, *arrays, np.int32(start))
+            counts = compiled(counts, replicated, *arrays, np.int32(start))
+            if not tested:
+                slot, vote = np.divmod(np.arange(min(rows_per_call, num_real * per_image)), per_image)
+                phase = (vote >= settings.n0).astype(np.int32)
+                check_one_function(
+                    voter,
+                    variables,
+                    images[slot],
+                    addresses=(indices[slot], phase, vote - settings.n0 * phase),
+                    draws=draws,
+                    rows=per_device,
+                    device=devices[0],
+                    group_of=phase * group + slot,
+                    counts=np.asarray(counts).reshape(2 * group, -1),
+                )
+                tested = True
         totals = np.asarray(counts)[:, :num_real].astype(np.int64)
         nan = np.flatnonzero(totals[..., num_classes].any(axis=0))
         if len(nan):
@@ -165,94 +221,41 @@ def count_votes(
         yield Votes(totals[0, :, :num_classes], totals[1, :, :num_classes])
 
 
-def _compile(
-    apply_fn: ApplyFn, num_classes: int, per_device: int, batches: int, devices: Sequence[jax.Device]
-) -> Callable[..., jax.Array]:
+def _compile(voter: Voter, per_device: int, batches: int, devices: Sequence[jax.Device]) -> Callable[..., jax.Array]:
     """Compile the votes of some batches of a group; sigma, seed and images are arguments of the compiled function."""
     batch_size = per_device * len(devices)
 
     def some_batches(
         shard: jax.Array,
-        counts: jax.Array,  # [2, G, K + 1]; the last class counts the votes with a NaN logit
+        counts: jax.Array,  # [2, G, K + 2]; behind the classes: the votes with a NaN logit, and the sum of checksums
         variables: Any,
-        key: jax.Array,
-        sigma: jax.Array,
+        draws: dict[str, Any],  # key and scale, as for `Voter.noisy`
         numbers: jax.Array,  # n0 and n
         images: jax.Array,  # [G, H, W, C]
         indices: jax.Array,  # [G]
         num_real: jax.Array,
         start: jax.Array,
     ) -> jax.Array:
-        n0, per_image = numbers[0], numbers.sum()
+        n0, per_image = numbers[0], numbers[0] + numbers[1]
 
         def one_batch(batch: Any, added: jax.Array) -> jax.Array:
-            row = start + (batch * len(devices) + shard) * per_device + jnp.arange(per_device)
+            row = start + (batch * len(devices) + shard) * per_device + jnp.arange(per_device, dtype=jnp.int32)
             slot, vote = row // per_image, row % per_image
-            real = slot < num_real
+            real = (slot < num_real).astype(jnp.int32)
             slot = jnp.minimum(slot, len(images) - 1)
             phase = (vote >= n0).astype(jnp.int32)
-            addresses = (indices[slot], phase, vote - n0 * phase)
-            voted = cast(
-                apply_fn, variables, images[slot], key=key, addresses=addresses, sigma=sigma, num_classes=num_classes
-            )
-            return added.at[phase, slot, voted].add(real.astype(added.dtype))
+            noisy = voter.noisy(images[slot], addresses=(indices[slot], phase, vote - n0 * phase), **draws)
+            voted, checksum = voter.votes(voter.logits(variables, noisy))
+            added = added.at[phase, slot, voted].add(real)
+            return added.at[phase, slot, -1].add(real * checksum)
 
         added = jnp.zeros_like(counts)
         if batches == 1:
-            added = one_batch(0, added)
+            added = one_batch(np.int32(0), added)
         else:
             left = (num_real * per_image - start + batch_size - 1) // batch_size
-            added = jax.lax.fori_loop(0, jnp.minimum(batches, left), one_batch, added)
+            added = jax.lax.fori_loop(np.int32(0), jnp.minimum(np.int32(batches), left), one_batch, added)
         return counts + parallel.sum_over_devices(added)
 
-    return parallel.spread(some_batches, devices=devices, donate=(0,))
-
-
-def cast(
-    apply_fn: ApplyFn,
-    variables: Any,
-    images: jax.Array,
-    *,
-    key: jax.Array,
-    addresses: tuple[jax.Array, jax.Array, jax.Array],
-    sigma: jax.Array | float,
-    num_classes: int,
-) -> jax.Array:
-    """Return one vote for each of the images `[N, H, W, C]` float32 in [0, 1], on a device.
-
-    `key` is the key of the noise stream. The `addresses` are `[N]` int32 each: the image's index, 0 for the selection
-    or 1 for the estimation, number of the vote. The other arguments are as for `count_votes` and `VoteSettings`.
-
-    Returns:
-      `[N]` int32, the class with the largest logit, the lowest of equals; K where a logit is NaN.
-    """
-    draws = noise.addressed_noise(key, *addresses, shape=images.shape[1:])
-    logits = apply_fn(variables, images + sigma * draws)
-    return jnp.where(jnp.isnan(logits).any(axis=-1), num_classes, logits.argmax(axis=-1))
-
-
-def nan_error(index: int) -> UserError:
-    """Return the error for an image with NaN among its logits."""
-    return UserError(f"the model gives NaN for noisy copies of image {index}; check its parameters and normalization")
-
-
-def to_float(images: np.ndarray) -> np.ndarray:
-    """Return images as float32 in [0, 1]; uint8 is divided by 255."""
-    return np.asarray(images, np.float32) / np.float32(255 if images.dtype == np.uint8 else 1)
-
-
-def check_model(
-    apply_fn: ApplyFn, variables: Any, image_shape: tuple[int, ...], *, num_classes: int, batch_size: int
-) -> None:
-    """Raise a `UserError` for a model that does not map a batch of images to K logits each."""
-    batch = jax.ShapeDtypeStruct((batch_size, *image_shape), jnp.float32)
-    try:
-        logits = jax.eval_shape(apply_fn, variables, batch)
-    except Exception as error:  # a model may raise anything for images that do not fit
-        message = f"the model does not accept images of shape {tuple(image_shape)}: {first_line(error)}"
-        raise UserError(message) from error
-    if getattr(logits, "shape", None) != (batch_size, num_classes):
-        raise UserError(
-            f"the model gives {getattr(logits, 'shape', type(logits).__name__)} for a batch of {batch_size} images, but"
-            f" num_classes={num_classes} needs logits of shape {(batch_size, num_classes)}"
-        )
+    options = deterministic_options(devices[0].platform) if voter.sampler == GRID else None
+    return parallel.spread(some_batches, devices=devices, donate=(0,), compiler_options=options)

@@ -25,7 +25,7 @@ two events has probability at most alpha / 2, and without them p_A >= Phi(t) and
 limit of H, and a smaller (larger) q makes H smaller (larger). E_T is no supermartingale for other q, and need not be.
 *Prediction:* n votes are within n eps of votes of the assumed law, in total variation.
 
-How it is computed. Probabilities are whole numbers of units 2**-256. Phi is an alternating series with a bounded rest.
+How it is computed. Probabilities are whole numbers of units 2**-256. Phi is an alternating series, see `series`.
 A binomial tail begins with its largest term, from Stirling's series or the exact binomial coefficient, and ends where
 a geometric series bounds the rest: some ten standard deviations of terms, not n.
 """
@@ -33,12 +33,12 @@ a geometric series bounds the rest: some ten standard deviations of terms, not n
 import math
 from decimal import Decimal
 from fractions import Fraction
-from functools import lru_cache
 from statistics import NormalDist
 from typing import Any
 
 from rs_consistency.common.checks import whole_number
 from rs_consistency.common.errors import UserError
+from rs_consistency.statistics.series import pi, within
 
 Exact = int | float | Decimal | Fraction  # all of them have an exact value; a float64 is a fraction of 2**k
 
@@ -309,7 +309,7 @@ def _probability(n: int, k: int, p: int) -> Above:
     if few <= _FEW:
         return _times(_up(math.comb(n, few), 0), _times(_power((p, -_BITS), k), _power((q, -_BITS), m)))
     powers = _times(_power(_over(n * p, k << _BITS), k), _power(_over(n * q, m << _BITS), m))
-    root = math.isqrt((n << 3 * _BITS) // (2 * (_pi(_BITS) - 2) * k * m)) + 1
+    root = math.isqrt((n << 3 * _BITS) // (2 * (pi(_BITS) - 2) * k * m)) + 1
     correction = _exp(_stirling(n)[1] - _stirling(k)[0] - _stirling(m)[0])
     return _times(powers, _times((root, -_BITS), correction))
 
@@ -318,7 +318,7 @@ def _inverse_central(m: int) -> Above:
     """Return 4^m / comb(2 m, m) = sqrt(pi m) exp(2 s(m) - s(2 m)), rounded up; s is from `_stirling`."""
     if m <= _FEW:
         return _over(1 << 2 * m, math.comb(2 * m, m))
-    root = math.isqrt((_pi(_BITS) + 2) * m << _BITS) + 1
+    root = math.isqrt((pi(_BITS) + 2) * m << _BITS) + 1
     return _times(_up(root, -_BITS), _exp(2 * _stirling(m)[1] - _stirling(2 * m)[0]))
 
 
@@ -348,44 +348,15 @@ def _exp(x: int) -> Above:
 def _cdf(a: Fraction) -> tuple[int, int]:
     """Return bounds of Phi(a), in units.
 
-    Phi(a) = 1/2 + sum_k (-1)^k u_k / (2 k + 1) / sqrt(2 pi) with u_k = a^(2 k + 1) / (2^k k!), for 0 <= a < 10, in
-    fixed point with b = 256 + 112 bits. An error e_k of u_k, in units of 2^-b, is at most e_(k-1) a^2 / (2 k) + 1,
-    hence at most (k + 1) exp(a^2 / 2) < 2^9 2^73: fewer than 2^9 terms are not 0. The computed u_k are too small. Where
-    they become 0 the true ones are below 2^82 and fall, so that the rest of the alternating series is smaller than the
-    first of them. All errors together are below 2^(9 + 82 + 1), and `factor` errs by less than 4: below 2^-19 units.
+    With 112 further bits, half of `series.within` errs by less than 2^83 2^-112 = 2^-29 units, and is rounded down.
     """
     if a < 0:
         low, high = _cdf(-a)
         return _ONE - high, _ONE - low
     if a >= _FAR:
         return _ONE - (_ONE >> 76), _ONE
-    bits = _BITS + 112
-    factor = math.isqrt((1 << 3 * bits) // (2 * _pi(bits)))  # 1 / sqrt(2 pi)
-    top, bottom = a.numerator**2, 2 * a.denominator**2
-    u, total, k = (a.numerator << bits) // a.denominator, 0, 0
-    while u:
-        total += -(u // (2 * k + 1)) if k % 2 else u // (2 * k + 1)
-        k += 1
-        u = u * top // (k * bottom)
-    above_half = factor * total >> bits + 112
+    above_half = within(a, _BITS + 112) >> 113
     return (_ONE >> 1) + above_half - 1, min((_ONE >> 1) + above_half + 2, _ONE)
-
-
-@lru_cache
-def _pi(bits: int) -> int:
-    """Return pi in units of 2**-bits, off by less than 2: Machin's formula with 32 further bits.
-
-    Each of fewer than 256 terms errs by less than 2 units of those, times 16 at most.
-    """
-
-    def arctan_of_inverse(n: int) -> int:
-        power, total, k = (1 << bits + 32) // n, 0, 0
-        while power:
-            total += -(power // (2 * k + 1)) if k % 2 else power // (2 * k + 1)
-            power, k = power // n**2, k + 1
-        return total
-
-    return 4 * (4 * arctan_of_inverse(5) - arctan_of_inverse(239)) >> 32
 
 
 # --- upper bounds m 2**e -----------------------------------------------------------------------------------------
@@ -393,7 +364,7 @@ def _pi(bits: int) -> int:
 
 def _up(mantissa: int, exponent: int) -> Above:
     extra = mantissa.bit_length() - _BITS
-    return (mantissa, exponent) if extra <= 0 else ((mantissa >> extra) + 1, exponent + extra)
+    return (mantissa, exponent) if extra <= 0 else (-(-mantissa >> extra), exponent + extra)
 
 
 def _times(a: Above, b: Above) -> Above:

@@ -22,13 +22,14 @@ bucket holds at most two values. The units of a value, over all buckets, are exa
 import functools
 import itertools
 from fractions import Fraction
-from math import isqrt, nextafter
+from math import nextafter
 from typing import Any, NamedTuple
 
 import numpy as np
 
 from rs_consistency.common.checks import number_above, whole_number
 from rs_consistency.common.errors import UserError
+from rs_consistency.statistics.series import within
 
 BITS = 63  # random bits for the size
 STEPS = 255  # of 8-bit images
@@ -158,66 +159,22 @@ def _units(s: Fraction) -> tuple[int, ...]:
 def _tails(s: Fraction) -> list[int]:
     """Return W_1, ..., W_T, with |W_j - 2^63 S_j| <= 1/2 + 2^-40.
 
-    With a = (j - 1/2) / s < 10 and y = a^2 / 2 < 50,
-
-        S_j = 1 - sqrt(2 / pi) sum_k (-1)^k u_k / (2k + 1),  u_k = a y^k / k!.
-
-    The numbers are multiples of e = 2^-223, a unit 2^-63 is 2^160 e, and every quotient is rounded down.
-
-    - u_k comes from u_(k-1) by the factor y / k. Its error is at most the error of u_(k-1) times y / k, plus e. In all
-      this is e times the sum over i <= k of y^(k-i) i! / k!, where each summand is at most y^(k-i) / (k-i)! <= exp(y).
-      So it is at most (k + 1) 2^73 e, as exp(50) < 2^73.
-    - The loop ends at the first k where u_k is rounded to 0. Below k = y the numbers do not fall, so the end is beyond,
-      where the true terms fall. What is left out is at most its first term, which is at most the error of u_k.
-    - There are fewer than 2^9 terms: 10 * 50^k / k! < 2^-223 for k = 256. The error of a term is the error of u_k over
-      2k + 1, which is at most 2^73 e, plus e. So the error of the sum is less than 2^9 (2^73 + 1) e + 2^73 e < 2^83 e.
-    - sqrt(2 / pi) < 1 has an error below 2 e, and the sum is below 2. With the last rounding, the error of S_j is less
-      than 2^83 e + 6 e < 2^84 e, which is 2^-76 units.
-
-    The difference of W_j and W_(j+1) is not negative: S_j - S_(j+1) is at least 2^-12 units up to T, far more than the
-    errors. The first j with W_j < 1 ends the list. At a >= 10, 2^63 S_j < 2^-12, and W_j is 0 without computation.
+    S_j comes from `series.within` with 160 bits more than the 63 of a unit, so its error is below 2^84 2^-160 = 2^-76
+    units. The difference of W_j and W_(j+1) is not negative: S_j - S_(j+1) is at least 2^-12 units up to T, far more
+    than the errors. The first j with W_j < 1 ends the list. At a_j >= 10, 2^63 S_j < 2^-12, and W_j is 0 without
+    computation.
     """
     bits = BITS + _GUARD
-    one = 1 << bits
-    factor = isqrt((2 << 3 * bits) // _pi(bits))  # sqrt(2 / pi)
     found = []
     while True:
         a = Fraction(2 * len(found) + 1, 2) / s
         if a >= 10:
             return found
-        top, bottom = a.numerator**2, a.denominator**2
-        u, total, k = (a.numerator << bits) // a.denominator, 0, 0
-        while u:
-            term = u // (2 * k + 1)
-            total += -term if k % 2 else term
-            k += 1
-            u = u * top // (2 * k * bottom)
-        tail = one - (factor * total >> bits)
+        tail = (1 << bits) - within(a, bits)
         whole = (tail + (1 << _GUARD - 1)) >> _GUARD
         if whole < 1:
             return found
         found.append(whole)
-
-
-def _pi(bits: int) -> int:
-    """Return pi * 2^bits with an error below 2, for up to 2^10 bits.
-
-    It is Machin's formula with 32 more bits. A term of a series is wrong by at most 3 of their units, and 2^9 terms are
-    enough. So the error before the last rounding is below 20 * 3 * 2^9 < 2^15 of 2^32, and that rounding adds less than
-    one.
-    """
-    one = 1 << (bits + 32)
-
-    def arctan_of_inverse(n: int) -> int:
-        total, power, k = 0, one // n, 0
-        while power:
-            term = power // (2 * k + 1)
-            total += -term if k % 2 else term
-            power //= n * n
-            k += 1
-        return total
-
-    return 4 * (4 * arctan_of_inverse(5) - arctan_of_inverse(239)) >> 32
 
 
 def _alias(units: tuple[int, ...]) -> tuple[list[int], list[int]]:

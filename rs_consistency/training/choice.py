@@ -12,6 +12,7 @@ from rs_consistency.devices import parallel
 from rs_consistency.methods.base import Accuracy, Choose
 from rs_consistency.noise import Stream
 from rs_consistency.smoothing.votes import VoteSettings, count_votes
+from rs_consistency.statistics.samplers import FLOAT
 from rs_consistency.training.runs import Run
 from rs_consistency.training.step import TrainState
 
@@ -50,6 +51,8 @@ def _accuracy(run: Run, epoch: int, split: data.Split, devices: Sequence[jax.Dev
                 sigma=config.sigma,
                 n=num_votes,
                 seed=config.seed,
+                sampler=FLOAT,  # as the noise of training
+                precision="default",
                 platform=devices[0].platform,
             ),
             devices=devices,

@@ -43,20 +43,21 @@ def smoothed_predictions(
     counts, voter = _read(path) or (np.zeros((0, info.num_classes), np.int64), None)
     if len(counts) < total:
         run = runs.restore(teacher, devices, name="the teacher's workdir")
-        teacher_digest = digest(run.variables)
-        if voter == teacher_digest:
+        settings = VoteSettings.for_dataset(
+            info, sigma=run.config.sigma, n=num_votes, seed=config.seed, platform=devices[0].platform
+        )
+        origin = f"{digest(run.variables)} {settings.sampler}"
+        if voter == origin:
             note(f"{path} holds {len(counts)} images already")
         elif voter is not None:
-            note(f"{path} is of another state of the teacher; it is made again")
+            note(f"{path} is of another state of the teacher, or of other noise; it is made again")
             counts = counts[:0]
         done, saved = len(counts), time.monotonic()
         groups = count_votes(
             *run.classifier(),
             split.images[done:],
             np.arange(done, total),
-            settings=VoteSettings.for_dataset(
-                info, sigma=run.config.sigma, n=num_votes, seed=config.seed, platform=devices[0].platform
-            ),
+            settings=settings,
             devices=devices,
             stream=Stream.TEACHER,
         )
@@ -65,19 +66,19 @@ def smoothed_predictions(
                 counts = np.concatenate([counts, votes.counts])
                 bar.update(len(votes.counts))
                 if time.monotonic() - saved > _SECONDS_BETWEEN_SAVES:
-                    _write(path, counts, teacher_digest)
+                    _write(path, counts, origin)
                     saved = time.monotonic()
-        _write(path, counts, teacher_digest)
+        _write(path, counts, origin)
     return (counts / np.float32(num_votes)).astype(np.float32)
 
 
-def _write(path: Path, counts: np.ndarray, teacher: str) -> None:
+def _write(path: Path, counts: np.ndarray, origin: str) -> None:
     with replace_atomically(path) as temporary, temporary.open("wb") as file:
-        np.savez_compressed(file, counts=counts, teacher=teacher)
+        np.savez_compressed(file, counts=counts, teacher=origin)
 
 
 def _read(path: Path) -> tuple[np.ndarray, str] | None:
-    """Return votes `[D, K]` on the first D images and the teacher's digest; None if the file is absent or damaged."""
+    """Return votes `[D, K]` on the first D images and their origin; None if the file is absent or damaged."""
     if not path.exists():
         return None
     try:

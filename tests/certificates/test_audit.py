@@ -97,14 +97,15 @@ def test_an_honest_file_reproduces(tmp_path, bound):
     path = certified(tmp_path / "c.tsv", bound)
     report = verify(path)
     assert report.ok and report.reproduced == report.drawn == 10 and report.total == 30 and not report.notes
-    assert report.text() == "10 of 10 lines reproduce; of all 30, at most 25.9% do not, with 95% confidence"
-    assert verify(path, INDICES).text() == "30 of 30 lines reproduce"
+    proven = "; all 30 are proven in whole numbers"
+    assert report.text() == f"10 of 10 lines reproduce; of all 30, at most 25.9% do not, with 95% confidence{proven}"
+    assert verify(path, INDICES).text() == f"30 of 30 lines reproduce{proven}"
     predicted = {row["predict"] for row in read_table(path).rows.values()}
     assert -1 in predicted and len(predicted) > 2  # or the file is too easy
 
 
 def test_votes_of_a_model_reproduce_and_those_of_another_do_not(tmp_path):
-    images = np.random.default_rng(0).uniform(size=(6, 4, 4, 1)).astype(np.float32)
+    images = np.random.default_rng(0).integers(256, size=(6, 4, 4, 1)).astype(np.uint8)
     weights = np.random.default_rng(1).normal(size=(16, 3)).astype(np.float32)
     settings = {"sigma": 0.5, "n0": 20, "n": 300, "seed": 3}
     result = rs_consistency.certify(
@@ -118,7 +119,8 @@ def test_votes_of_a_model_reproduce_and_those_of_another_do_not(tmp_path):
     )
     counts = columns_of_counts(CERTIFY, Votes(result.counts0, result.counts))
     rows = make_rows(idx=range(0, 12, 2), label=0, predict=result.prediction, radius=result.radius, time=0.1, **counts)
-    path = save(tmp_path / "c.tsv", CERTIFY, {**SETTINGS, "bound": "clopper_pearson"}, rows)
+    on_grid = {"sampler": "grid", "grid_steps": 255, "image_shape": [4, 4, 1], "precision": "highest"}
+    path = save(tmp_path / "c.tsv", CERTIFY, {**SETTINGS, **on_grid, "bound": "clopper_pearson"}, rows)
     chosen = np.array([2, 8])
     checked = vote_settings(**settings, num_classes=3, batch_size=64, image_shape=(4, 4, 1), platform="cpu")
     for change, ok in {0.0: True, 0.3: False}.items():
@@ -180,7 +182,7 @@ def test_a_line_that_contradicts_itself_is_found_without_drawing_it(path):
     report = verify(path)
     assert report.reproduced == report.drawn == 10 and not report.ok
     assert report.text().startswith("image 58: radius 1.500000, its counts give ")
-    assert report.text().endswith("\n10 of 10 lines reproduce")
+    assert report.text().endswith("\n10 of 10 lines reproduce; 29 of 30 are proven in whole numbers")
 
 
 def test_a_change_that_no_count_shows_is_found_by_the_digest(path):
@@ -209,7 +211,7 @@ def test_another_device_is_named_and_does_not_excuse(path):
         "note: made with another device, jax (8 x cpu, jax 1) than drawn again now (1 x gpu, jax 9): rounding can"
         " decide near-ties between classes differently, or change the last digit of a radius"
     )
-    assert lines[2] == "9 of 10 lines reproduce, largest difference 2 votes"
+    assert lines[2].startswith("9 of 10 lines reproduce, largest difference 2 votes; all 30 ")
     assert verify(path, here=here).ok and "rounding" in verify(path, here=here).text()
     assert "another code_digest" in verify(path, here={**HERE, "code_digest": "other"}).text()
 
@@ -235,7 +237,7 @@ def test_decisions_and_predictions(tmp_path):
         decision=["certified", "not_certified", "undecided"],
     )
     path = save(tmp_path / "d.tsv", DECIDE, {**SETTINGS, "radius": 0.75, "look_every": 16}, decided)
-    assert audit.compare(read_table(path), decided, HERE).text() == "3 of 3 lines reproduce"
+    assert audit.compare(read_table(path), decided, HERE).text().startswith("3 of 3 lines reproduce; all 3 ")
     fewer = [{**decided[0], "votes": 144}, *decided[1:]]
     assert "image 0: votes 160, drawn again 144" in audit.compare(read_table(path), fewer, HERE).text()
     forge(path, 0, radius="0.800000")

@@ -368,7 +368,7 @@ def test_a_file_of_another_mode_without_images_is_started_again(path, content):
         ({"skip": 0}, "skip=0: use a whole number of at least 1"),
         ({"shard": "3/2"}, "shard='3/2': use I/K"),
         ({"identity": "sigma"}, "identity='sigma' is no list of texts"),
-        ({"identity": ["mode", "sigma"]}, "it lacks n, alpha, seed, n0, bound, sampler, precision, skip, split_size, shard"),
+        ({"identity": ["mode", "sigma"]}, "it lacks n, alpha, seed, n0, bound, sampler, precision, skip, split_size"),
         ({"shards": [1]}, r"shards=\[1\] is no list of JSON objects"),
         ({"continued_with": {}}, "continued_with={} is no list of JSON objects"),
         ({"shards": [{"continued_with": [{"versions": "1"}]}]}, "versions='1' is no JSON object"),

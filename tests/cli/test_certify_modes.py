@@ -114,7 +114,10 @@ def test_default_files_by_mode_and_shard(program, trained, tmp_path):
     made = {path.name for path in workdir.glob("*.tsv")}
     assert made == {"decisions.tsv", "predictions.tsv", "certificates-2-of-3.tsv"}
     program.succeeds(*command, "--mode=decide", "--verify=2")
-    assert program.out == "2 of 2 lines reproduce; of all 4, at most 77.7% do not, with 95% confidence\n"
+    assert program.out == (
+        "2 of 2 lines reproduce; of all 4, at most 77.7% do not, with 95% confidence; all 4 are proven in whole"
+        " numbers\n"
+    )
 
 
 def test_shards_together_are_the_whole(program, trained, certified, tmp_path):
@@ -139,7 +142,7 @@ def test_shards_together_are_the_whole(program, trained, certified, tmp_path):
 def test_an_audit_finds_a_forged_line_and_another_model(program, trained, certified, tmp_path):
     command = ["cli.certify", f"--workdir={trained}", "--verify=30"]
     program.succeeds(*command, f"--output={certified}")
-    assert program.out == "30 of 30 lines reproduce\n"
+    assert program.out == "30 of 30 lines reproduce; all 30 are proven in whole numbers\n"
     forged = tmp_path / "forged.tsv"
     lines = certified.read_text().splitlines(keepends=True)
     cells = lines[5].rstrip("\n").split("\t")
@@ -251,3 +254,67 @@ CONFIG = f"--config={ROOT}/configs/mnist.py"
 def test_flags_that_exclude_or_need_each_other(program, arguments, message):
     """No folder or file of these names exists: the settings are checked before anything is read."""
     assert message in program.fails("cli.certify", *arguments)
+
+
+def test_samplers_do_not_mix_and_older_files_go_on(program, trained, certified, tmp_path):
+    older = tmp_path / "older.tsv"
+    command = ["cli.certify", f"--workdir={trained}", *QUICK, f"--output={older}"]
+    program.succeeds(*command, "--sampler=float", "--precision=default", "--max=20")
+    assert rows(older)[1:] != rows(certified)[1:21]
+    # A record of an older version does not name them.
+    path = older.with_suffix(".json")
+    record = json.loads(path.read_text())
+    program_of_older = record.pop("program")
+    assert program_of_older["rows_per_device"] == 16 and "grid_steps" not in record
+    del record["sampler"], record["precision"], record["finished"]
+    record["identity"] = [name for name in record["identity"] if name not in ("sampler", "precision")]
+    path.write_text(json.dumps(record))
+    error = program.fails(*command)
+    assert "sampler: 'float' -> 'grid'; precision: 'default' -> 'highest'" in error
+    assert "continue it with --sampler=float --precision=default" in error
+    program.succeeds(*command, "--sampler=float", "--precision=default")
+    assert len(rows(older)) == 31
+    program.succeeds("cli.certify", f"--workdir={trained}", "--verify=30", f"--output={older}")
+    assert "30 of 30 lines reproduce" in program.out
+    program.fails("cli.certify", f"--workdir={trained}", "--verify=1", f"--output={older}", "--sampler=grid")
+    grid, floats = tmp_path / "1.tsv", tmp_path / "2.tsv"
+    program.succeeds(*command[:-1], "--shard=1/2", f"--output={grid}")
+    program.succeeds(*command[:-1], "--shard=2/2", "--sampler=float", f"--output={floats}")
+    assert "sampler: 'grid' -> 'float'" in program.fails(
+        "cli.certify", "--merge", grid, floats, f"--output={tmp_path}/a.tsv"
+    )
+
+
+@pytest.mark.parametrize("devices", [1, 2, 8])
+def test_an_audit_takes_the_recorded_program_on_any_number_of_devices(program, trained, certified, devices):
+    again = ["cli.certify", f"--workdir={trained}", f"--output={certified}", "--verify=5", f"--num_devices={devices}"]
+    program.succeeds(*again)
+    assert "5 of 5 lines reproduce" in program.out and "another program" not in program.out
+    assert "30 are proven in whole numbers" in program.out
+
+
+def test_a_grid_file_without_its_image_is_refused(program, trained, certified, tmp_path):
+    """Fewer pixels would mean a smaller error of the sampler, and larger radii."""
+    forged = tmp_path / "c.tsv"
+    shutil.copy(certified, forged)
+    record = json.loads(certified.with_suffix(".json").read_text())
+    assert record["image_shape"] == [28, 28, 1] and record["sampler_error"] == pytest.approx(6.6e-14, rel=0.01)
+    forged.with_suffix(".json").write_text(json.dumps({**record, "image_shape": [1, 1, 1]}))
+    error = program.fails("cli.certify", f"--workdir={trained}", f"--output={forged}", "--verify=1")
+    assert "image_shape: [1, 1, 1] -> [28, 28, 1]" in error
+
+
+def test_a_fresh_seed_is_drawn_once_and_recorded(program, trained, certified, tmp_path):
+    output = tmp_path / "c.tsv"
+    command = ["cli.certify", f"--workdir={trained}", *QUICK, f"--output={output}", "--seed=fresh"]
+    program.succeeds(*command, "--max=3")
+    record = json.loads(output.with_suffix(".json").read_text())
+    assert record["seed"] != 0 and record["seed_source"] == "operating system"
+    program.succeeds(*command)  # goes on with the seed of the file
+    assert len(rows(output)) == 31 and rows(output)[1:] != rows(certified)[1:]
+    assert json.loads(output.with_suffix(".json").read_text())["seed"] == record["seed"]
+    program.succeeds("cli.certify", f"--workdir={trained}", "--verify=4", f"--output={output}")
+    assert "shards share a seed; draw one, such as --seed=" in program.fails(*command, "--shard=1/2")
+    given = ["cli.certify", f"--workdir={trained}", *QUICK, f"--output={certified}", "--seed=fresh"]
+    assert "was begun with the given seed 0" in program.fails(*given)
+    assert "invalid whole number value: 'new'" in program.fails(*command, "--seed=new")

@@ -9,7 +9,6 @@ import shutil
 import subprocess
 import sys
 
-import jax
 import numpy as np
 import pytest
 from PIL import Image
@@ -21,7 +20,7 @@ from rs_consistency.certificates.read import Certificates, read_certificates
 from rs_consistency.models import create_model
 from rs_consistency.report import figures, formats, plots
 from rs_consistency.report.contents import compare, subject
-from tests.helpers import ROOT, final_params
+from tests.helpers import ROOT, final_params, grid_draws
 
 HEADER = "idx\tlabel\tpredict\tradius\tcorrect\ttime\n"
 
@@ -184,10 +183,8 @@ def test_margins_and_votes_are_the_networks(two_runs):
     np.testing.assert_allclose(asked.clean_margins, by_hand(images, labels), atol=1e-4)
     key = noise.stream_key(0, noise.Stream.REPORT)
     for copy in range(3):
-        draws = [jax.random.normal(noise.fold(key, int(i), 1, copy), (28, 28, 1)) for i in table.idx]
-        np.testing.assert_allclose(
-            asked.noisy_margins[copy], by_hand(images + 0.5 * np.stack(draws), labels), atol=1e-4
-        )
+        draws = np.asarray(grid_draws(key, table.idx, 1, copy, shape=(28, 28, 1), sigma=0.5)) / 255
+        np.testing.assert_allclose(asked.noisy_margins[copy], by_hand(images + draws, labels), atol=1e-4)
     deviations = [np.std(asked.noisy_margins[:, i], ddof=1) for i in range(15)]
     assert asked.within() == pytest.approx(np.sqrt(np.mean(np.square(deviations))))
     robust = np.where(table.correct == 1, 1, -1) * table.radius

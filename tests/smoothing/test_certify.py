@@ -10,6 +10,7 @@ from rs_consistency import ABSTAIN, UserError, certify, lower_confidence_bound
 from rs_consistency.smoothing.certify import conclude
 from rs_consistency.smoothing.votes import count_votes, vote_settings
 from rs_consistency.statistics.bounds import BOUNDS
+from rs_consistency.statistics.samplers import noise_law
 
 SHAPE = (4, 4, 1)
 WEIGHTS = np.random.default_rng(0).normal(size=16)
@@ -27,10 +28,15 @@ def linear(images):
 
 
 def images_at(distance):
-    """An image in [0, 1] at a signed distance from the plane."""
-    image = 0.5 + distance * WEIGHTS
-    assert image.min() >= 0 and image.max() <= 1
-    return image.reshape(1, *SHAPE)
+    """An 8-bit image at a signed distance from the plane, but for 1e-4: one level of the nearest image is changed."""
+    levels = np.rint(255 * (0.5 + distance * WEIGHTS))
+    left = distance - (levels / 255 - 0.5) @ WEIGHTS
+    steps = np.arange(-9, 10)[:, None]
+    step, pixel = np.unravel_index(np.abs(left - steps * WEIGHTS / 255).argmin(), (19, 16))
+    levels[pixel] += step - 9
+    assert abs((levels / 255 - 0.5) @ WEIGHTS - distance) < 1e-4
+    assert levels.min() >= 0 and levels.max() <= 255
+    return levels.astype(np.uint8).reshape(1, *SHAPE)
 
 
 @pytest.fixture(scope="module")
@@ -132,7 +138,7 @@ def test_votes_do_not_depend_on_the_batches_in_a_call(several, votes, num_device
         count_votes(
             lambda _, images: linear(images),
             (),
-            np.float32(several),
+            several,
             np.arange(7),
             settings=settings,
             devices=jax.devices()[:num_devices],
@@ -151,7 +157,7 @@ def test_nothing_is_traced_again_for_other_images(several):
 
     settings = {"num_classes": 2, "n0": 10, "n": 333, "batch_size": 64, "devices": jax.devices()[:1]}
     certify(counting, np.repeat(several, 20, axis=0), sigma=SIGMA, **settings)  # 140 images: several groups
-    assert len(traced) == 2  # the check of the model, and the kernel
+    assert len(traced) == 3  # the check of the model, the kernel, and the network by itself
 
 
 def test_a_model_that_changed_is_certified_as_it_is_now(several):
@@ -170,7 +176,8 @@ def test_a_model_that_changed_is_certified_as_it_is_now(several):
 def test_the_noise_is_drawn_in_float32_and_no_radius_profits():
     sigma = 0.12
     assert np.float64(np.float32(sigma)) < sigma
-    got = conclude(np.array([[1, 0]]), np.array([[990, 10]]), alpha=0.001, sigma=sigma)
+    law = noise_law("float", sigma=sigma, dimension=16)._asdict()
+    got = conclude(np.array([[1, 0]]), np.array([[990, 10]]), alpha=0.001, **law)
     exact = float(np.float32(sigma)) * special.ndtri(special.betaincinv(990, 11, 0.001))
     assert got.radius[0] <= exact < sigma / float(np.float32(sigma)) * exact
     assert got.radius[0] == pytest.approx(exact, rel=1e-14)
@@ -243,6 +250,9 @@ def test_no_images_give_no_certificates():
         ({"indices": [0, 1, 2, 3, 4, 5, -1]}, "use whole numbers from 0"),
         ({"indices": [0.5] * 7}, "use whole numbers from 0"),
         ({"devices": []}, r"devices=\[\]: give at least one"),
+        ({"sampler": "exact"}, "sampler='exact' is unknown; use one of float, grid"),
+        ({"precision": "high"}, "precision='high' is unknown; use one of default, highest"),
+        ({"sigma": 30.0}, "sigma=30.0: noise on the grid of 1/255 needs a sigma from 0.0004 to 27"),
     ],
 )
 def test_bad_settings(several, arguments, message):
@@ -277,10 +287,11 @@ def test_whole_numbers_may_be_written_as_floats(several, votes):
     ("images", "message"),
     [
         (np.zeros((4, 4, 1)), r"images has shape \(4, 4, 1\); it must be \[B, H, W, C\]"),
-        (np.full((1, *SHAPE), 255, np.uint8), r"images lie in \[255, 255\]; they must be in \[0, 1\]"),
-        (np.full((1, *SHAPE), -0.1), "must be in"),
+        (np.full((1, *SHAPE), 255), r"images lie in \[255, 255\]; they must be uint8, or numbers in \[0, 1\]"),
+        (np.full((1, *SHAPE), -0.1), "they must be uint8"),
         (np.full((1, *SHAPE), "dark"), "images are of type <U4"),
-        (np.full((1, *SHAPE), np.nan), "must be in"),
+        (np.full((1, *SHAPE), np.nan), "they must be uint8"),
+        (np.full((1, *SHAPE), 0.5), r"the value 0\.5, which is no whole multiple of 1/255; give uint8 images, or"),
         (np.zeros((1, 5, 5, 1)), r"the model does not accept images of shape \(5, 5, 1\)"),
     ],
 )

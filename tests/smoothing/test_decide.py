@@ -1,7 +1,5 @@
 """`rs_consistency.decide`: the votes one by one as the reference, a classifier with a known answer, the schedule."""
 
-import functools
-
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -14,6 +12,7 @@ from rs_consistency.smoothing import pool
 from rs_consistency.smoothing.pool import LOOK_EVERY, decide_images
 from rs_consistency.smoothing.votes import vote_settings
 from rs_consistency.statistics import sequential
+from tests.helpers import grid_draws
 from tests.smoothing.test_certify import SHAPE, SIGMA, images_at, linear
 
 ALPHA, RADIUS, SEED = 0.05, 0.1, 7
@@ -29,21 +28,22 @@ def three(images):
 def images():
     """Near and far from the planes."""
     rng = np.random.default_rng(2)
-    return 0.5 + rng.uniform(-0.5, 0.5, size=(23, *SHAPE)) * rng.uniform(0, 1, size=(23, 1, 1, 1))
+    pixels = 0.5 + rng.uniform(-0.5, 0.5, size=(23, *SHAPE)) * rng.uniform(0, 1, size=(23, 1, 1, 1))
+    return np.rint(pixels * 255).astype(np.uint8)
 
 
-@functools.partial(jax.jit, static_argnums=3)
 def noisy(images, indices, phase, votes, seed):
     """`[B, votes, H, W, C]`, from the noise of each vote by its address."""
     key = noise.stream_key(seed, noise.Stream.CERTIFY)
-    index, vote = jnp.repeat(indices, votes), jnp.tile(jnp.arange(votes), len(indices))
-    draws = noise.addressed_noise(key, index, jnp.full_like(index, phase), vote, shape=SHAPE)
-    return (jnp.repeat(images, votes, axis=0) + SIGMA * draws).reshape(-1, votes, *SHAPE)
+    index, vote = np.repeat(indices, votes), np.tile(np.arange(votes), len(indices))
+    draws = grid_draws(key, index, phase, vote, shape=SHAPE, sigma=SIGMA)
+    levels = jnp.repeat(images, votes, axis=0).astype(jnp.int32) + draws
+    return (levels.astype(jnp.float32) / 255).reshape(-1, votes, *SHAPE)
 
 
 def single_votes(apply_fn, images, phase, votes, *, seed=SEED):
     """`[B, votes]` classes."""
-    batch = noisy(images.astype(np.float32), np.arange(len(images)), phase, votes, seed)
+    batch = noisy(images, np.arange(len(images)), phase, votes, seed)
     return np.asarray(apply_fn(batch.reshape(-1, *SHAPE)).argmax(axis=-1)).reshape(batch.shape[:2])
 
 
@@ -140,12 +140,9 @@ def test_decisions_depend_on_the_index_not_on_order_or_company(images, expected)
     assert (rows_of(decide_three(images[order], batch_size=48)) != expected[0][order]).any()
 
 
-def test_bytes_and_no_images(images, expected):
-    uint8 = np.round(images * 255).astype(np.uint8)
-    settings = settings_of(batch_size=64, n0=20, n=300, num_classes=3)
-    found = list(groups(three, uint8, settings, RADIUS))
-    got = np.concatenate([rows_of(group) for group in found])[np.argsort(np.concatenate([g.positions for g in found]))]
-    np.testing.assert_array_equal(got, rows_of(decide_three(uint8.astype(np.float32) / np.float32(255))))
+def test_levels_may_be_divided_by_255_and_there_may_be_no_images(images, expected):
+    for whole in (images / 255, images.astype(np.float32) * np.float32(1 / 255)):
+        np.testing.assert_array_equal(rows_of(decide_three(whole)), expected[0])
     none = decide_three(images[:0])
     assert none.decision.shape == (0,) and none.counts0.shape == (0, 3)
 
@@ -293,7 +290,7 @@ def test_a_model_that_gives_nan_is_refused_only_in_votes_that_are_used():
     settings = settings_of(n=1000, batch_size=1040)  # all votes are computed at once
     (first,) = groups(linear, image, settings, 0.2)
     assert first.decision == 1 and first.votes < 200
-    draws = [noisy(image.astype(np.float32), np.arange(1), phase, 1000, SEED) for phase in (0, 1)]
+    draws = [noisy(image, np.arange(1), phase, 1000, SEED) for phase in (0, 1)]
     pixels0, pixels = (np.asarray(batch)[0, :, 0, 0, 0] for batch in draws)
     used = max(pixels0[:20].max(), pixels[: int(first.votes[0])].max())
     assert pixels.max() > used + 1e-3

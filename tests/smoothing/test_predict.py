@@ -8,6 +8,7 @@ from scipy import special, stats
 
 from rs_consistency import ABSTAIN, UserError, certify, noise, predict
 from rs_consistency.smoothing.predict import conclude_prediction
+from tests.helpers import grid_draws
 from tests.smoothing.test_certify import SHAPE, SIGMA, images_at, linear
 
 
@@ -108,8 +109,8 @@ def test_votes_are_those_of_their_stream_and_depend_on_the_index_alone():
     assert (got.counts.sum(axis=1) == 200).all()
     key = noise.stream_key(4, noise.Stream.PREDICT)
     index, vote = (jnp.asarray(part) for part in np.divmod(np.arange(600), 200))
-    draws = noise.addressed_noise(key, index, jnp.ones_like(index), vote, shape=SHAPE)
-    votes = linear(jnp.asarray(images, jnp.float32)[index] + SIGMA * draws).argmax(axis=-1).reshape(3, 200)
+    noisy = jnp.asarray(images, jnp.int32)[index] + grid_draws(key, index, 1, vote, shape=SHAPE, sigma=SIGMA)
+    votes = linear(noisy.astype(jnp.float32) / 255).argmax(axis=-1).reshape(3, 200)
     np.testing.assert_array_equal(got.counts[:, 1], votes.sum(axis=1))
     again = predict(
         linear, images[1:], sigma=SIGMA, num_classes=2, n=200, seed=4, indices=[1, 2], devices=jax.devices()[:1]

@@ -10,7 +10,7 @@ import pytest
 
 from rs_consistency import UserError
 from rs_consistency.certificates.columns import format_radius
-from rs_consistency.statistics import exact
+from rs_consistency.statistics import exact, series
 from rs_consistency.statistics.bounds import BOUNDS, certify_votes, p_value_of
 from rs_consistency.statistics.exact import float_above, proves_decision, proves_prediction, proves_radius
 from rs_consistency.statistics.sequential import decide
@@ -39,7 +39,7 @@ def normal_cdf(a):
     """Return Phi(a) to 110 digits by another series, phi(a) sum_k a^(2 k + 1) / (1 3 5 ... (2 k + 1))."""
     with localcontext() as context:
         context.prec = 120
-        pi = Decimal(exact._pi(400)) / Decimal(2**400)
+        pi = Decimal(series.pi(400)) / Decimal(2**400)
         term = total = a
         for k in range(1, 400):
             term = term * a * a / (2 * k + 1)
@@ -64,8 +64,8 @@ def test_phi_beyond_ten_sigma():
 
 
 def test_pi():
-    assert str(Decimal(exact._pi(200)) / 2**200).startswith("3.14159265358979323846264338")
-    assert abs((exact._pi(500) >> 100) - exact._pi(400)) <= 2
+    assert str(Decimal(series.pi(200)) / 2**200).startswith("3.14159265358979323846264338")
+    assert abs((series.pi(500) >> 100) - series.pi(400)) <= 2
 
 
 # --- tails -------------------------------------------------------------------------------------------------------
@@ -349,6 +349,7 @@ def test_predictions_agree_with_float64():
         assert answers[-1] == (p_value <= ALPHA)
     assert 20 < sum(answers) < 280
     assert not proves_prediction(n, n, 0, alpha=ALPHA, eps=1e-7)  # n eps is more than alpha
+    assert proves_prediction(5, 3, 0, alpha=0.25)  # the p-value is alpha
 
 
 # --- arguments ---------------------------------------------------------------------------------------------------

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from rs_consistency import UserError
-from rs_consistency.statistics import rounded_gaussian
+from rs_consistency.statistics import rounded_gaussian, series
 from rs_consistency.statistics.rounded_gaussian import grid_table, sampler_error, size_units
 
 SIGMAS = [0.12, 0.25, 0.5]
@@ -152,15 +152,15 @@ def test_the_largest_sigma():
 
 
 def test_constants_of_the_proof():
-    y, e = 50, Fraction(1, 2**223)
-    series = sum(Fraction(y**k, math.factorial(k)) for k in range(400))
-    assert series + Fraction(1, 100) < 2**73  # exp(50); what is left out is below 50^400 / 400! * 2
+    y = 50
+    exponential = sum(Fraction(y**k, math.factorial(k)) for k in range(400))
+    assert exponential + Fraction(1, 100) < 2**73  # exp(50); what is left out is below 50^400 / 400! * 2
     assert 2 * Fraction(50**400, math.factorial(400)) < Fraction(1, 100)
-    assert 10 * Fraction(50**256, math.factorial(256)) < e
-    assert (2**9 * (2**73 + 1) + 2**73 + 6) * e < Fraction(1, 2**76 * 2**63)
+    assert 10 * Fraction(50**500, math.factorial(500)) < Fraction(1, 2**900)
+    assert 2**9 * (2**73 + 1) + 2**73 < 2**83 and 2**83 + 6 < 2**84 == 2 ** (223 - 63 - 76)
     with localcontext(prec=DIGITS):
         assert upper_tail(Decimal("9.2")) < Decimal(2) ** -64 and upper_tail(Decimal(10)) < Decimal(2) ** -75
-        error = rounded_gaussian._pi(223) - decimal_pi() * 2**223
+        error = series.pi(223) - decimal_pi() * 2**223
         assert abs(error) < 2
         # S_j - S_(j + 1) at the largest s, where W_j is 1.
         s = Decimal(27 * 255)

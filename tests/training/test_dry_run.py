@@ -114,7 +114,7 @@ def test_votes_are_timed_even_where_a_group_takes_many_images(monkeypatch, devic
     cost = measure_votes(
         lambda _, images: images.sum(axis=(1, 2, 3))[:, None] * np.float32([[1, -1]]),
         {},
-        np.zeros((1, 2, 2, 1), np.float32),
+        np.zeros((1, 2, 2, 1), np.uint8),
         settings=settings,
         devices=jax.devices()[:devices],
     )

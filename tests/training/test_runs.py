@@ -13,7 +13,7 @@ from rs_consistency.common.errors import UserError
 from rs_consistency.smoothing.votes import count_votes
 from rs_consistency.training import runs, teacher
 from rs_consistency.training.step import make_model
-from tests.helpers import TOY, final_params
+from tests.helpers import TOY, final_params, grid_draws
 
 
 def leaves_equal(one, other):
@@ -78,8 +78,8 @@ def test_the_teachers_votes_are_those_of_its_smoothed_classifier(toy_trained, sp
     run = runs.restore(toy_trained, jax.devices()[:1])
     model, key = make_model(run.config), noise.stream_key(0, noise.Stream.TEACHER)
     for index in (0, 13):
-        draws = np.stack([jax.random.normal(noise.fold(key, index, 1, vote), (28, 28, 1)) for vote in range(40)])
-        logits = model.apply(run.variables, split.images[index] / np.float32(255) + run.config.sigma * draws)
+        draws = grid_draws(key, index, 1, np.arange(40), shape=(28, 28, 1), sigma=run.config.sigma)
+        logits = model.apply(run.variables, np.float32(split.images[index][None] + draws) / np.float32(255))
         expected = np.bincount(logits.argmax(axis=-1), minlength=10) / 40
         np.testing.assert_allclose(shares[index], expected, atol=1e-7)
 
