@@ -20,11 +20,12 @@ from typing import Any
 import jax
 import numpy as np
 import torch
-from common import DATASETS, device_name, in_turns, make_network, show, to_torch, torch_device
+from common import DATASETS, device_name, in_turns, make_network, make_twin, show, to_torch, torch_device
 
 from rs_consistency.devices import parallel
 from rs_consistency.devices.host import keep_memory, use_cores
 from rs_consistency.models.inference import for_inference
+from rs_consistency.smoothing.voter import to_float
 from rs_consistency.smoothing.votes import Votes, count_votes, vote_settings
 
 SIGMA = 0.5
@@ -124,11 +125,12 @@ def speed_of_ours(ours: Ours, seconds: float) -> float:
 
 
 def _against_rival(name: str, dtype: str, args: argparse.Namespace) -> dict[str, Any]:
-    model, variables, twin, shape = make_network(name, dtype)
+    model, variables, shape = make_network(name, dtype)
+    twin = make_twin(name, variables).eval()
     apply_fn, variables = for_inference(model, variables, image_shape=shape)
     _check_twins(apply_fn, variables, twin, shape, tolerance=1e-3 if dtype == "float32" else 0.3)
-    image = np.random.default_rng(2).uniform(size=shape).astype(np.float32)
-    rival = Rival(twin, image, 10, torch_device())
+    image = np.random.default_rng(2).integers(256, size=shape).astype(np.uint8)
+    rival = Rival(twin, to_float(image), 10, torch_device())
     batch = rival.best_batch(args.seconds / 3)
     # Few votes on each image keep the rounds short. `_overhead` measures whether many votes cost more.
     ours = Ours(apply_fn, variables, image, n=_VOTES_IN_ROUND, batch_size=None)
@@ -144,9 +146,9 @@ def _against_rival(name: str, dtype: str, args: argparse.Namespace) -> dict[str,
 
 def _overhead(name: str, args: argparse.Namespace) -> dict[str, Any]:
     """Measure our n votes on one image against our 1,000 votes on each of n / 1000 images."""
-    model, variables, _, shape = make_network(name, "float32")
+    model, variables, shape = make_network(name)
     apply_fn, variables = for_inference(model, variables, image_shape=shape)
-    image = np.random.default_rng(2).uniform(size=shape).astype(np.float32)
+    image = np.random.default_rng(2).integers(256, size=shape).astype(np.uint8)
     n = args.n if name == "lenet" else args.n // 20  # a round would take a minute
     one = Ours(apply_fn, variables, image, n=n, batch_size=None)
     many = Ours(apply_fn, variables, image, n=1000, batch_size=None)

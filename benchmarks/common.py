@@ -31,8 +31,8 @@ def make_twin(name: str, variables: Any) -> "torch.nn.Module":
     return twin
 
 
-def make_network(name: str, dtype: str) -> tuple[Any, Any, "torch.nn.Module", tuple[int, ...]]:
-    """Return a flax model, random variables (batch statistics, too), its twin in PyTorch, and the image shape."""
+def make_network(name: str, dtype: str = "float32") -> tuple[Any, Any, tuple[int, ...]]:
+    """Return a flax model, random variables (batch statistics, too), and the image shape."""
     info = data.dataset_info(DATASETS[name])
     model = models.create_model(
         name, num_classes=info.num_classes, mean=info.mean, std=info.std, dtype=jnp.dtype(dtype)
@@ -47,7 +47,7 @@ def make_network(name: str, dtype: str) -> tuple[Any, Any, "torch.nn.Module", tu
                 lambda path, leaf: np.float32(draw[path[-1].key](leaf.shape)), variables["batch_stats"]
             ),
         }
-    return model, variables, make_twin(name, variables).eval(), info.image_shape
+    return model, variables, info.image_shape
 
 
 def to_torch(images: np.ndarray) -> "torch.Tensor":

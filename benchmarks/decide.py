@@ -17,7 +17,7 @@ from rs_consistency.certificates.read import Table, read_table
 from rs_consistency.cli import certify
 from rs_consistency.common.files import write_json
 
-_SETTINGS = ("sigma", "n0", "n", "alpha", "seed", "split", "dtype")  # as in the certificates
+_SETTINGS = ("sigma", "n0", "n", "alpha", "seed", "split", "dtype", "sampler", "precision")  # as in the certificates
 
 
 def _compare(fixed: Table, decided: Table, radius: float) -> dict[str, Any]:

@@ -114,9 +114,9 @@ def _serve(case: str, cores: Sequence[int]) -> None:
     steps = training.Ours(config, training.make_examples(config))
     steps.step()
     steps.wait()
-    model, variables, _, shape = make_network(training.CASES[case].model, "float32")
+    model, variables, shape = make_network(training.CASES[case].model)
     apply_fn, variables = for_inference(model, variables, image_shape=shape)
-    image = np.random.default_rng(2).uniform(size=shape).astype(np.float32)
+    image = np.random.default_rng(2).integers(256, size=shape).astype(np.uint8)
     votes = certification.Ours(apply_fn, variables, image, n=2000, batch_size=None)
     print("ready", flush=True)
     for line in sys.stdin:

@@ -1,4 +1,4 @@
-"""The attack of `examples/contradict_a_certificate.py`: false certificates under float noise, none on the grid."""
+"""The attack of `examples/false_certificates.py`: false certificates under float noise, none on the grid."""
 
 import importlib
 
@@ -18,7 +18,7 @@ SIGMA = 0.5
 def attack():
     with pytest.MonkeyPatch.context() as patch:
         patch.syspath_prepend(ROOT / "examples")
-        return importlib.import_module("contradict_a_certificate")
+        return importlib.import_module("false_certificates")
 
 
 def test_the_detector_is_silent_at_all_values_of_noise_on_black(attack, monkeypatch):

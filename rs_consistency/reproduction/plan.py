@@ -16,9 +16,12 @@ from rs_consistency.common.errors import UserError
 from rs_consistency.models import MODELS
 from rs_consistency.reproduction.published import Table, table_of
 from rs_consistency.statistics.bounds import ALPHA, BOUNDS, N0, N
+from rs_consistency.statistics.samplers import FLOAT
 from rs_consistency.training.config import PLACE_KEYS, flatten, validate
 
-PUBLISHED_VOTES = {"mode": "certify", "n0": N0, "alpha": ALPHA, "bound": BOUNDS[0]}  # of every certificate
+# Of every certificate. The noise is float32, as in the published code.
+PUBLISHED_VOTES = {"mode": "certify", "n0": N0, "alpha": ALPHA, "bound": BOUNDS[0]}
+PUBLISHED_VOTES |= {"sampler": FLOAT, "precision": "default"}
 _NEEDS_TEACHER, _TEACHER_SIGMA = "catrs", 0.25
 _FORWARD_PASSES = 3  # in the time of a gradient
 _FOLLOW_EPOCHS = ("lr_step_size", "warmup_epochs", "discard_epoch", "weigh_every")  # the last parts of keys
@@ -67,7 +70,8 @@ class Cell(NamedTuple):
     def certify_arguments(self, workdir: Path) -> list[str]:
         """Return the arguments of certify.py."""
         images = [f"--skip={self.selection.skip}", f"--max={self.selection.size}"]
-        return [f"--workdir={workdir}", *images, f"--n={self.n}", f"--seed={self.seed}"]
+        votes = [f"--{key}={value}" for key, value in PUBLISHED_VOTES.items()]
+        return [f"--workdir={workdir}", *images, *votes, f"--n={self.n}", f"--seed={self.seed}"]
 
 
 class Options(NamedTuple):

@@ -1,9 +1,9 @@
-"""The assumption that one function casts all votes: its record, and its test before the first vote.
+"""The assumption that one function casts all votes: its record, and its test before a vote is used.
 
 The guarantee is about a function f from a noisy image to a class. A compiled network is one only if the class of a
 noisy image does not depend on its row in a batch, on the other rows, or on the program around the network. Nothing in
 a network for inference mixes rows, but a kernel may add in another order elsewhere. So, for noise on the grid, a test
-precedes the first vote. It is a test, not a proof.
+comes before a vote is used. It is a test, not a proof.
 
 It does depend, in the last bits of its logits, on the number of rows in a batch. So the function is that of a recorded
 program, and votes are counted again with the recorded number of rows.

@@ -162,7 +162,7 @@ def count_votes(
     Guarantee: vote v of an image is a function of the seed, the image's index, the phase (selection or estimation), v
     and sigma. Other images and the number of devices have no effect, nor has the batch size, except through rounding in
     the model, which can only decide ties. With noise on the grid, and for certificates and predictions, a test of
-    `one_function` precedes the first vote.
+    `one_function` comes before a vote is used.
 
     Args:
       apply_fn: (variables, `[N, H, W, C]`) -> logits `[N, K]`.

@@ -1,4 +1,4 @@
-"""Makes false certificates, and shows the noise that prevents it: `python examples/contradict_a_certificate.py`.
+"""Makes false certificates, and shows the noise that prevents it: `python examples/false_certificates.py`.
 
 The theorem behind a certificate is about Gaussian noise in real numbers. Float32 noise is something else: at a pixel it
 takes 2^23 values, sigma sqrt(2) erf^-1(u) for equally spaced numbers u. So a network can tell which pixel value the
