@@ -198,11 +198,15 @@ def signed_law(units):
 
 def law_p_value(draws, sigma):
     """Return the p-value of the chi^2 test; cells below 20 expected draws are pooled."""
-    law = signed_law(size_units(sigma))
-    last = len(law) // 2
+    last = len(size_units(sigma)) - 1
     if np.abs(draws).max() > last:
         return 0.0
-    counts, expected = np.bincount(draws.ravel() + last, minlength=len(law)), law * draws.size
+    return counts_p_value(np.bincount(draws.ravel() + last, minlength=2 * last + 1), sigma)
+
+
+def counts_p_value(counts, sigma):
+    """Return the same from the counts of -T, ..., T."""
+    expected = signed_law(size_units(sigma)) * counts.sum()
     pooled = expected < 20
     counts = np.append(counts[~pooled], counts[pooled].sum())
     expected = np.append(expected[~pooled], expected[pooled].sum())
@@ -255,20 +259,23 @@ def test_draws_are_uncorrelated(many):
     assert largest_correlation(np.broadcast_to(draws[:1], draws.shape)) > 50  # the same noise for all images
 
 
-def test_todays_normal_rounded_has_another_law():
-    """All 2^23 values of `jax.random.normal`: no number of draws is needed to tell the laws apart."""
-    bits = jnp.arange(2**23, dtype=jnp.uint32)
+def test_float_noise_rounded_is_refused_by_the_test_of_the_law(monkeypatch):
+    """The counts are the exact law of its 2^23 values, so that no draws are needed; the table's own law passes."""
 
     @jax.jit
-    def rounded(bits):
-        least = np.nextafter(np.float32(-1), np.float32(0))
-        ones = jax.lax.bitcast_convert_type(bits | np.uint32(0x3F800000), jnp.float32) - 1
-        normal = np.float32(np.sqrt(2)) * jax.lax.erf_inv(jnp.maximum(least, ones * (1 - least) + least))
+    def rounded(words):
+        monkeypatch.setattr(noise, "_bits", lambda keys, size: words)
+        normal = noise.addressed_noise(KEY, jnp.zeros(1, jnp.int32), shape=(2**23, 1, 1))
         return jnp.rint(normal * np.float32(127.5)).astype(jnp.int32)
 
+    words = jnp.arange(2**23, dtype=jnp.uint32)[None] << np.uint32(9)
+    draws, last = np.asarray(rounded(words)).ravel(), len(size_units(0.5)) - 1
+    assert draws.max() < -draws.min() < last  # neither symmetric nor with the table's tails
+    counts = np.bincount(draws + last, minlength=2 * last + 1)
     law = signed_law(size_units(0.5))
-    counts = np.bincount(np.asarray(rounded(bits)) + len(law) // 2, minlength=len(law))
-    assert np.abs(counts / 2**23 - law).sum() / 2 > 1e-5
+    assert np.abs(counts / counts.sum() - law).sum() / 2 > 1e-5
+    assert counts_p_value(counts * 2**7, 0.5) < 1e-9  # 2^30 draws
+    assert counts_p_value(law * 2**30, 0.5) > 0.999
 
 
 # --- JAX's settings ---------------------------------------------------------------------------------------------------

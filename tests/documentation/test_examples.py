@@ -19,7 +19,7 @@ def two_classes(images):
 
 
 def test_a_smoothed_classifier_gives_what_the_functions_give():
-    images = np.random.default_rng(0).uniform(size=(6, 4, 4, 1))
+    images = np.random.default_rng(0).integers(256, size=(6, 4, 4, 1), dtype=np.uint8)
     smoothed = SmoothedClassifier(two_classes, sigma=0.5, num_classes=2)
     fixed = {"sigma": 0.5, "num_classes": 2}
     for mine, theirs in (
@@ -77,3 +77,17 @@ def test_a_denoiser_in_front_makes_radii_larger():
 def test_an_nnx_network_is_trained_and_certified():
     out = run_example("certify_nnx_model.py", "--steps=60", "--n=500")
     assert int(re.search(r"nnx network: (\d+) of 10 correct", out)[1]) >= 5
+
+
+def test_certificates_are_contradicted_under_float_noise_and_not_on_the_grid():
+    out = run_example("false_certificates.py", "--n=500")
+    rows = re.findall(r"^(.+?) +(float|grid) .* (\d+) of \d+$", out, re.MULTILINE)
+    contradicted = {(title, sampler): int(number) for title, sampler, number in rows}
+    assert contradicted.pop(("detector alone, a black image", "float")) == 1
+    assert contradicted.pop(("nearest mean with detector, digits", "float")) > 10
+    assert len(contradicted) == 4 and not any(contradicted.values())
+
+
+def test_certificates_of_a_run_are_contradicted(trained):
+    out = run_example("false_certificates.py", "--n=100", f"--workdir={trained}")
+    assert re.search(r"^lenet with detector, digits +float .* [1-9]\d* of 20$", out, re.MULTILINE)
