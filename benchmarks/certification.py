@@ -93,7 +93,7 @@ class Ours:
             seed=0,
             batch_size=batch_size,
             image_shape=image.shape,
-            platform=devices[0].platform,
+            devices=devices,
         )
         images = np.broadcast_to(image, (MANY, *image.shape))
         self._groups: Iterator[Votes] = count_votes(

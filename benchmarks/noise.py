@@ -122,7 +122,7 @@ def _votes(name: str, rounds: int) -> dict[str, Any]:
             seed=0,
             sampler=sampler,
             image_shape=shape,
-            platform=devices[0].platform,
+            devices=devices,
         )
         counts[sampler] = count_votes(apply_fn, variables, images, np.arange(_MANY), settings=settings, devices=devices)
         next(counts[sampler])  # compiles

@@ -10,7 +10,8 @@ from the file is therefore no guarantee. Two lower bounds are, at confidence 1 -
 A line that claims the truth and claims r makes Y_i(r) = 1; hence Y_i(r) >= Z_i(r) - E_i for every r, and P(E_i = 1) <=
 alpha.
 
-**These N images.** They are fixed; only the votes are random, and independent between images. The number of wrong lines
+**These N images.** They are fixed; only the votes are random, and independent between images (unless two images share a
+64-bit key: docs/certificate.md has the probability, which is to be added to delta). The number of wrong lines
 is then stochastically at most Binomial(N, alpha), and exceeds b = `wrong_at_most` with probability at most delta.
 Otherwise mean Y(r) >= mean Z(r) - b / N, for *all* r at once. N counts all images: how many lines claim anything
 depends on the votes, and among images whose p_A is just below what can be certified, every line that claims something

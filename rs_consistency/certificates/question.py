@@ -14,7 +14,7 @@ from rs_consistency.certificates.record import Settings
 from rs_consistency.common.checks import one_of, probability
 from rs_consistency.common.errors import UserError
 from rs_consistency.data import DatasetInfo
-from rs_consistency.smoothing.pool import LOOK_EVERY, Decisions, check_radius, decide_images, rows_per_device
+from rs_consistency.smoothing.pool import LOOK_EVERY, Decisions, check_radius, decide_images, rows_in_blocks
 from rs_consistency.smoothing.voter import ApplyFn
 from rs_consistency.smoothing.votes import Votes, VoteSettings, count_votes
 from rs_consistency.statistics.bounds import BOUNDS, N0, most_of_others
@@ -54,18 +54,17 @@ class Question(NamedTuple):
             settings |= {"radius": self.radius, "look_every": LOOK_EVERY}
         return settings
 
-    def rows_per_device(self, num_devices: int) -> int:
-        """Return the number of noisy images in a batch on each device."""
-        if self.schema is DECIDE:
-            return rows_per_device(self.votes, num_devices)
-        return self.votes.rows_per_device(num_devices)
+    @property
+    def rows_per_device(self) -> int:
+        """The number of noisy images in a batch on each device."""
+        return rows_in_blocks(self.votes) if self.schema is DECIDE else self.votes.rows_per_device
 
 
 def make_question(
     mode: str,
     *,
     info: DatasetInfo,
-    platform: str,
+    devices: Sequence[jax.Device],
     alpha: Any,
     n0: Any = None,
     bound: Any = None,
@@ -97,7 +96,7 @@ def make_question(
         one_of("bound", bound, BOUNDS)
     if schema is not PREDICT:
         votes |= {"n0": N0 if n0 is None else n0, "least_n0": 1}
-    settings = VoteSettings.for_dataset(info, platform=platform, **votes)
+    settings = VoteSettings.for_dataset(info, devices=devices, **votes)
     return Question(schema, settings, probability("alpha", alpha), bound, radius)
 
 

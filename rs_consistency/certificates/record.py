@@ -39,6 +39,7 @@ from rs_consistency.statistics.samplers import FLOAT, GRID, SAMPLERS, NoiseLaw, 
 
 # Keys that may differ between the calls that write one file; the others' values go to `continued_with`.
 PROVENANCE = ("device", "versions", "code_version", "code_digest", "git_commit", "program")
+OF_NOISE = ("sampler", "precision", "grid_steps", "image_shape")  # keys by which an older file differs from a new one
 _CHANGES_VOTES = ("device", "code_digest", "program")  # beside the versions
 
 
@@ -226,7 +227,7 @@ def _check_provenance(content: Mapping[str, Any]) -> None:
                 program = entry["program"]
                 if not isinstance(program, dict):
                     raise UserError(f"program={program!r} is no JSON object")
-                checks.count("rows_per_device", program.get("rows_per_device"))
+                checks.count("rows_per_device", program.get("rows_per_device"), at_most=2**20)
 
 
 def _list(content: Mapping[str, Any], key: str, kind: type) -> list[Any]:

@@ -117,12 +117,13 @@ class Source:
         if self.step is None:
             config = {"model": config["model"], "dataset": {"name": config["dataset"]["name"]}, "sigma": votes.sigma}
         voter = votes.voter(self.apply_fn, self.devices[0].platform)
-        rows = question.rows_per_device(len(self.devices))
         return {
             "device": parallel.describe(self.devices),
             "versions": {"python": platform.python_version(), **{name: package_version(name) for name in _PACKAGES}},
             **code_version(),
-            "program": program_of(voter, self.variables, votes.image_shape, rows=rows, devices=self.devices),
+            "program": program_of(
+                voter, self.variables, votes.image_shape, rows=question.rows_per_device, devices=self.devices
+            ),
             "sampler_error": votes.law.slack,
             "started": datetime.now(UTC).isoformat(timespec="seconds"),
             "config": config,
@@ -147,7 +148,7 @@ def plan(source: Source, question: Question, selection: Selection, output: Path,
             f"images: {len(wanted):,} of {len(source.split):,} of {config.dataset.name}, {source.binding['split']}, of"
             f" shape {' x '.join(map(str, images.shape[1:]))}; {done:,} done before",
             f"votes: {votes.n0:,} + {'at most ' if at_most else ''}{votes.n:,} an image, in batches of"
-            f" {votes.batch_size:,}",
+            f" {question.rows_per_device * len(source.devices):,}",
             f"devices: {parallel.describe(source.devices)}, {size(cost.bytes_per_device)} each for a batch",
             f"output: {output}",
             f"time: {'at most ' if at_most else 'about '}{duration(seconds)} at {cost.per_second:,.0f} votes a second",

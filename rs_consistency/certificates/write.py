@@ -11,12 +11,11 @@ import numpy as np
 
 from rs_consistency.certificates.columns import SCHEMAS, Row, Schema
 from rs_consistency.certificates.read import parse_own
-from rs_consistency.certificates.record import PROVENANCE, Record, differing_provenance, record_path
+from rs_consistency.certificates.record import OF_NOISE, PROVENANCE, Record, differing_provenance, record_path
 from rs_consistency.certificates.selection import Selection
 from rs_consistency.common.errors import UserError
 from rs_consistency.common.files import lock, naming, read_json, replace_atomically, write_json
 from rs_consistency.statistics.bounds import ABSTAIN
-from rs_consistency.statistics.samplers import FLOAT, GRID
 
 
 class Progress(NamedTuple):
@@ -221,10 +220,11 @@ def _held(path: Path, content: bytes, wanted: Record) -> tuple[Record, dict[int,
     record = Record.read(beside)
     differing = record.differences(wanted.identity)
     if differing:
-        older = record.settings.sampler == FLOAT and wanted.settings.sampler == GRID
-        remedy = ", or continue it with --sampler=float --precision=default" if older else ", or delete it"
+        remedy, noise = "delete it", record.settings
+        if all(text.partition(":")[0] in OF_NOISE for text in differing):
+            remedy = f"continue it with --sampler={noise.sampler} --precision={noise.precision}"
         raise UserError(
-            f"{path} was made with other settings ({'; '.join(differing)}); choose another --output{remedy}"
+            f"{path} was made with other settings ({'; '.join(differing)}); choose another --output, or {remedy}"
         )
     rows = parse_own(path, whole, record.schema, record.selection, ordered=record.finished is not None)
     # A finished table may have lost its last lines, which are made again.

@@ -43,7 +43,7 @@ from rs_consistency.common.checks import PRECISIONS, one_of, whole_number
 from rs_consistency.common.errors import EXIT_NOT_FINISHED, EXIT_NOT_REPRODUCED, UserError, note
 from rs_consistency.common.progress import progress_bar
 from rs_consistency.devices import parallel
-from rs_consistency.devices.host import keep_compiled, keep_memory, use_cores
+from rs_consistency.devices.host import fix_number_types, keep_compiled, keep_memory, use_cores
 from rs_consistency.models import DTYPES
 from rs_consistency.models.torch_checkpoints import INPUT_LAYERS
 from rs_consistency.statistics.bounds import ALPHA, BOUNDS, N0, N
@@ -133,8 +133,8 @@ def _parser() -> Parser:
     add_exclusive("--verify", type=whole, metavar="K", help=again)
     add("--verify_seed", type=whole, metavar="SEED", help="seed of the choice of lines (default: nobody can know)")
 
-    add = parser.add_argument_group("machine, without effect on the votes").add_argument
-    add("--batch_size", type=whole, help="noisy images at a time (default: by device)")
+    add = parser.add_argument_group("machine, without effect on the votes but at near-ties").add_argument
+    add("--batch_size", type=whole, help="noisy images at a time (default: as the file began, else by device)")
     add("--num_devices", type=whole, default=0, help="devices that share the work (default: all)")
     return parser
 
@@ -149,6 +149,7 @@ def _main(argv: Sequence[str]) -> None:
         done = merge(args.merge, args.output)
         print(f"{args.output}: {done.images} images of {len(args.merge)} shards\nnext: {_analyze(args.output)}")
         return
+    fix_number_types()
     keep_compiled()
     use_cores()
     keep_memory()
@@ -223,7 +224,7 @@ def _answer_all(args: Any) -> None:
     if args.batch_size is None:
         settings["batch_size"] = _recorded_batch_size(there, devices)
     info = data.dataset_info(config.dataset.name)
-    question = make_question(args.mode, **settings, info=info, platform=devices[0].platform)
+    question = make_question(args.mode, **settings, info=info, devices=devices)
     source = _read_source(args, config, args.split, devices)
     if args.workdir is not None:
         _check_finished(args, source)
@@ -334,7 +335,7 @@ def _verify(args: Any) -> None:
     info = data.dataset_info(config.dataset.name)
     settings = {name: getattr(table.record.settings, name, None) for name in ("sigma", *_CHOICES)}
     settings["batch_size"] = args.batch_size or _recorded_batch_size(table.record, devices)
-    question = make_question(table.record.schema.name, **settings, info=info, platform=devices[0].platform)
+    question = make_question(table.record.schema.name, **settings, info=info, devices=devices)
     source = _read_source(args, config, recorded.get("split", "test"), devices)
     audit.check_binding(table, {**question.identity(), **source.binding})
     redrawn: list[Row] = []

@@ -46,10 +46,11 @@ def _main(argv: Sequence[str]) -> None:
 
 
 def set_up(config: ConfigDict) -> None:
-    """Set up the CPU for training, before JAX's first computation; without effect on accelerators."""
-    from rs_consistency.devices.host import CPU_DEVICES, keep_memory, use_cores
+    """Set up JAX for training, before its first computation."""
+    from rs_consistency.devices.host import CPU_DEVICES, fix_number_types, keep_memory, use_cores
     from rs_consistency.training.config import validate
 
+    fix_number_types()
     with contextlib.suppress(UserError):  # two devices cannot share the step equally; `train` reports other errors
         validate(config, num_devices=CPU_DEVICES)
         use_cores()

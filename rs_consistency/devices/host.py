@@ -33,6 +33,15 @@ def _cpuinfo() -> list[str]:
         return []
 
 
+def fix_number_types() -> None:
+    """Make JAX compute with 32 bits where it has the choice, whatever `JAX_ENABLE_X64` says.
+
+    The programs' results are a function of config, seed and data. All draws name their types, but a constant of 64 bits
+    in a network would give a record another digest.
+    """
+    jax.config.update("jax_enable_x64", False)
+
+
 def use_cores() -> None:
     """Make two JAX devices of a CPU where the process may use two cores, so that the cores share the work.
 

@@ -112,7 +112,7 @@ def ask(subject: Subject, split: data.OpenSplit, *, images: int = 5, copies: int
         seed=record.get("seed"),
         sampler=record.get("sampler", FLOAT),
         precision=record.get("precision", "default"),
-        platform=devices[0].platform,
+        devices=devices,
     )
     apply_fn, variables = _network(subject, devices)
     look = _look(question.voter(apply_fn, devices[0].platform), variables, question)

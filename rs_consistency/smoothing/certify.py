@@ -87,7 +87,7 @@ def certify(
       sampler: "grid", noise rounded to steps of 1/255, or "float", float32 noise; see `statistics.samplers`.
       precision: "highest", float32 products of the network in full float32, or "default", as fast as the device can:
         in bfloat16 on a TPU, in TF32 on a GPU. A CPU knows no difference.
-      batch_size: noisy images at a time; None for a choice by device. No effect on the votes.
+      batch_size: noisy images at a time; None for a choice by device. It can only decide near-ties.
       indices: `[B]`, numbers that address the images' noise, 0..B-1 by default. The votes of an image are a function
         of seed, index, sigma and vote number; the other images have no effect.
       devices: local devices that share the work; None for all.

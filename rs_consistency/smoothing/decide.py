@@ -53,7 +53,7 @@ def decide(
     (array([ 1, -1], dtype=int8), array([464,  32]))
 
     `radius` is an l2 distance, at least 0, in units of the images, and `n` the most further votes. A batch of noisy
-    images is made of blocks of 16 on each device; `batch_size` has no effect on the result. The other arguments, and
+    images is made of blocks of 16 on each device; `batch_size` can only decide near-ties. The other arguments, and
     the errors, are as for `rs_consistency.certify`.
 
     Returns:

@@ -55,7 +55,7 @@ def prepare(
     devices = parallel.choose_devices() if devices is None else list(devices)
     if not devices:
         raise UserError("devices=[]: give at least one, or None for all")
-    about = {"sampler": sampler, "image_shape": images.shape[1:], "platform": devices[0].platform}
+    about = {"sampler": sampler, "image_shape": images.shape[1:], "devices": devices}
     return Task(images, indices, devices, vote_settings(**settings, **about))
 
 
@@ -69,7 +69,7 @@ def check_images(images: ArrayLike, sampler: str) -> np.ndarray:
     images = np.asarray(images)
     if not (np.issubdtype(images.dtype, np.number) or images.dtype == bool):
         raise UserError(f"images are of type {images.dtype}; they must be uint8, or numbers in [0, 1]")
-    if images.ndim != 4:
+    if images.ndim != 4 or 0 in images.shape[1:]:
         raise UserError(f"images has shape {images.shape}; it must be [B, H, W, C], one image being images[None]")
     if images.dtype == np.uint8:
         return images

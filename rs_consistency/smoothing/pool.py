@@ -41,9 +41,9 @@ _BATCHES_IN_FLIGHT = 2
 _BLOCKS_PER_REFILL = 8  # an image takes more than 8 blocks, selection included: mostly one refill for a batch
 
 
-def rows_per_device(settings: VoteSettings, num_devices: int) -> int:
+def rows_in_blocks(settings: VoteSettings) -> int:
     """Return the number of rows of a batch on each device: whole blocks, at least one."""
-    return LOOK_EVERY * max(1, settings.batch_size // (num_devices * LOOK_EVERY))
+    return LOOK_EVERY * max(1, settings.rows_per_device // LOOK_EVERY)
 
 
 def check_radius(radius: Any) -> float:
@@ -91,7 +91,7 @@ def decide_images(
     used, but not in a vote that is thrown away.
 
     `radius` and `alpha` are as for `decide`, the other arguments as for `votes.count_votes`. `settings.n` is the cap. A
-    device takes the whole blocks that fit into its share of `settings.batch_size`, at least one.
+    device takes the whole blocks that fit into `settings.rows_per_device`, at least one.
 
     Raises:
       UserError: for a radius or alpha outside its range, or a model that does not accept the images, does not give K
@@ -100,7 +100,7 @@ def decide_images(
     radius = check_radius(radius)
     alpha = probability("alpha", alpha)
     num_devices, shape = len(devices), images.shape[1:]
-    rows = rows_per_device(settings, num_devices)
+    rows = rows_in_blocks(settings)
     per_device = rows // LOOK_EVERY  # blocks
     num_blocks = per_device * num_devices
     voter = settings.voter(apply_fn, devices[0].platform)

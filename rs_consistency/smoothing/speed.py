@@ -28,7 +28,7 @@ def measure_votes(
     apply_fn: ApplyFn, variables: Any, images: np.ndarray, *, settings: VoteSettings, devices: Sequence[jax.Device]
 ) -> VoteCost:
     """Time votes on images `[B, H, W, C]` for about two seconds; arguments as in `votes.count_votes`."""
-    rows = settings.rows_per_device(len(devices))
+    rows = settings.rows_per_device
     # Whole batches on all devices: then the images make several groups, and all but the first are timed.
     short = settings._replace(n0=1, n=_MEASURED_BATCHES * rows * len(devices) - 1)
     many = images[np.arange(_MEASURED_IMAGES) % len(images)]

@@ -19,13 +19,15 @@ from rs_consistency.statistics.samplers import GRID, NoiseLaw, noise_law
 
 # Calls of the device for a group of images, at least: then the rows that its last call leaves unused are few.
 _CALLS_IN_GROUP = 16
-# Noisy images in a batch, and their pixel values at most. A CPU gets few: a layer's results then stay near the caches,
-# and below the size that glibc maps anew each time. On 2 cores LeNet counted 1.5 times as many votes a second with 128
-# as with 256, ResNet-20 1.1 times with 64. An accelerator gets thousands, as far as its memory allows: an NVIDIA H100
+# Noisy images in a batch on a device, and their pixel values at most: the same on any number of devices, because the
+# last bits of logits depend on it. A CPU's devices get few: a layer's results then stay near the caches, and below the
+# size that glibc maps anew each time. On 2 cores LeNet counted 1.5 times as many votes a second with 2 x 64 as with
+# 2 x 128, ResNet-20 1.1 times with 2 x 32. An accelerator gets thousands, as far as its memory allows: an NVIDIA H100
 # counted 3.5 million LeNet votes a second with 16,384 in a batch (7 GiB), 2.4 million with 4,096.
-_BATCH = {"cpu": (128, 3 * 2**16)}
-_BATCH_ELSEWHERE = (16384, 2**24)
-_LEAST_BATCH = 16
+_ROWS = {"cpu": (64, 3 * 2**15), "tpu": (2048, 2**21)}
+_ROWS_ELSEWHERE = (16384, 2**24)
+# A CPU multiplies a matrix and a vector 8 rows at a time, and adds in another order in the rows that are left.
+_MULTIPLE = 8
 _GROUP_VALUES = 2**26  # pixel values in a group of images at most: 256 MiB
 # Batches in one call of the device, in a compiled loop. On a CPU, convolutions in a compiled loop are slow and a call
 # costs little. An accelerator would wait for the host.
@@ -34,8 +36,6 @@ _BATCHES_PER_CALL_ELSEWHERE = 16
 # Row numbers are int32 on the devices: n0 + n and the 256 batches of a group must stay below 2**31 together.
 _MOST_VOTES = 2**29
 _LARGEST_BATCH = 2**20
-# A CPU multiplies a matrix and a vector 8 rows at a time, and adds in another order in the rows that are left.
-_ROWS = 8
 _STATEMENTS = (noise.Stream.CERTIFY, noise.Stream.PREDICT)  # streams whose votes prove something
 
 
@@ -48,7 +48,7 @@ class VoteSettings(NamedTuple):
       n0: votes of the selection; 0 where no class has to be selected.
       n: votes of the estimation.
       seed: seed of the noise.
-      batch_size: noisy images at a time, over all devices.
+      rows_per_device: noisy images in a batch on each device.
       image_shape: (H, W, C).
       sampler: of the noise, one of `samplers.SAMPLERS`.
       precision: of the network's products in float32, one of `checks.PRECISIONS`.
@@ -59,7 +59,7 @@ class VoteSettings(NamedTuple):
     n0: int
     n: int
     seed: int
-    batch_size: int
+    rows_per_device: int
     image_shape: tuple[int, ...]
     sampler: str
     precision: str
@@ -73,10 +73,6 @@ class VoteSettings(NamedTuple):
     def scale(self) -> Any:
         """Sigma as `Voter.noisy` takes it."""
         return scale_of(self.sampler, self.sigma)
-
-    def rows_per_device(self, num_devices: int) -> int:
-        """Return the number of rows of a batch on each device, a multiple of 8."""
-        return -(-self.batch_size // (num_devices * _ROWS)) * _ROWS
 
     def voter(self, apply_fn: ApplyFn, platform: str) -> Voter:
         """Return the compiled part of the votes, for the devices of a platform."""
@@ -96,7 +92,7 @@ def vote_settings(
     n: Any,
     seed: Any,
     image_shape: Sequence[int],
-    platform: str,
+    devices: Sequence[jax.Device],
     n0: Any = 0,
     least_n0: int = 0,
     batch_size: Any = None,
@@ -105,15 +101,18 @@ def vote_settings(
 ) -> VoteSettings:
     """Return checked settings; see `VoteSettings`.
 
-    n0 must be at least `least_n0`, which is 1 where a class has to be selected. A `batch_size` of None is chosen by
-    platform and image shape `(H, W, C)`.
+    n0 must be at least `least_n0`, which is 1 where a class has to be selected. The `batch_size`, noisy images over all
+    devices, is rounded up to a multiple of 8 on each. If it is None, their number on a device is chosen by platform and
+    image shape `(H, W, C)`.
 
     Raises:
       UserError: for the first setting that cannot work.
     """
     if batch_size is None:
-        usual, values = _BATCH.get(platform, _BATCH_ELSEWHERE)
-        batch_size = min(usual, max(_LEAST_BATCH, values // max(1, math.prod(image_shape))))
+        usual, values = _ROWS.get(devices[0].platform, _ROWS_ELSEWHERE)
+        rows = min(usual, values // max(1, math.prod(image_shape)))
+    else:
+        rows = -(-whole_number("batch_size", batch_size, at_least=1, at_most=_LARGEST_BATCH) // len(devices))
     one_of("precision", precision, PRECISIONS)
     settings = VoteSettings(
         sigma=number_above("sigma", sigma, 0, at_most=LARGEST),
@@ -121,7 +120,7 @@ def vote_settings(
         n0=whole_number("n0", n0, at_least=least_n0, at_most=_MOST_VOTES),
         n=whole_number("n", n, at_least=1, at_most=_MOST_VOTES),
         seed=whole_number("seed", seed, at_least=0, at_most=MAX_SEED),
-        batch_size=whole_number("batch_size", batch_size, at_least=1, at_most=_LARGEST_BATCH),
+        rows_per_device=max(1, -(-rows // _MULTIPLE)) * _MULTIPLE,
         image_shape=tuple(image_shape),
         sampler=sampler,
         precision=precision,
@@ -179,7 +178,7 @@ def count_votes(
         the sampler; when the model is found not to be one function.
     """
     num_classes, per_image = settings.num_classes, settings.n0 + settings.n
-    per_device = settings.rows_per_device(len(devices))
+    per_device = settings.rows_per_device
     voter = settings.voter(apply_fn, devices[0].platform)
     voter.check(variables, images.shape[1:], per_device)
     batches_per_call = _BATCHES_PER_CALL.get(devices[0].platform, _BATCHES_PER_CALL_ELSEWHERE)

@@ -53,7 +53,7 @@ def _accuracy(run: Run, epoch: int, split: data.Split, devices: Sequence[jax.Dev
                 seed=config.seed,
                 sampler=FLOAT,  # as the noise of training
                 precision="default",
-                platform=devices[0].platform,
+                devices=devices,
             ),
             devices=devices,
             stream=Stream.CHOOSE,

@@ -49,9 +49,7 @@ def plan(config: ConfigDict, workdir: Path) -> Plan:
         done = max(checkpoints.steps(), default=0)
     state = session.late_state()
     parameters = count_parameters(state.variables)
-    votes = VoteSettings.for_dataset(
-        info, sigma=config.sigma, n0=1, n=1, seed=config.seed, platform=devices[0].platform
-    )
+    votes = VoteSettings.for_dataset(info, sigma=config.sigma, n0=1, n=1, seed=config.seed, devices=devices)
     apply_fn, variables = Run(config, 0, state.variables).classifier()
     voted = measure_votes(apply_fn, variables, session.test.read(np.arange(1))[0], settings=votes, devices=devices)
     with closing(session.open_inputs(None)) as inputs:

@@ -44,7 +44,7 @@ def smoothed_predictions(
     if len(counts) < total:
         run = runs.restore(teacher, devices, name="the teacher's workdir")
         settings = VoteSettings.for_dataset(
-            info, sigma=run.config.sigma, n=num_votes, seed=config.seed, platform=devices[0].platform
+            info, sigma=run.config.sigma, n=num_votes, seed=config.seed, devices=devices
         )
         origin = f"{digest(run.variables)} {settings.sampler}"
         if voter == origin:

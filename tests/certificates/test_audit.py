@@ -122,7 +122,7 @@ def test_votes_of_a_model_reproduce_and_those_of_another_do_not(tmp_path):
     on_grid = {"sampler": "grid", "grid_steps": 255, "image_shape": [4, 4, 1], "precision": "highest"}
     path = save(tmp_path / "c.tsv", CERTIFY, {**SETTINGS, **on_grid, "bound": "clopper_pearson"}, rows)
     chosen = np.array([2, 8])
-    checked = vote_settings(**settings, num_classes=3, batch_size=64, image_shape=(4, 4, 1), platform="cpu")
+    checked = vote_settings(**settings, num_classes=3, batch_size=64, image_shape=(4, 4, 1), devices=jax.devices()[:1])
     for change, ok in {0.0: True, 0.3: False}.items():
         (votes,) = count_votes(
             lambda variables, batch: batch.reshape(-1, 16) @ variables,

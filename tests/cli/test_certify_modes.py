@@ -3,6 +3,7 @@
 import json
 import shutil
 
+import jax
 import numpy as np
 import pytest
 
@@ -318,3 +319,15 @@ def test_a_fresh_seed_is_drawn_once_and_recorded(program, trained, certified, tm
     given = ["cli.certify", f"--workdir={trained}", *QUICK, f"--output={certified}", "--seed=fresh"]
     assert "was begun with the given seed 0" in program.fails(*given)
     assert "invalid whole number value: 'new'" in program.fails(*command, "--seed=new")
+
+
+def test_a_setting_of_jax_changes_no_file(program, trained, certified, tmp_path):
+    output = tmp_path / "c.tsv"
+    jax.config.update("jax_enable_x64", True)
+    try:
+        program.succeeds("cli.certify", f"--workdir={trained}", *QUICK, "--max=5", f"--output={output}")
+    finally:
+        jax.config.update("jax_enable_x64", False)
+    assert rows(output)[1:] == rows(certified)[1:6]
+    records = [json.loads(path.with_suffix(".json").read_text()) for path in (output, certified)]
+    assert records[0]["program"] == records[1]["program"]

@@ -193,7 +193,14 @@ def test_votes_of_a_certification_change_at_ties_alone(dtype):
 
     images = np.random.default_rng(2).integers(256, size=(3, *case.image_shape)).astype(np.uint8)
     settings = vote_settings(
-        sigma=0.5, num_classes=3, n0=100, n=300, seed=0, batch_size=200, image_shape=case.image_shape, platform="cpu"
+        sigma=0.5,
+        num_classes=3,
+        n0=100,
+        n=300,
+        seed=0,
+        batch_size=200,
+        image_shape=case.image_shape,
+        devices=jax.devices()[:1],
     )
 
     def count(ready):

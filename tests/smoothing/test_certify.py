@@ -1,5 +1,7 @@
 """`rs_consistency.certify`: guarantees on classifiers with a known answer, and what the votes depend on."""
 
+from types import SimpleNamespace
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -131,8 +133,9 @@ def test_votes_do_not_depend_on_devices_or_batch(several, votes, num_devices, ba
 def test_votes_do_not_depend_on_the_batches_in_a_call(several, votes, num_devices, batches, monkeypatch):
     """On an accelerator a call computes several batches in a compiled loop."""
     monkeypatch.setattr("rs_consistency.smoothing.votes._BATCHES_PER_CALL", {"cpu": batches})
+    devices = jax.devices()[:num_devices]
     settings = vote_settings(
-        sigma=SIGMA, num_classes=2, n0=10, n=333, seed=7, batch_size=64, image_shape=SHAPE, platform="cpu"
+        sigma=SIGMA, num_classes=2, n0=10, n=333, seed=7, batch_size=64, image_shape=SHAPE, devices=devices
     )
     groups = list(
         count_votes(
@@ -141,7 +144,7 @@ def test_votes_do_not_depend_on_the_batches_in_a_call(several, votes, num_device
             several,
             np.arange(7),
             settings=settings,
-            devices=jax.devices()[:num_devices],
+            devices=devices,
         )
     )
     np.testing.assert_array_equal(np.concatenate([group.counts for group in groups]), votes.counts)
@@ -262,18 +265,22 @@ def test_bad_settings(several, arguments, message):
 
 
 @pytest.mark.parametrize(
-    ("platform", "image_shape", "batch_size"),
+    ("platform", "image_shape", "batch_size", "rows"),
     [
-        ("cpu", (28, 28, 1), 128),
-        ("cpu", (32, 32, 3), 64),
-        ("cpu", (224, 224, 3), 16),
-        ("gpu", (32, 32, 3), 5461),
-        ("gpu", (224, 224, 3), 111),
+        ("cpu", (28, 28, 1), None, 64),
+        ("cpu", (32, 32, 3), None, 32),
+        ("cpu", (224, 224, 3), None, 8),
+        ("tpu", (28, 28, 1), None, 2048),
+        ("gpu", (32, 32, 3), None, 5464),
+        ("gpu", (224, 224, 3), None, 112),
+        ("gpu", (224, 224, 3), 100, 40),
+        ("cpu", (28, 28, 1), 1, 8),
     ],
 )
-def test_the_batch_is_chosen_by_platform_and_image(platform, image_shape, batch_size):
-    settings = {"sigma": 1, "num_classes": 2, "n0": 1, "n": 1, "seed": 0, "batch_size": None}
-    assert vote_settings(**settings, image_shape=image_shape, platform=platform).batch_size == batch_size
+def test_the_rows_are_chosen_by_platform_and_image(platform, image_shape, batch_size, rows):
+    settings = {"sigma": 1, "num_classes": 2, "n0": 1, "n": 1, "seed": 0, "batch_size": batch_size}
+    devices = [SimpleNamespace(platform=platform)] * 3
+    assert vote_settings(**settings, image_shape=image_shape, devices=devices).rows_per_device == rows
 
 
 def test_whole_numbers_may_be_written_as_floats(several, votes):

@@ -149,7 +149,7 @@ def test_levels_may_be_divided_by_255_and_there_may_be_no_images(images, expecte
 
 def settings_of(**changes):
     settings = {"sigma": SIGMA, "num_classes": 2, "n0": 20, "n": 1000, "seed": SEED, "batch_size": 128, **changes}
-    return vote_settings(**settings, image_shape=SHAPE, platform="cpu")
+    return vote_settings(**settings, image_shape=SHAPE, devices=jax.devices()[:1])
 
 
 def groups(apply_fn, images, settings, radius, alpha=ALPHA):

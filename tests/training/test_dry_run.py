@@ -81,11 +81,11 @@ def test_a_measurement_begins_with_the_last_epoch_that_int32_can_count(tmp_path,
 def test_certification_is_planned(program, toy_trained, tmp_path, mode, most):
     shutil.copytree(toy_trained, tmp_path / "run")
     before = everything_in(tmp_path / "run")
-    wanted = [f"--workdir={tmp_path / 'run'}", "--skip=3", "--n=300", "--batch_size=64", *mode]
+    wanted = [f"--workdir={tmp_path / 'run'}", "--skip=3", "--n=300", "--batch_size=128", *mode]
     out = program.succeeds("cli.certify", *wanted, "--dry_run").out
     assert "linear, 7,850 parameters, float32, step 14; sigma 0.5" in out
     assert "20 of 60 of mnist, test, of shape 28 x 28 x 1; 0 done before" in out
-    assert f"time: {most} 0:" in out and "in batches of 64" in out
+    assert f"time: {most} 0:" in out and "in batches of 128" in out
     assert everything_in(tmp_path / "run") == before
 
 
@@ -109,7 +109,14 @@ def test_memory_is_that_of_the_compiled_function():
 def test_votes_are_timed_even_where_a_group_takes_many_images(monkeypatch, devices):
     monkeypatch.setattr(votes, "_BATCHES_PER_CALL", {})  # as on an accelerator
     settings = vote_settings(
-        sigma=0.5, num_classes=2, n0=1, n=100, seed=0, batch_size=1, image_shape=(2, 2, 1), platform="cpu"
+        sigma=0.5,
+        num_classes=2,
+        n0=1,
+        n=100,
+        seed=0,
+        batch_size=1,
+        image_shape=(2, 2, 1),
+        devices=jax.devices()[:devices],
     )
     cost = measure_votes(
         lambda _, images: images.sum(axis=(1, 2, 3))[:, None] * np.float32([[1, -1]]),
