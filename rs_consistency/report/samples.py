@@ -169,7 +169,7 @@ def _look(
 
     It takes at most `_BATCH` images, and is compiled once, since all its batches are of that size.
     """
-    draws = {"key": noise.stream_key(settings.seed, noise.Stream.REPORT), "scale": settings.scale}
+    draws = settings.draws(noise.Stream.REPORT)
 
     @jax.jit
     def noisy_logits(

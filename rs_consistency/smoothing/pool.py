@@ -108,7 +108,7 @@ def decide_images(
     num_slots = min(max(len(images), 1), _SLOTS_PER_BLOCK * num_blocks)
     per_refill = min(num_slots, -(-num_blocks // _BLOCKS_PER_REFILL))
     count_blocks, write = _compile(voter, per_device, devices)
-    draws = {"key": noise.stream_key(settings.seed, noise.Stream.CERTIFY), "scale": settings.scale}
+    draws = settings.draws(noise.Stream.CERTIFY)
     replicated = parallel.replicate((variables, draws), devices)
     pool = parallel.replicate(pixels(np.zeros((num_slots, *shape), np.uint8), settings.sampler), devices)
     schedule = _Schedule(indices, num_slots=num_slots, settings=settings, radius=radius, alpha=alpha)

@@ -43,7 +43,7 @@ def measure_votes(
     per_second = counted / (time.perf_counter() - start)
 
     voter = settings.voter(apply_fn, devices[0].platform)
-    draws = {"key": noise.stream_key(settings.seed, noise.Stream.PREDICT), "scale": settings.scale}
+    draws = settings.draws(noise.Stream.PREDICT)
 
     def one_batch(variables: Any, draws: dict[str, Any], images: jax.Array, index: jax.Array) -> jax.Array:
         noisy = voter.noisy(images, addresses=(index, index, index), **draws)

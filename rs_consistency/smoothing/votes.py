@@ -69,10 +69,10 @@ class VoteSettings(NamedTuple):
         """The law of the noise, for bounds and tests."""
         return noise_law(self.sampler, sigma=self.sigma, dimension=math.prod(self.image_shape))
 
-    @property
-    def scale(self) -> Any:
-        """Sigma as `Voter.noisy` takes it."""
-        return scale_of(self.sampler, self.sigma)
+    def draws(self, stream: noise.Stream, *occasion: int) -> dict[str, Any]:
+        """Return the `key` and the `scale` of the noise, as `Voter.noisy` takes them."""
+        key = noise.fold(noise.stream_key(self.seed, stream), *occasion)
+        return {"key": key, "scale": scale_of(self.sampler, self.sigma)}
 
     def voter(self, apply_fn: ApplyFn, platform: str) -> Voter:
         """Return the compiled part of the votes, for the devices of a platform."""
@@ -188,7 +188,7 @@ def count_votes(
     compiled = _compile(voter, per_device, batches_per_call, devices)
     replicated = parallel.replicate(variables, devices)
     numbers = np.int32([settings.n0, settings.n])
-    draws = {"key": noise.fold(noise.stream_key(settings.seed, stream), *occasion), "scale": settings.scale}
+    draws = settings.draws(stream, *occasion)
     tested = settings.sampler != GRID or stream not in _STATEMENTS
     for first in range(0, len(images), group):
         num_real = min(group, len(images) - first)
