@@ -36,7 +36,9 @@ def program_of(
       votes; `network_sha256`, of the network as XLA gets it.
     """
     noisy = jax.ShapeDtypeStruct((rows, *image_shape), jnp.int32 if voter.sampler == GRID else jnp.float32)
-    text = jax.jit(voter.logits).lower(variables, noisy).as_text()
+    # Shapes alone: where the variables are is no part of the network.
+    shapes = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(jnp.shape(leaf), jnp.result_type(leaf)), variables)
+    text = jax.jit(voter.logits).lower(shapes, noisy).as_text()
     flags = [flag for flag in os.environ.get("XLA_FLAGS", "").split() if not flag.startswith(_HOST_DEVICES)]
     return {
         "platform": devices[0].platform,
