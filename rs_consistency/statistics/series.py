@@ -9,11 +9,11 @@ from math import isqrt
 
 
 def within(a: Fraction, bits: int) -> int:
-    """Return P(|Z| < a) for a standard normal Z, in units e = 2^-bits. The error is below 2^84 e.
+    """Return P(abs(Z) < a) for a standard normal Z, in units e = 2^-bits. The error is below 2^84 e.
 
     It is for 0 <= a < 10 and at most 900 bits. With y = a^2 / 2 < 50,
 
-        P(|Z| < a) = sqrt(2 / pi) sum_k (-1)^k u_k / (2k + 1),  u_k = a y^k / k!.
+        P(abs(Z) < a) = sqrt(2 / pi) sum_k (-1)^k u_k / (2k + 1),  u_k = a y^k / k!.
 
     The numbers are multiples of e, and every quotient is rounded down.
 
