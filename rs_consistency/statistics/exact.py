@@ -4,8 +4,8 @@
 either: Python's integers are enough. Every rounding goes against the line, so a rounding can refuse a true line, but
 never prove a false one. Floats only choose where to look for a proof (`two_class`); the proof does not rest on them.
 
-Votes are Bernoulli(q) where the statement is about p_A, and `eps` bounds |q - p_A|: 0 if the noise has exactly the law
-that the theorem asks for. For the class A, with X = `count` of n votes for it:
+Votes are Bernoulli(q) where the statement is about p_A, and `eps` bounds abs(q - p_A): 0 if the noise has exactly the
+law that the theorem asks for. For the class A, with X = `count` of n votes for it:
 
 | line | is proven if |
 |---|---|
