@@ -150,6 +150,6 @@ def check_split(name: str, images: np.ndarray, labels: np.ndarray, info: Dataset
 def to_unit(images: jax.Array) -> jax.Array:
     """Return uint8 `[...]` as float32 in [0, 1], on the devices: for training and evaluation steps.
 
-    `smoothing.votes.to_float` does the same on the host.
+    `smoothing.voter.to_float` does the same on the host.
     """
     return images.astype(jnp.float32) / 255

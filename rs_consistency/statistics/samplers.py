@@ -11,7 +11,6 @@
 from typing import Any, NamedTuple
 
 import numpy as np
-from numpy.typing import ArrayLike
 
 from rs_consistency.common.checks import one_of
 from rs_consistency.statistics.rounded_gaussian import STEPS, sampler_error
@@ -48,15 +47,4 @@ def noise_law(sampler: Any, *, sigma: float, dimension: int, steps: int = STEPS)
     one_of("sampler", sampler, SAMPLERS)
     if sampler == GRID:
         return NoiseLaw(float(sigma), sampler_error(sigma, dimension, steps))
-    return NoiseLaw(float(drawn_sigma(sigma)), 0.0)
-
-
-def drawn_sigma(sigma: ArrayLike) -> np.ndarray:
-    """Return the sigma of float32 noise for computing radii, float64: in float32 it may be a little smaller.
-
-    Example:
-      >>> from rs_consistency.statistics.samplers import drawn_sigma
-      >>> float(drawn_sigma(0.5)), float(drawn_sigma(0.12))
-      (0.5, 0.11999999731779099)
-    """
-    return np.minimum(sigma, np.float64(np.float32(sigma)))
+    return NoiseLaw(min(float(sigma), float(np.float32(sigma))), 0.0)  # in float32 it may be a little smaller
