@@ -9,6 +9,7 @@ The last bits of the logits do depend on the number of rows in a batch. So the f
 program, and votes are counted again with the recorded number of rows.
 """
 
+import functools
 import hashlib
 import os
 from collections.abc import Sequence
@@ -78,32 +79,36 @@ def check_one_function(
       counts: `[G, K + 2]`, the program's counts of the G groups: by class, of NaN, and the sum of the checksums.
     """
 
-    def on_batch(values: np.ndarray, first: int) -> jax.Array:
+    def on_batch(values: np.ndarray, first: int) -> np.ndarray:
         part = values[first : first + rows]
-        return jax.device_put(np.pad(part, [(0, rows - len(part)), *[(0, 0)] * (part.ndim - 1)], "edge"), device)
+        return np.pad(part, [(0, rows - len(part)), *[(0, 0)] * (part.ndim - 1)], "edge")
 
-    def alone(variables: Any, noisy: jax.Array) -> tuple[jax.Array, tuple[jax.Array, jax.Array]]:
+    @jax.jit
+    def copies(
+        images: jax.Array, addresses: tuple[jax.Array, jax.Array, jax.Array], draws: dict[str, Any]
+    ) -> jax.Array:
+        return voter.noisy(images, addresses=addresses, **draws)
+
+    @functools.partial(jax.jit, compiler_options=deterministic_options(device.platform))
+    def alone(variables: Any, noisy: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
         logits = voter.logits(variables, noisy)
-        return logits, voter.votes(logits)
+        return logits, *voter.votes(logits)
 
-    compiled = jax.jit(alone, compiler_options=deterministic_options(device.platform))
-    noisy_copies = jax.jit(lambda images, addresses, draws: voter.noisy(images, addresses=addresses, **draws))
     variables, draws = jax.device_put((variables, draws), device)
     expected = np.zeros((len(counts) + 1, counts.shape[1]), np.int32)
     for first in range(0, len(images), rows):
         addressed = tuple(on_batch(np.asarray(each, np.int32), first) for each in addresses)
-        noisy = noisy_copies(on_batch(images, first), addressed, draws)
-        logits, (classes, checksums) = jax.device_get(compiled(variables, noisy))
+        noisy = copies(on_batch(images, first), addressed, draws)
+        logits, classes, checksums = map(np.asarray, alone(variables, noisy))
         if first == 0:
-            moved = compiled(variables, jnp.roll(noisy, 1, axis=0))[0]
-            same = compiled(variables, jnp.broadcast_to(noisy[-1:], noisy.shape))[0]
-            of_last = np.broadcast_to(logits[-1:], logits.shape)
-            if _differ(moved, np.roll(logits, 1, axis=0)) or _differ(same, of_last):
-                raise UserError(
-                    "the model gives other logits for the same image in another row of a batch, or beside other images:"
-                    " then its votes prove nothing; remove whatever depends on the batch, or use another batch_size, or"
-                    " sampler='float'"
-                )
+            for taken in (np.roll(np.arange(rows), 1), np.full(rows, rows - 1)):
+                again = np.asarray(alone(variables, np.asarray(noisy)[taken])[0])
+                if again.tobytes() != logits[taken].tobytes():
+                    raise UserError(
+                        "the model gives other logits for the same image in another row of a batch, or beside other"
+                        " images: then its votes prove nothing; remove whatever depends on the batch, or use another"
+                        " batch_size, or sampler='float'"
+                    )
         groups = group_of[first : first + rows]
         np.add.at(expected, (groups, classes[: len(groups)]), 1)
         np.add.at(expected[:, -1], groups, checksums[: len(groups)])
@@ -113,8 +118,3 @@ def check_one_function(
             "the model gives other logits inside the compiled votes than by itself, for the same images: then its"
             " votes prove nothing; use another batch_size, or sampler='float'"
         )
-
-
-def _differ(these: jax.Array, those: np.ndarray) -> bool:
-    """Return whether the bits of two arrays differ."""
-    return np.asarray(these).tobytes() != those.tobytes()
