@@ -92,7 +92,7 @@ def words_at_cuts(b, cuts, rng):
     return words + [int.from_bytes(rng.bytes(8), "little") for _ in range(30_000)]
 
 
-@pytest.mark.parametrize("sigma", [0.0004, 0.12, 0.25, 0.5, 1.0])
+@pytest.mark.parametrize("sigma", [0.0004, 0.12, 1.0])
 def test_every_word_gives_its_number(sigma):
     table = grid_table(sigma)
     b, cuts, others = unpack(table)

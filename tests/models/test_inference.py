@@ -191,7 +191,7 @@ def test_votes_of_a_certification_change_at_ties_alone(dtype):
         tie = first - second <= 2 * ROUNDING[dtype] * case.spread
         return jax.nn.one_hot(jnp.where(tie, 1, jnp.where(got.argmax(axis=1) == want.argmax(axis=1), 0, 2)), 3)
 
-    images = np.random.default_rng(2).integers(256, size=(3, *case.image_shape)).astype(np.uint8)
+    images = np.random.default_rng(2).uniform(size=(3, *case.image_shape)).astype(np.float32)
     settings = vote_settings(
         sigma=0.5,
         num_classes=3,
@@ -199,6 +199,7 @@ def test_votes_of_a_certification_change_at_ties_alone(dtype):
         n=300,
         seed=0,
         batch_size=200,
+        sampler="float",
         image_shape=case.image_shape,
         devices=jax.devices()[:1],
     )
