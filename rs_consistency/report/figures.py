@@ -213,4 +213,5 @@ def _picture(axes: Axes, image: np.ndarray) -> None:
         raise ValueError(f"{pixels} cannot be drawn: give floats in [0, 1], such as `samples.read_images` returns")
     grey = image.shape[-1] == 1
     axes.imshow(image[..., 0] if grey else image, cmap="gray" if grey else None, vmin=0, vmax=1)
+    axes.set(xticks=[], yticks=[])  # the layout measures them even where they are not drawn
     axes.axis("off")
