@@ -57,7 +57,7 @@ _CHOICES = ("n0", "n", "alpha", "seed", "bound", "radius", "sampler", "precision
 _KEPT_IN_THE_RECORD = ("sigma", "n0", "bound", "radius", "dtype", *_DEFAULTS)
 
 _FRESH = "fresh"
-_SEED_SOURCES = ("command", "operating system")  # by whether the seed is fresh; for the record
+_GIVEN, _DRAWN = "command", "operating system"  # sources of a seed, for the record
 
 # Beyond the parser's groups: flags that exclude each other, and flags that need another one, with how to write it.
 _EXCLUSIVE = (
@@ -211,7 +211,6 @@ def _answer_all(args: Any) -> None:
         if getattr(args, name) is None:
             setattr(args, name, value)
     config, devices = _read_config(args, args.dtype), parallel.choose_devices(args.num_devices)
-    one_of("mode", args.mode, FILES)
     skip = whole_number("skip", args.skip, at_least=1)
     most = None if args.max is None else whole_number("max", args.max, at_least=1)
     shard = None if args.shard is None else parse_shard(args.shard)
@@ -234,7 +233,11 @@ def _answer_all(args: Any) -> None:
     if args.dry_run:
         print(plan(source, question, selection, output, answered=check_answers(output, **held)))
         return
-    about = {**source.about(question), "seed_source": _SEED_SOURCES[args.seed == _FRESH], "command": args.command}
+    about = {
+        **source.about(question),
+        "seed_source": _DRAWN if args.seed == _FRESH else _GIVEN,
+        "command": args.command,
+    }
     with closing(CertificateFile(output, **held, about=about)) as file:
         print(f"devices: {parallel.describe(devices)}", flush=True)
         _fill(file, source.answers(question, file.remaining))
@@ -257,7 +260,7 @@ def _fresh_seed(output: Path, there: Record | None, shard: Shard | None) -> int:
         )
     if there is None:
         return secrets.randbits(32)
-    if there.content.get("seed_source") != _SEED_SOURCES[True]:
+    if there.content.get("seed_source") != _DRAWN:
         raise UserError(
             f"seed={_FRESH}: {output} was begun with the given seed {there.settings.seed}; choose another --output"
         )

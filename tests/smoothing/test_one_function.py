@@ -10,6 +10,10 @@ import pytest
 from rs_consistency import UserError, certify, decide, noise, predict
 from rs_consistency.smoothing.one_function import program_of
 from rs_consistency.smoothing.voter import Voter, pixels, scale_of, to_float
+from rs_consistency.smoothing.votes import VoteSettings
+from rs_consistency.statistics import sequential
+from rs_consistency.statistics.bounds import certify_votes, p_value_of
+from rs_consistency.statistics.samplers import NoiseLaw
 from tests.helpers import grid_draws
 
 SHAPE, SIGMA = (4, 4, 1), 0.5
@@ -105,7 +109,7 @@ def test_nothing_is_clipped_and_levels_are_exact():
 
 
 def test_selection_and_estimation_have_no_key_in_common():
-    """With as many folds, the last number decides: different numbers give different keys, whatever the phase."""
+    """Fold phase and vote as one number: after as many folds, different numbers give different keys."""
     key = noise.fold(noise.stream_key(0, noise.Stream.CERTIFY), 3)
     keys = jax.vmap(lambda number: jax.random.key_data(noise.fold(key, number)))
     numbers = np.concatenate([np.arange(1000), 2**30 + np.arange(1000)]).astype(np.int32)
@@ -129,6 +133,30 @@ def test_jax_settings_change_no_vote():
         changed.enter_context(jax.default_matmul_precision("bfloat16"))
         got = votes()
     np.testing.assert_array_equal(got, want)
+
+
+def test_the_error_of_the_sampler_is_in_every_statement(monkeypatch):
+    """Take an error that is large enough to be seen: the true error changes no printed digit."""
+    law = NoiseLaw(SIGMA, 0.01)
+    monkeypatch.setattr(VoteSettings, "law", law)
+    certified, decided, predicted = (CALLS[call](model) for call in CALLS)
+    selected = certified.counts0.argmax(axis=1)
+    hits = np.take_along_axis(certified.counts, selected[:, None], axis=1)[:, 0]
+    expected, without = (certify_votes(hits, 0, 300, alpha=0.001, sigma=SIGMA, slack=slack) for slack in (0.01, 0.0))
+    np.testing.assert_array_equal(certified.radius, expected.radius)
+    assert (expected.radius != without.radius).any()
+    tested = {"radius": 0.1, "alpha": 0.001}
+    looked = sequential.decide(decided.hits, decided.votes, **tested, **law._asdict())
+    np.testing.assert_array_equal(decided.decision, looked)
+    counts = np.sort(predicted.counts, axis=1)
+    np.testing.assert_array_equal(predicted.p_value, p_value_of(counts[:, -1], counts[:, -2], n=300, slack=0.01))
+    assert (predicted.p_value == 1).all()  # 300 votes with an error of 0.01 each prove nothing
+
+
+def test_decide_tests_against_the_probability_with_the_error(monkeypatch):
+    plain = CALLS["decide"](model)
+    monkeypatch.setattr(VoteSettings, "law", NoiseLaw(SIGMA, 0.05))
+    assert (CALLS["decide"](model).votes > plain.votes).any()  # it needs more votes
 
 
 def test_the_program_of_a_network_is_recorded(monkeypatch):
