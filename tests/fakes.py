@@ -84,6 +84,6 @@ def certify(workdir, named):
     for number, index in enumerate(file.remaining):
         if number == 1 and hang.exists():
             time.sleep(600)
-        file.append([[int(index), 3, 3, config["sigma"], 1, 1.0, 100, 90, 10, 3]])
+        file.append([[int(index), 3, 3, config["sigma"], 1, 1.0, 100, 90, 10, 3, 90, int(named["n"])]])
     file.finish()
     file.close()

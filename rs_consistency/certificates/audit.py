@@ -14,10 +14,10 @@ import numpy as np
 
 from rs_consistency.certificates.columns import Row
 from rs_consistency.certificates.exact_lines import unproven
-from rs_consistency.certificates.proof import contradictions, decimal_value
+from rs_consistency.certificates.proof import contradictions
 from rs_consistency.certificates.read import Table
 from rs_consistency.certificates.record import differing_provenance
-from rs_consistency.common.checks import whole_number
+from rs_consistency.common.checks import decimal_value, whole_number
 from rs_consistency.common.errors import UserError
 from rs_consistency.statistics.bounds import upper_confidence_bound
 

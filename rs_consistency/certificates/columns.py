@@ -20,16 +20,21 @@ The counts stand behind them:
 | certify | count_runner_up | most votes of any other class among those n |
 | decide | votes | the further votes, as many as it took |
 | certify, decide | selected | the selected class, also when it abstained |
+| certify | count_label | votes for the true class among those n |
+| certify | votes | n, or with a tolerance the fewer votes that the selection asked for |
 | decide | decision | certified, not_certified or undecided at the radius in question |
 | predict | count, count_runner_up | the two largest counts among n votes |
 | predict | p_value | of the two-sided binomial test of the one against the other |
+| predict | count_label | votes for the true class |
+
+Files of earlier versions lack the last columns of certify, `count_label` and `votes`, or of predict, `count_label`.
 """
 
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from datetime import timedelta
 from decimal import ROUND_FLOOR, Decimal
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Self
 
 import numpy as np
 from numpy.typing import ArrayLike
@@ -65,10 +70,26 @@ def seconds_of(time: str) -> float:
 
 
 class Schema(NamedTuple):
-    """A kind of certificate file: the mode of certify.py, and the names of the columns behind `FIELD_COLUMNS`."""
+    """A kind of certificate file.
+
+    Attributes:
+      name: the mode of certify.py.
+      columns: names of the columns behind `FIELD_COLUMNS`.
+      added: number of the last columns that files of earlier versions lack.
+    """
 
     name: str
     columns: tuple[str, ...]
+    added: int = 0
+
+    @property
+    def older(self) -> Self:
+        """The schema of files of earlier versions, which may be the same."""
+        return self._replace(columns=self.columns[: len(self.columns) - self.added], added=0)
+
+    def of_header(self, header: str) -> Self | None:
+        """Return the schema with this first line, newline included: itself, the older one, or None."""
+        return next((schema for schema in (self, self.older) if schema.header == header), None)
 
     @property
     def header(self) -> str:
@@ -82,8 +103,13 @@ class Schema(NamedTuple):
         return "\t".join(_to_text(name, value) for name, value in zip(names, values, strict=True)) + "\n"
 
     def text(self, rows: Iterable[Row]) -> str:
-        """Return a whole file: the header and a line for each row, in the order of idx."""
-        return self.header + "".join(map(self.line, sorted(rows, key=lambda row: row["idx"])))
+        """Return a whole file: the header and a line for each row, in the order of idx.
+
+        If a row lacks the columns that were added, it is a file of earlier versions.
+        """
+        rows = sorted(rows, key=lambda row: row["idx"])
+        written = self if all(row.keys() >= set(self.columns) for row in rows) else self.older
+        return written.header + "".join(map(written.line, rows))
 
     def parse(self, line: str) -> Row:
         """Read a line without its newline; a ValueError for anything that `line` does not write.
@@ -97,9 +123,9 @@ class Schema(NamedTuple):
         return row
 
 
-CERTIFY = Schema("certify", ("count0", "count", "count_runner_up", "selected"))
+CERTIFY = Schema("certify", ("count0", "count", "count_runner_up", "selected", "count_label", "votes"), added=2)
 DECIDE = Schema("decide", ("count0", "count", "votes", "selected", "decision"))
-PREDICT = Schema("predict", ("count", "count_runner_up", "p_value"))
+PREDICT = Schema("predict", ("count", "count_runner_up", "p_value", "count_label"), added=1)
 SCHEMAS = {schema.name: schema for schema in (CERTIFY, DECIDE, PREDICT)}
 
 

@@ -22,9 +22,10 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from rs_consistency.certificates.columns import CERTIFY, DECIDE, PREDICT, WORDS, Row, Schema
-from rs_consistency.certificates.proof import Evidence, decimal_value, impossible, is_possible, uniform_draws
+from rs_consistency.certificates.proof import Evidence, impossible, is_possible, uniform_draws
 from rs_consistency.certificates.read import certificate_path, read_rows
 from rs_consistency.certificates.record import Record, Settings, content_beside
+from rs_consistency.common.checks import decimal_value
 from rs_consistency.common.errors import UserError
 from rs_consistency.common.progress import progress_bar
 from rs_consistency.statistics.bounds import ABSTAIN
@@ -33,7 +34,7 @@ from rs_consistency.statistics.samplers import GRID
 from rs_consistency.statistics.sequential import CERTIFIED, UNDECIDED
 
 _IN_A_PROOF = {  # columns that a claim and its proof consist of
-    CERTIFY: ("predict", "radius", "selected", "count", "count_runner_up"),
+    CERTIFY: ("predict", "radius", "selected", "count", "count_runner_up", "votes"),
     DECIDE: ("predict", "radius", "selected", "count", "votes", "decision"),
     PREDICT: ("predict", "radius", "count", "count_runner_up"),
 }
@@ -116,7 +117,7 @@ def unproven(schema: Schema, settings: Settings, rows: Collection[Row], *, alpha
             claim, draw = _claim(schema, row), None if draws is None else float(draws[place])
             if not is_possible(schema, settings, row):
                 found[row["idx"]] = impossible(settings)
-            elif claim and not is_proven(draw, *(row[name] for name in names)):
+            elif claim and not is_proven(draw, *(row.get(name, settings.n) for name in names)):  # older files: n votes
                 found[row["idx"]] = f"{claim} is not proven by its counts in whole numbers"
             bar.update()
     return found
@@ -133,15 +134,18 @@ def _claim(schema: Schema, row: Row) -> str:
 
 def _is_proven(schema: Schema, settings: Settings, row: Row, alpha: Fraction, draw: float | None) -> bool:
     """Return whether the counts of a row prove its claim; the draw is for the bound `randomized`."""
-    law, n, count, predict, radius = settings.law, settings.n, row["count"], row["predict"], row["radius"]
+    law, count, predict, radius = settings.law, row["count"], row["predict"], row["radius"]
     if schema is PREDICT:
-        return radius == 0 and proves_prediction(n, count, row["count_runner_up"], alpha=alpha, eps=law.slack)
+        counts = settings.n, count, row["count_runner_up"]
+        return radius == 0 and proves_prediction(*counts, alpha=alpha, eps=law.slack)
     if predict not in (ABSTAIN, row["selected"]):
         return False
     about = {"sigma": law.sigma, "alpha": alpha, "eps": law.slack}
     if schema is CERTIFY:
         about |= {"bound": settings.bound, "runner_up": row["count_runner_up"], "uniform": draw}
-        return proves_radius(n, count, radius, **about)
+        if settings.alpha_share is not None:
+            about["alpha_share"] = decimal_value(settings.alpha_share)
+        return proves_radius(row["votes"], count, radius, **about)
     certified, asked = row["decision"] == WORDS[CERTIFIED], decimal_value(settings.radius)
     if predict != ABSTAIN and not (certified and radius <= asked):
         return False

@@ -4,7 +4,7 @@ The votes are expensive and stay as they are. The rest of a row follows from the
 the record beside the file, `NAME.json`.
 """
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from decimal import Decimal
 from fractions import Fraction
 from pathlib import Path
@@ -16,9 +16,11 @@ from rs_consistency.certificates.columns import CERTIFY, DECIDE, WORDS, Row, Sch
 from rs_consistency.certificates.read import Certificates, Table, certificate_path, read_rows, to_columns
 from rs_consistency.certificates.record import Record, Settings, record_path
 from rs_consistency.common import checks
+from rs_consistency.common.checks import decimal_value
 from rs_consistency.common.errors import UserError
 from rs_consistency.statistics import sequential
-from rs_consistency.statistics.bounds import ABSTAIN, BOUNDS, certify_votes, p_value_of
+from rs_consistency.statistics.allocation import votes_for_tolerance
+from rs_consistency.statistics.bounds import ABSTAIN, ALPHA_SHARE, BOUNDS, certify_votes, p_value_of
 
 _MORE_VOTES = "none before more votes"  # a decision that was not reached when the votes ended
 # One unit of the last written digit: another version of SciPy may have computed the quantile a little differently.
@@ -30,16 +32,18 @@ class Evidence(NamedTuple):
 
     Attributes:
       settings: with the alpha and the bound that the certificates were concluded with.
-      alpha: the same alpha, exactly; see `decimal_value`.
+      alpha: the same alpha, exactly; see `checks.decimal_value`.
       rows: N rows, read or recomputed.
-      count: `[N]`, votes for the selected class among the n that measured it.
-      lower: `[N]` float64, the lower confidence bounds of p_A (`two_class`: at alpha / 2).
+      count: `[N]`, votes for the selected class among the votes that measured it.
+      votes: `[N]`, these votes.
+      lower: `[N]` float64, the lower confidence bounds of p_A (`two_class`: at its share of alpha).
     """
 
     settings: Settings
     alpha: Fraction
     rows: list[Row]
     count: np.ndarray
+    votes: np.ndarray
     lower: np.ndarray
 
 
@@ -89,28 +93,31 @@ def load(
             raise UserError(f"{path} {missing}; leave out --alpha, --bound, --bonferroni and --joint, or this file")
         return table, None
     settings, rows = record.settings, list(by_index.values())
-    for row in rows:
-        if not is_possible(CERTIFY, settings, row):
-            raise UserError(f"{path}, image {row['idx']}: {impossible(settings)}")
+    for index, fault in faults_of_counts(CERTIFY, settings, rows).items():
+        raise UserError(f"{path}, image {index}: {fault}; certify again")
     each = decimal_value(settings.alpha if alpha is None else alpha) / (len(rows) if bonferroni else 1)
-    settings = settings._replace(alpha=checks.probability("alpha", float(each)), bound=bound or settings.bound)
+    if bound not in (None, settings.bound):
+        settings = settings._replace(bound=bound, alpha_share=ALPHA_SHARE if bound == "two_class" else None)
+    settings = settings._replace(alpha=checks.probability("alpha", float(each)))
     proven, lower = _certificates(settings, _columns(rows))
     if recompute:
         rows, table = proven, to_columns(file, {row["idx"]: row for row in proven})
     else:
         _check_claims(path, rows, proven)
-    return table, Evidence(settings, each, rows, np.array([row["count"] for row in rows]), lower)
+    columns = _columns(rows)
+    votes = np.broadcast_to(columns.get("votes", settings.n), len(rows))
+    return table, Evidence(settings, each, rows, columns["count"], votes, lower)
 
 
 def contradictions(table: Table) -> dict[int, str]:
     """Return image number -> how its line differs from the line that its counts give, for each line that does."""
     schema, settings = table.record.schema, table.record.settings
+    found = faults_of_counts(schema, settings, table.rows.values())
     possible = [row for row in table.rows.values() if is_possible(schema, settings, row)]
-    found = dict.fromkeys(table.rows, impossible(settings))
     proven = rows_of_counts(schema, settings, _columns(possible)) if possible else []
     for old, new in zip(possible, proven, strict=True):
         differing = [f"{name} {old[name]}, its counts give {new[name]}" for name in old if old[name] != new[name]]
-        found[old["idx"]] = ", ".join(differing)
+        found[old["idx"]] = ", ".join([*differing, *filter(None, [found.get(old["idx"])])])
     return {index: text for index, text in found.items() if text}
 
 
@@ -129,11 +136,6 @@ def rows_of_counts(schema: Schema, settings: Settings, columns: dict[str, np.nda
     return (_decisions if schema is DECIDE else _predictions)(settings, columns)
 
 
-def decimal_value(number: float) -> Fraction:
-    """Return the decimal number that a float is written as: 1/1000 for 0.001, whose float64 is a little more."""
-    return Fraction(repr(number))
-
-
 def uniform_draws(settings: Settings, indices: np.ndarray) -> np.ndarray | None:
     """Return the draws `[G]` of the bound `randomized` for images with these numbers; None for another bound."""
     if settings.bound != "randomized":
@@ -143,15 +145,55 @@ def uniform_draws(settings: Settings, indices: np.ndarray) -> np.ndarray | None:
     return bound_uniform(settings.seed, indices)
 
 
+def faults_of_counts(schema: Schema, settings: Settings, rows: Collection[Row]) -> dict[int, str]:
+    """Return image number -> the fault of its counts, for each row that this program does not write with the settings.
+
+    Beside counts that are not possible, it is a number of votes that the selection did not ask for, or votes for the
+    label that contradict the other counts.
+    """
+    found, planned = {}, [settings.n] * len(rows)
+    if settings.tolerance is not None:
+        planned = planned_votes(settings, np.array([min(row["count0"], settings.n0) for row in rows])).tolist()
+    for row, votes in zip(rows, planned, strict=True):
+        if not is_possible(schema, settings, row):
+            found[row["idx"]] = impossible(settings)
+        elif schema is CERTIFY and row.get("votes", votes) != votes:
+            found[row["idx"]] = f"votes {row['votes']}, its selection asks for {votes}"
+        elif not _is_of_label(row):
+            found[row["idx"]] = f"count_label {row['count_label']} contradicts its other counts"
+    return found
+
+
+def _is_of_label(row: Row) -> bool:
+    """Return whether the votes for the label, where they are known, agree with the other counts."""
+    if "count_label" not in row:
+        return True
+    chosen, votes = row.get("selected", row["predict"]), row["count_label"]
+    if row["label"] == chosen:
+        return votes == row["count"]
+    return votes <= (row["count"] if chosen == ABSTAIN else row["count_runner_up"])
+
+
+def planned_votes(settings: Settings, count0: np.ndarray) -> np.ndarray:
+    """Return the measuring votes `[G]` of images with these votes `[G]` for the selected class in the selection."""
+    if settings.tolerance is None:
+        return np.full(len(count0), settings.n)
+    names = ("n0", "n", "tolerance", "alpha", "bound")
+    return votes_for_tolerance(count0, **{name: getattr(settings, name) for name in names}, **settings.law._asdict())
+
+
 def is_possible(schema: Schema, settings: Settings, row: Row) -> bool:
     """Return whether votes with these settings can give the counts of a row."""
     n, count = settings.n, row["count"]
-    if schema is CERTIFY:
-        return row["count0"] <= settings.n0 and count + row["count_runner_up"] <= n
     if schema is DECIDE:
         looked = row["votes"] == n or (0 < row["votes"] < n and row["votes"] % settings.look_every == 0)
         return row["count0"] <= settings.n0 and count <= row["votes"] and looked
-    return row["count_runner_up"] <= count and 1 <= count + row["count_runner_up"] <= n
+    runner_up, votes = row["count_runner_up"], row.get("votes", n)
+    if schema is CERTIFY:
+        good = row["count0"] <= settings.n0 and (votes == n if settings.tolerance is None else 1 <= votes <= n)
+    else:
+        good = runner_up <= count
+    return good and 1 <= count + runner_up <= votes
 
 
 def impossible(settings: Settings) -> str:
@@ -161,9 +203,14 @@ def impossible(settings: Settings) -> str:
 
 def _certificates(settings: Settings, columns: dict[str, np.ndarray]) -> tuple[list[Row], np.ndarray]:
     """Return the rows, and the lower confidence bounds of p_A."""
-    uniform, counts = uniform_draws(settings, columns["idx"]), (columns["count"], columns["count_runner_up"])
+    counts = columns["count"], columns["count_runner_up"], columns.get("votes", settings.n)
     proven = certify_votes(
-        *counts, settings.n, alpha=settings.alpha, bound=settings.bound, uniform=uniform, **settings.law._asdict()
+        *counts,
+        alpha=settings.alpha,
+        bound=settings.bound,
+        alpha_share=settings.alpha_share,
+        uniform=uniform_draws(settings, columns["idx"]),
+        **settings.law._asdict(),
     )
     prediction = np.where(proven.certified, columns["selected"], ABSTAIN)
     return make_rows(**columns | {"predict": prediction, "radius": proven.radius}), proven.lower

@@ -9,15 +9,16 @@ import numpy as np
 
 from rs_consistency import noise
 from rs_consistency.certificates.columns import CERTIFY, DECIDE, PREDICT, SCHEMAS, Row, Schema
-from rs_consistency.certificates.proof import rows_of_counts
+from rs_consistency.certificates.proof import planned_votes, rows_of_counts
 from rs_consistency.certificates.record import Settings
-from rs_consistency.common.checks import one_of, probability
+from rs_consistency.common.checks import number_above, one_of, probability
 from rs_consistency.common.errors import UserError
 from rs_consistency.data import DatasetInfo
 from rs_consistency.smoothing.pool import LOOK_EVERY, Decisions, check_radius, decide_images, rows_in_blocks
 from rs_consistency.smoothing.voter import ApplyFn
 from rs_consistency.smoothing.votes import Votes, VoteSettings, count_votes
-from rs_consistency.statistics.bounds import BOUNDS, N0, most_of_others
+from rs_consistency.statistics.bounds import ALPHA_SHARE, BOUNDS, N0, most_of_others
+from rs_consistency.statistics.limits import check_certificates, check_decisions, check_predictions
 from rs_consistency.statistics.rounded_gaussian import STEPS
 from rs_consistency.statistics.samplers import GRID
 
@@ -32,14 +33,18 @@ class Question(NamedTuple):
       votes: settings of the votes; n is the cap of a decision.
       alpha: error probability of one answer.
       bound: one of `bounds.BOUNDS` in mode certify, else None.
+      alpha_share: share of alpha for p_A, for the bound two_class, else None.
+      tolerance: largest expected loss of radius in mode certify, for fewer votes; None for n votes on every image.
       radius: l2 radius in mode decide, else None.
     """
 
     schema: Schema
     votes: VoteSettings
     alpha: float
-    bound: str | None
-    radius: float | None
+    bound: str | None = None
+    alpha_share: float | None = None
+    tolerance: float | None = None
+    radius: float | None = None
 
     def identity(self) -> dict[str, Any]:
         """Return the settings that the answers depend on, for the record; see `record.Settings`."""
@@ -49,7 +54,9 @@ class Question(NamedTuple):
         if votes.sampler == GRID:
             settings |= {"grid_steps": STEPS, "image_shape": list(votes.image_shape)}
         if self.bound is not None:
-            settings["bound"] = self.bound
+            settings |= {"bound": self.bound, "tolerance": self.tolerance}
+        if self.alpha_share is not None:
+            settings["alpha_share"] = self.alpha_share
         if self.radius is not None:
             settings |= {"radius": self.radius, "look_every": LOOK_EVERY}
         return settings
@@ -68,6 +75,8 @@ def make_question(
     alpha: Any,
     n0: Any = None,
     bound: Any = None,
+    alpha_share: Any = None,
+    tolerance: Any = None,
     radius: Any = None,
     **votes: Any,
 ) -> Question:
@@ -82,7 +91,11 @@ def make_question(
     """
     one_of("mode", mode, SCHEMAS)
     schema = SCHEMAS[mode]
-    for name, value, wanted in (("bound", bound, CERTIFY), ("radius", radius, DECIDE)):
+    for name, value, wanted in (
+        ("bound", bound, CERTIFY),
+        ("tolerance", tolerance, CERTIFY),
+        ("radius", radius, DECIDE),
+    ):
         if value is not None and schema is not wanted:
             raise UserError(f"{name}={value}: mode={mode} has no use for it; leave it out, or use --mode={wanted.name}")
     if schema is PREDICT and n0 is not None:
@@ -94,10 +107,29 @@ def make_question(
     elif schema is CERTIFY:
         bound = BOUNDS[0] if bound is None else bound
         one_of("bound", bound, BOUNDS)
+        tolerance = None if tolerance is None else number_above("tolerance", tolerance, 0)
+    if bound == "two_class":
+        alpha_share = probability("alpha_share", ALPHA_SHARE if alpha_share is None else alpha_share)
+    elif alpha_share is not None:
+        raise UserError(f"alpha_share={alpha_share}: only two bounds share alpha; add --bound=two_class")
     if schema is not PREDICT:
         votes |= {"n0": N0 if n0 is None else n0, "least_n0": 1}
     settings = VoteSettings.for_dataset(info, devices=devices, **votes)
-    return Question(schema, settings, probability("alpha", alpha), bound, radius)
+    question = Question(schema, settings, probability("alpha", alpha), bound, alpha_share, tolerance, radius)
+    _check_can_answer(question)
+    return question
+
+
+def _check_can_answer(question: Question) -> None:
+    """Raise a `UserError` for settings with which every image would abstain."""
+    votes, alpha = question.votes, question.alpha
+    if question.schema is CERTIFY:
+        about = {"bound": question.bound, "alpha_share": question.alpha_share, "slack": votes.law.slack}
+        check_certificates(votes.n, alpha=alpha, **about)
+    elif question.schema is PREDICT:
+        check_predictions(votes.n, alpha=alpha, slack=votes.law.slack)
+    else:
+        check_decisions(votes.n, radius=question.radius, alpha=alpha, **votes.law._asdict())
 
 
 def answer(
@@ -119,32 +151,37 @@ def answer(
       UserError: for a model that does not accept the images, does not give K logits, or gives NaN.
     """
     schema, network = question.schema, (apply_fn, variables, images, indices)
-    settings = {"settings": question.votes, "devices": devices}
+    settings, recorded = {"settings": question.votes, "devices": devices}, Settings(**question.identity())
     if schema is DECIDE:
         groups = decide_images(*network, **settings, radius=question.radius, alpha=question.alpha)
+    elif schema is PREDICT:
+        groups = count_votes(*network, **settings, stream=noise.Stream.PREDICT)
     else:
-        stream = noise.Stream.PREDICT if schema is PREDICT else noise.Stream.CERTIFY
-        groups = count_votes(*network, **settings, stream=stream)
-    recorded, done = Settings(**question.identity()), 0
+        groups = count_votes(*network, **settings, plan=lambda count0: planned_votes(recorded, count0))
+    done = 0
     before = time.perf_counter()
     for group in groups:
         positions = group.positions if schema is DECIDE else np.arange(done, done + len(group.counts))
         done += len(positions)
         now = time.perf_counter()
         about = {"idx": indices[positions], "label": labels[positions], "time": (now - before) / len(positions)}
-        yield rows_of_counts(schema, recorded, about | columns_of_counts(schema, group))
+        yield rows_of_counts(schema, recorded, about | columns_of_counts(schema, group, labels[positions]))
         before = now
 
 
-def columns_of_counts(schema: Schema, group: Votes | Decisions) -> dict[str, np.ndarray]:
-    """Return the columns of a group's counts, `[G]` each, as `proof.rows_of_counts` takes them."""
+def columns_of_counts(schema: Schema, group: Votes | Decisions, labels: np.ndarray) -> dict[str, np.ndarray]:
+    """Return the columns of a group's counts, `[G]` each, as `proof.rows_of_counts` takes them; labels are `[G]`."""
     if schema is DECIDE:
         count0 = group.counts0[np.arange(len(group.selected)), group.selected]
         return {"count0": count0, "count": group.hits, "votes": group.votes, "selected": group.selected}
     counts = group.counts
     chosen = (counts if schema is PREDICT else group.counts0).argmax(axis=1)
-    count = np.take_along_axis(counts, chosen[:, None], axis=1)[:, 0]
-    columns = {"count": count, "count_runner_up": most_of_others(counts, chosen)}
+    rows = np.arange(len(counts))
+    columns = {
+        "count": counts[rows, chosen],
+        "count_runner_up": most_of_others(counts, chosen),
+        "count_label": counts[rows, labels],
+    }
     if schema is PREDICT:
         return {"predict": chosen, **columns}
-    return {"count0": group.counts0.max(axis=1), **columns, "selected": chosen}
+    return {"count0": group.counts0.max(axis=1), **columns, "selected": chosen, "votes": counts.sum(axis=1)}

@@ -95,7 +95,7 @@ def read_rows(path: Path) -> tuple[Schema | None, dict[int, Row]]:
         raise UserError(f"{path}: column {', '.join(missing)} is missing; the first line must be {list(FIELD_COLUMNS)}")
     if not any(lines):
         raise UserError(f"{path} has no images yet; certify some, or leave it out")
-    schema = next((schema for schema in SCHEMAS.values() if set(schema.columns) <= set(names)), None)
+    schema = next((schema for schema in SCHEMAS.values() if set(schema.older.columns) <= set(names)), None)
     if schema is None:
         return None, _parse_field(path, names, lines)
     if not text.endswith("\n"):
@@ -114,13 +114,14 @@ def parse_own(
       UserError: naming the first line that this program did not write.
     """
     header, *lines = content.decode("utf-8", "replace").removesuffix("\n").split("\n")
-    if header + "\n" != schema.header:
+    written = schema.of_header(header + "\n")
+    if written is None:
         raise UserError(f"{path} has the columns {header!r}, not those of this program; use another file")
     order = selection.admitted().tolist() if selection else []
     admitted, rows = set(order), dict[int, Row]()
     for number, line in enumerate(lines):
         try:
-            row = schema.parse(line)
+            row = written.parse(line)
             index = row["idx"]
             if index in rows:
                 raise ValueError(f"image {index} for the second time")

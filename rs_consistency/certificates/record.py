@@ -47,10 +47,11 @@ class Settings(NamedTuple):
     """How votes were cast, and how rows follow from them. None where the mode has no such setting.
 
     `sigma` is the standard deviation of the noise and `alpha` the error probability of a line. `n0` votes select the
-    class and `n` measure, in mode decide at most so many. The `seed` is that of the noise, and of the draws of the
-    randomized `bound`. A decision at the l2 `radius` looks at the votes after every `look_every`. The `sampler` is that
-    of the noise, and `precision` that of the network's products in float32. `grid` noise has steps of 1 / `grid_steps`,
-    and its error depends on `image_shape`, (H, W, C).
+    class and `n` measure, in mode decide at most so many. With a `tolerance` of the radius, they are at most n, see
+    `statistics.allocation`. The `seed` is that of the noise, and of the draws of the randomized `bound`; the bound
+    two_class has an `alpha_share`. A decision at the l2 `radius` looks at the votes after every `look_every`. The
+    `sampler` is that of the noise, and `precision` that of the network's products in float32. `grid` noise has steps of
+    1 / `grid_steps`, and its error depends on `image_shape`, (H, W, C).
     """
 
     sigma: float
@@ -59,6 +60,8 @@ class Settings(NamedTuple):
     seed: int
     n0: int | None = None
     bound: str | None = None
+    alpha_share: float | None = None
+    tolerance: float | None = None
     radius: float | None = None
     look_every: int | None = None
     sampler: str = FLOAT
@@ -80,6 +83,8 @@ _CHECKS: dict[str, Callable[[str, Any], Any]] = {
     "seed": partial(checks.whole_number, at_least=0, at_most=checks.MAX_SEED),
     "n0": checks.count,
     "bound": lambda name, value: checks.one_of(name, value, BOUNDS) or value,
+    "alpha_share": checks.probability,
+    "tolerance": partial(checks.number_above, limit=0.0),
     "radius": partial(checks.number_from, at_least=0),
     "look_every": checks.count,
     "sampler": lambda name, value: checks.one_of(name, value, SAMPLERS) or value,
@@ -91,6 +96,7 @@ _OF_MODE = {CERTIFY.name: ("n0", "bound"), DECIDE.name: ("n0", "radius", "look_e
 _OF_SAMPLER = {FLOAT: (), GRID: ("grid_steps", "image_shape")}
 # Of a record that lacks these keys: there was no choice when it was made.
 _UNNAMED = {"sampler": FLOAT, "precision": "default"}
+_OF_BOUND = {"two_class": {"alpha_share": 0.5}}
 
 
 @dataclass(frozen=True)
@@ -133,12 +139,14 @@ class Record:
         try:
             _check_provenance(content)
             names = _list(content, "identity", str)
-            unnamed = {key: value for key, value in _UNNAMED.items() if key not in content}
+            of_bound = _OF_BOUND.get(str(content.get("bound")), {})
+            unnamed = {key: value for key, value in (_UNNAMED | of_bound).items() if key not in content}
             names, content = [*names, *unnamed], {**content, **unnamed}
             content["identity"] = names
             needed = ["sigma", "n", "alpha", "seed", *_OF_MODE[mode], *_UNNAMED]
             checks.one_of("sampler", content["sampler"], SAMPLERS)
-            needed += _OF_SAMPLER[content["sampler"]]
+            needed += [*_OF_SAMPLER[content["sampler"]], *of_bound]
+            needed += [] if content.get("tolerance") is None else ["tolerance"]
             missing = [] if "max" in content else ["max"]
             for name in dict.fromkeys(("mode", *needed, "skip", "split_size", "shard", *names)):
                 missing += [] if name in content and name in names else [name]

@@ -44,7 +44,7 @@ class CertificateFile:
 
     Attributes:
       path: of the `.tsv`.
-      schema: the kind of its lines.
+      schema: the kind of its lines, with the columns that the file began with.
       progress: sums over its lines.
       done: the image numbers that it holds.
     """
@@ -74,6 +74,7 @@ class CertificateFile:
             self.done, self.progress = set(rows), Progress().plus(rows.values())
             if held:
                 whole = content[: content.rfind(b"\n") + 1]
+                self.schema = schema.of_header(whole[: whole.index(b"\n") + 1].decode())
                 self._go_on(held[0], whole)
                 self._file.truncate(len(whole))
                 self._file.seek(0, os.SEEK_END)
@@ -209,7 +210,7 @@ def _new_record(path: Path, schema: Schema, identity: dict[str, Any], selection:
 def _held(path: Path, content: bytes, wanted: Record) -> tuple[Record, dict[int, Row]] | None:
     """Return the record and the rows of a file that the wanted lines may go into; None for a file without images."""
     whole, beside = content[: content.rfind(b"\n") + 1], wanted.path
-    headers = [schema.header.encode() for schema in SCHEMAS.values()]
+    headers = [each.header.encode() for schema in SCHEMAS.values() for each in (schema, schema.older)]
     if whole in headers or any(header.startswith(content) for header in headers):
         check_replaceable(beside)
         return None  # new, or left by a kill before the first image was done

@@ -46,15 +46,16 @@ from rs_consistency.devices import parallel
 from rs_consistency.devices.host import fix_number_types, keep_compiled, keep_memory, use_cores
 from rs_consistency.models import DTYPES
 from rs_consistency.models.torch_checkpoints import INPUT_LAYERS
-from rs_consistency.statistics.bounds import ALPHA, BOUNDS, N0, N
+from rs_consistency.statistics.bounds import ALPHA, ALPHA_SHARE, BOUNDS, N0, N
 from rs_consistency.statistics.samplers import GRID, SAMPLERS
 from rs_consistency.training.config import validate
 from rs_consistency.training.runs import finished_step, read_config
 
 # Not argparse's defaults: --verify must know which settings the user named.
 _DEFAULTS = {"n": N, "alpha": ALPHA, "skip": 1, "split": "test", "seed": 0, "sampler": GRID, "precision": PRECISIONS[0]}
-_CHOICES = ("n0", "n", "alpha", "seed", "bound", "radius", "sampler", "precision", "batch_size")
-_KEPT_IN_THE_RECORD = ("sigma", "n0", "bound", "radius", "dtype", *_DEFAULTS)
+_OF_A_MODE = ("n0", "bound", "alpha_share", "tolerance", "radius")
+_CHOICES = ("n", "alpha", "seed", *_OF_A_MODE, "sampler", "precision", "batch_size")
+_KEPT_IN_THE_RECORD = ("sigma", "dtype", *_OF_A_MODE, *_DEFAULTS)
 
 _FRESH = "fresh"
 _GIVEN, _DRAWN = "command", "operating system"  # sources of a seed, for the record
@@ -107,6 +108,12 @@ def _parser() -> Parser:
     add("--n", type=whole, help=f"further votes; in mode decide at most so many (default: {N})")
     add("--alpha", type=float, help=f"error probability of a certificate (default: {ALPHA})")
     add("--bound", help=f"of --mode=certify: {', '.join(BOUNDS)} (default: {BOUNDS[0]})")
+    add("--alpha_share", type=float, help=f"of --bound=two_class: share of alpha for p_A (default: {ALPHA_SHARE})")
+    add(
+        "--tolerance",
+        type=float,
+        help="of --mode=certify: fewer votes, at a loss of radius of at most so much on average",
+    )
     add("--radius", type=float, help="of --mode=decide")
     add("--seed", type=_seed, help=f"seed of the noise, or {_FRESH}: drawn by the operating system (default: 0)")
     noise = "noise on the grid of 8-bit images, or float32 noise for comparisons with older files"
@@ -298,7 +305,7 @@ def _fill(file: CertificateFile, answers: Iterator[list[Row]]) -> None:
     with progress_bar("certifying", done + len(file.remaining), initial=done) as bar:
         for rows in answers:
             file.append(rows)
-            if file.schema is CERTIFY:
+            if file.schema.name == CERTIFY.name:
                 bar.set_postfix(ACR=f"{file.progress.acr:.4f}", refresh=False)
             bar.update(len(rows))
 

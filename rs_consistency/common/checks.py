@@ -2,6 +2,7 @@
 
 import math
 import numbers
+from fractions import Fraction
 from typing import Any
 
 import numpy as np
@@ -59,6 +60,11 @@ def probability(name: str, value: Any) -> float:
     if not (_is_number(value) and 0 < value < 1):
         raise UserError(f"{name}={value!r}: use a number in (0, 1), such as 0.001")
     return number_from(name, value, at_least=SMALLEST_PROBABILITY)
+
+
+def decimal_value(number: float) -> Fraction:
+    """Return the decimal number that a float is written as: 1/1000 for 0.001, whose float64 is a little more."""
+    return Fraction(repr(float(number)))
 
 
 def one_of(name: str, value: Any, names: Any) -> None:

@@ -1,5 +1,6 @@
 """Certification of the smoothed version of any JAX function."""
 
+import functools
 from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
@@ -10,7 +11,18 @@ from numpy.typing import ArrayLike
 from rs_consistency import noise
 from rs_consistency.common.checks import PRECISIONS, one_of, probability
 from rs_consistency.smoothing.images import prepare
-from rs_consistency.statistics.bounds import ABSTAIN, ALPHA, BOUNDS, N0, N, certify_votes, most_of_others
+from rs_consistency.statistics.allocation import votes_for_tolerance
+from rs_consistency.statistics.bounds import (
+    ABSTAIN,
+    ALPHA,
+    ALPHA_SHARE,
+    BOUNDS,
+    N0,
+    N,
+    certify_votes,
+    most_of_others,
+)
+from rs_consistency.statistics.limits import check_certificates
 from rs_consistency.statistics.samplers import GRID
 
 
@@ -21,7 +33,7 @@ class Certification(NamedTuple):
       prediction: `[B]` int64, the certified class; `ABSTAIN` (-1) without a certificate.
       radius: `[B]` float64, certified l2 radius in units of the images; 0 without a certificate.
       counts0: `[B, K]` int64, the n0 votes of the selection.
-      counts: `[B, K]` int64, the n votes of the estimation.
+      counts: `[B, K]` int64, the n votes of the estimation; with a tolerance they may be fewer.
     """
 
     prediction: np.ndarray
@@ -40,6 +52,8 @@ def certify(
     n: int = N,
     alpha: float = ALPHA,
     bound: str = BOUNDS[0],
+    alpha_share: float = ALPHA_SHARE,
+    tolerance: float | None = None,
     seed: int = 0,
     sampler: str = GRID,
     precision: str = PRECISIONS[0],
@@ -83,6 +97,10 @@ def certify(
       alpha: error probability of one image's statement, in (0, 1), at least 1e-100.
       bound: rule from votes to radius, one of `bounds.BOUNDS`: the published `clopper_pearson` described above,
         `two_class` or `randomized`. All have the same guarantee. Choose one before you see the votes.
+      alpha_share: share of alpha that bounds p_A, where `two_class` divides it between p_A and p_B.
+      tolerance: largest loss of radius that you accept for fewer votes, in units of the images; None for n votes on
+        every image. The n0 votes then also choose a number of further votes, at most n: the fewest whose expected
+        radius is within the tolerance of that of n votes. The guarantee stays. See `statistics.allocation`.
       seed: seed of the noise, and of the draws of `randomized`.
       sampler: "grid", noise rounded to steps of 1/255, or "float", float32 noise; see `statistics.samplers`.
       precision: "highest", float32 products of the network in full float32, or "default", as fast as the device can:
@@ -102,12 +120,19 @@ def certify(
     """
     alpha = probability("alpha", alpha)
     one_of("bound", bound, BOUNDS)
+    shared = {"alpha": alpha, "bound": bound, "alpha_share": probability("alpha_share", alpha_share)}
     settings = {"sigma": sigma, "num_classes": num_classes, "n0": n0, "n": n, "seed": seed, "batch_size": batch_size}
     settings |= {"sampler": sampler, "precision": precision}
     task = prepare(images, indices, devices, least_n0=1, **settings)
-    votes = task.all_votes(apply_fn, noise.Stream.CERTIFY, "certifying", progress)
+    law, plan = task.settings.law._asdict(), None
+    check_certificates(task.settings.n, **shared, slack=law["slack"])
+    if tolerance is not None:
+        asked = {"n0": task.settings.n0, "n": task.settings.n, "tolerance": tolerance, "alpha": alpha, "bound": bound}
+        plan = functools.partial(votes_for_tolerance, **asked, **law)
+        plan(0)  # checks the tolerance
+    votes = task.all_votes(apply_fn, noise.Stream.CERTIFY, "certifying", progress, plan=plan)
     uniform = noise.bound_uniform(task.settings.seed, task.indices) if bound == "randomized" else None
-    return conclude(*votes, alpha=alpha, bound=bound, uniform=uniform, **task.settings.law._asdict())
+    return conclude(*votes, **shared, uniform=uniform, **law)
 
 
 def conclude(
@@ -119,11 +144,13 @@ def conclude(
     bound: str = BOUNDS[0],
     uniform: np.ndarray | None = None,
     slack: float = 0.0,
+    alpha_share: float = ALPHA_SHARE,
 ) -> Certification:
     """Return predictions and radii from votes `[B, K]`; see `certify`, and `bounds.certify_votes` for the others."""
     selected = counts0.argmax(axis=1)
     for_selected = np.take_along_axis(counts, selected[:, None], axis=1)[:, 0]
     runner_up = most_of_others(counts, selected)
     votes = (for_selected, runner_up, counts.sum(axis=1))
-    proven = certify_votes(*votes, alpha=alpha, sigma=sigma, bound=bound, uniform=uniform, slack=slack)
+    settings = {"alpha": alpha, "sigma": sigma, "bound": bound, "alpha_share": alpha_share}
+    proven = certify_votes(*votes, **settings, uniform=uniform, slack=slack)
     return Certification(np.where(proven.certified, selected, ABSTAIN), proven.radius, counts0, counts)

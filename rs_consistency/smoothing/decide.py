@@ -6,10 +6,11 @@ import jax
 import numpy as np
 from numpy.typing import ArrayLike
 
-from rs_consistency.common.checks import PRECISIONS
+from rs_consistency.common.checks import PRECISIONS, probability
 from rs_consistency.smoothing.images import join, prepare
-from rs_consistency.smoothing.pool import Decisions, decide_images
+from rs_consistency.smoothing.pool import Decisions, check_radius, decide_images
 from rs_consistency.statistics.bounds import ALPHA, N0, N
+from rs_consistency.statistics.limits import check_decisions
 from rs_consistency.statistics.samplers import GRID
 
 
@@ -62,6 +63,8 @@ def decide(
     settings = {"sigma": sigma, "num_classes": num_classes, "n0": n0, "n": n, "seed": seed, "batch_size": batch_size}
     settings |= {"sampler": sampler, "precision": precision}
     task = prepare(images, indices, devices, least_n0=1, **settings)
+    radius, alpha = check_radius(radius), probability("alpha", alpha)
+    check_decisions(task.settings.n, radius=radius, alpha=alpha, **task.settings.law._asdict())
     asked = (lambda _, batch: apply_fn(batch), (), task.images, task.indices)
     groups = decide_images(*asked, settings=task.settings, radius=radius, alpha=alpha, devices=task.devices)
     none = np.zeros(0, np.int64)

@@ -27,11 +27,16 @@ class Task(NamedTuple):
     settings: VoteSettings
 
     def all_votes(
-        self, apply_fn: Callable[[jax.Array], jax.Array], stream: noise.Stream, desc: str, progress: bool
+        self,
+        apply_fn: Callable[[jax.Array], jax.Array],
+        stream: noise.Stream,
+        desc: str,
+        progress: bool,
+        plan: Callable[[np.ndarray], np.ndarray] | None = None,
     ) -> Votes:
-        """Return the votes of all images; `desc` names the progress bar on stderr."""
+        """Return the votes of all images; `desc` names the progress bar on stderr, and `plan` is of `count_votes`."""
         asked = (lambda _, batch: apply_fn(batch), (), self.images, self.indices)
-        groups = count_votes(*asked, settings=self.settings, devices=self.devices, stream=stream)
+        groups = count_votes(*asked, settings=self.settings, devices=self.devices, stream=stream, plan=plan)
         none = np.zeros((0, self.settings.num_classes), np.int64)
         return join(Votes(none, none), groups, desc, len(self.images), progress)
 

@@ -12,6 +12,7 @@ from rs_consistency.common.checks import PRECISIONS, check_all, number_array, pr
 from rs_consistency.common.errors import UserError
 from rs_consistency.smoothing.images import prepare
 from rs_consistency.statistics.bounds import ABSTAIN, ALPHA, N, most_of_others, p_value_of
+from rs_consistency.statistics.limits import check_predictions
 from rs_consistency.statistics.samplers import GRID
 
 
@@ -73,6 +74,7 @@ def predict(
     settings = {"sigma": sigma, "num_classes": num_classes, "n": n, "seed": seed, "batch_size": batch_size}
     settings |= {"sampler": sampler, "precision": precision}
     task = prepare(images, indices, devices, **settings)
+    check_predictions(task.settings.n, alpha=alpha, slack=task.settings.law.slack)
     votes = task.all_votes(apply_fn, noise.Stream.PREDICT, "predicting", progress)
     return conclude_prediction(votes.counts, alpha=alpha, slack=task.settings.law.slack)
 

@@ -1,5 +1,6 @@
 """The votes of a smoothed classifier, counted on the devices."""
 
+import functools
 import math
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple, Self
@@ -19,6 +20,9 @@ from rs_consistency.statistics.samplers import GRID, NoiseLaw, noise_law
 
 # Calls of the device for a group of images, at least: then the rows that its last call leaves unused are few.
 _CALLS_IN_GROUP = 16
+_PLANNED = (
+    10  # with a plan, a tenth of the n votes is expected at least: then few rows are left, and a kill loses little
+)
 # Noisy images in a batch on a device, and their pixel values at most: the same on any number of devices, because the
 # last bits of logits depend on it. A CPU's devices get few: a layer's results then stay near the caches, and below the
 # size that glibc maps anew each time. On 2 cores LeNet counted 1.5 times as many votes a second with 2 x 64 as with
@@ -35,6 +39,7 @@ _BATCHES_PER_CALL = {"cpu": 1}
 _BATCHES_PER_CALL_ELSEWHERE = 16
 # Row numbers are int32 on the devices: n0 + n and the 256 batches of a group must stay below 2**31 together.
 _MOST_VOTES = 2**29
+_MOST_ROWS = 2**30  # of a group
 _LARGEST_BATCH = 2**20
 _STATEMENTS = (noise.Stream.CERTIFY, noise.Stream.PREDICT)  # streams whose votes prove something
 
@@ -151,12 +156,13 @@ def count_votes(
     devices: Sequence[jax.Device],
     stream: noise.Stream = noise.Stream.CERTIFY,
     occasion: Sequence[int] = (),
+    plan: Callable[[np.ndarray], np.ndarray] | None = None,
 ) -> Iterator[Votes]:
     """Yield the votes of the images, group after group, in order.
 
     The votes of an image fill the rows of batches back to back: n0 of the selection, then n of the estimation. So do
-    the images of a group. A row knows its image and its vote from its global number. Noise exists for one batch at a
-    time, and only counts leave the devices.
+    the images of a group, also with different numbers of votes. A row knows its image and its vote from its global
+    number. Noise exists for one batch at a time, and only counts leave the devices.
 
     Guarantee: vote v of an image is a function of the seed, the image's index, the phase (selection or estimation), v
     and sigma. Other images and the number of devices have no effect, nor has the batch size, except through rounding in
@@ -172,47 +178,54 @@ def count_votes(
       devices: local devices that share a batch.
       stream: purpose of the noise.
       occasion: further numbers that address the noise, for a purpose with several occasions, such as epochs.
+      plan: function from the largest counts `[G]` of the selection to numbers `[G]` of estimating votes, at most n. A
+        group then selects first, and casts the others when all its numbers are known. None for n votes on each image.
 
     Raises:
       UserError: when the model does not accept the images, does not give K logits, or gives NaN; when images do not fit
         the sampler; when the model is found not to be one function.
     """
-    num_classes, per_image = settings.num_classes, settings.n0 + settings.n
+    num_classes, n0, n = settings.num_classes, settings.n0, settings.n
     per_device = settings.rows_per_device
     voter = settings.voter(apply_fn, devices[0].platform)
     voter.check(variables, images.shape[1:], per_device)
     batches_per_call = _BATCHES_PER_CALL.get(devices[0].platform, _BATCHES_PER_CALL_ELSEWHERE)
     rows_per_call = per_device * len(devices) * batches_per_call
-    group = min(max(len(images), 1), -(-_CALLS_IN_GROUP * rows_per_call // per_image))
-    group = min(group, max(1, _GROUP_VALUES // max(1, math.prod(images.shape[1:]))))
+    expected = n0 + n if plan is None else n0 + -(-n // _PLANNED)
+    group = min(max(len(images), 1), -(-_CALLS_IN_GROUP * rows_per_call // expected))
+    group = min(group, max(1, _GROUP_VALUES // max(1, math.prod(images.shape[1:]))), _MOST_ROWS // (n0 + n))
     compiled = _compile(voter, per_device, batches_per_call, devices)
     replicated = parallel.replicate(variables, devices)
-    numbers = np.int32([settings.n0, settings.n])
     draws = settings.draws(stream, *occasion)
     tested = settings.sampler != GRID or stream not in _STATEMENTS
+    rounds = [(n0, lambda most: n)] if plan is None else [(n0, lambda most: 0), (0, plan)]
     for first in range(0, len(images), group):
         num_real = min(group, len(images) - first)
         chosen = np.minimum(np.arange(first, first + group), len(images) - 1)  # the last group is padded
-        about_images = (pixels(images[chosen], settings.sampler), indices[chosen].astype(np.int32), np.int32(num_real))
-        arrays = parallel.replicate((draws, numbers, *about_images), devices)
+        about_images = (pixels(images[chosen], settings.sampler), indices[chosen].astype(np.int32))
         counts = parallel.replicate(np.zeros((2, group, num_classes + 2), np.int32), devices)
-        for start in range(0, num_real * per_image, rows_per_call):
-            counts = compiled(counts, replicated, *arrays, np.int32(start))
-            if not tested:
-                slot, vote = np.divmod(np.arange(min(rows_per_call, num_real * per_image)), per_image)
-                phase = (vote >= settings.n0).astype(np.int32)
-                check_one_function(
-                    voter,
-                    variables,
-                    images[slot],
-                    addresses=(indices[slot], phase, vote - settings.n0 * phase),
-                    draws=draws,
-                    rows=per_device,
-                    device=devices[0],
-                    group_of=phase * group + slot,
-                    counts=np.asarray(counts).reshape(2 * group, -1),
-                )
-                tested = True
+        for selecting, estimating in rounds:
+            lengths = np.zeros(group, np.int64)
+            lengths[:num_real] = selecting + estimating(np.asarray(counts)[0, :num_real, :num_classes].max(axis=1))
+            numbers = np.int32(selecting), np.append(0, np.cumsum(lengths)).astype(np.int32)
+            arrays = parallel.replicate((draws, *about_images, numbers), devices)
+            for start in range(0, int(numbers[1][-1]), rows_per_call):
+                counts = compiled(counts, replicated, *arrays, np.int32(start))
+                if not tested:
+                    row = np.arange(min(rows_per_call, int(numbers[1][-1])), dtype=np.int32)
+                    slot, phase, vote = _addresses(row, *numbers, np.searchsorted)
+                    check_one_function(
+                        voter,
+                        variables,
+                        images[slot],
+                        addresses=(indices[slot], phase, vote),
+                        draws=draws,
+                        rows=per_device,
+                        device=devices[0],
+                        group_of=phase * group + slot,
+                        counts=np.asarray(counts).reshape(2 * group, -1),
+                    )
+                    tested = True
         totals = np.asarray(counts)[:, :num_real].astype(np.int64)
         nan = np.flatnonzero(totals[..., num_classes].any(axis=0))
         if len(nan):
@@ -220,30 +233,43 @@ def count_votes(
         yield Votes(totals[0, :, :num_classes], totals[1, :, :num_classes])
 
 
+def _addresses(row: Any, n0: Any, starts: Any, search: Callable[..., Any]) -> tuple[Any, Any, Any]:
+    """Return slot, phase and vote of the rows `[N]` of a group, all int32.
+
+    Args:
+      row: `[N]` int32. Rows behind the last get the slot G, which does not exist.
+      n0: votes of the selection, in the first rows of each image.
+      starts: `[G + 1]` int32, first row of each image; the last entry is the number of rows.
+      search: `searchsorted` of NumPy or `jax.numpy`.
+    """
+    slot = search(starts[1:], row, side="right").astype(np.int32)
+    vote = row - starts[slot]
+    phase = (vote >= n0).astype(np.int32)
+    return slot, phase, vote - n0 * phase
+
+
 def _compile(voter: Voter, per_device: int, batches: int, devices: Sequence[jax.Device]) -> Callable[..., jax.Array]:
     """Compile the votes of some batches of a group; sigma, seed and images are arguments of the compiled function."""
     batch_size = per_device * len(devices)
+    method = "compare_all" if devices[0].platform == "tpu" else "scan_unrolled"  # a TPU is slow at gathers
+    search = functools.partial(jnp.searchsorted, method=method)
 
     def some_batches(
         shard: jax.Array,
         counts: jax.Array,  # [2, G, K + 2]; behind the classes: the votes with a NaN logit, and the sum of checksums
         variables: Any,
         draws: dict[str, Any],  # key and scale, as for `Voter.noisy`
-        numbers: jax.Array,  # n0 and n
         images: jax.Array,  # [G, H, W, C]
         indices: jax.Array,  # [G]
-        num_real: jax.Array,
+        numbers: tuple[jax.Array, jax.Array],  # n0 and starts, as for `_addresses`
         start: jax.Array,
     ) -> jax.Array:
-        n0, per_image = numbers[0], numbers[0] + numbers[1]
-
         def one_batch(batch: Any, added: jax.Array) -> jax.Array:
             row = start + (batch * len(devices) + shard) * per_device + jnp.arange(per_device, dtype=jnp.int32)
-            slot, vote = row // per_image, row % per_image
-            real = (slot < num_real).astype(jnp.int32)
+            slot, phase, vote = _addresses(row, *numbers, search)
+            real = (slot < len(images)).astype(jnp.int32)
             slot = jnp.minimum(slot, len(images) - 1)
-            phase = (vote >= n0).astype(jnp.int32)
-            noisy = voter.noisy(images[slot], addresses=(indices[slot], phase, vote - n0 * phase), **draws)
+            noisy = voter.noisy(images[slot], addresses=(indices[slot], phase, vote), **draws)
             voted, checksum = voter.votes(voter.logits(variables, noisy))
             added = added.at[phase, slot, voted].add(real)
             return added.at[phase, slot, -1].add(real * checksum)
@@ -252,7 +278,7 @@ def _compile(voter: Voter, per_device: int, batches: int, devices: Sequence[jax.
         if batches == 1:
             added = one_batch(np.int32(0), added)
         else:
-            left = (num_real * per_image - start + batch_size - 1) // batch_size
+            left = (numbers[1][-1] - start + batch_size - 1) // batch_size
             added = jax.lax.fori_loop(np.int32(0), jnp.minimum(np.int32(batches), left), one_batch, added)
         return counts + parallel.sum_over_devices(added)
 

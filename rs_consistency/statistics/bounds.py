@@ -5,7 +5,7 @@ bound is computed, and the bound is lowered until the tail does not exceed alpha
 
 - `clopper_pearson`: p_A against 1/2, the published protocol. Source: Cohen, Rosenfeld, Kolter (ICML 2019), theorem 1
   and algorithm CERTIFY.
-- `two_class`: p_A against p_B, at alpha / 2 each; it can certify where p_A < 1/2. Source: the same theorem 1.
+- `two_class`: p_A against p_B, which share alpha; it can certify where p_A < 1/2. Source: the same theorem 1.
 - `randomized`: as `clopper_pearson`, with exact coverage through a uniform draw. Source: Stevens (Biometrika 1950); for
   smoothing, Voracek (NeurIPS 2024).
 
@@ -14,19 +14,28 @@ difference between the probability of a vote and the p_A in question. It is subt
 upper ones; of n votes, n times the slack is added to p-values. 0 leaves every number as it is.
 """
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import ArrayLike
 from scipy import special
 
-from rs_consistency.common.checks import SMALLEST_PROBABILITY, check_all, number_array, number_from
+from rs_consistency.common.checks import (
+    SMALLEST_PROBABILITY,
+    check_all,
+    decimal_value,
+    number_array,
+    number_from,
+    probability,
+)
 from rs_consistency.common.errors import UserError
 
 ABSTAIN = -1  # the prediction of an image without a certificate
 BOUNDS = ("clopper_pearson", "two_class", "randomized")
 # The published defaults of every certification: votes that select, votes that measure, error probability.
 N0, N, ALPHA = 100, 100_000, 0.001
+# Of alpha, for p_A in `two_class`; the rest is for p_B. Little is lost where p_A alone determines the radius.
+ALPHA_SHARE = 0.99
 _HALVINGS = 60  # of an interval within [0, 1]: finer than float64
 
 
@@ -173,6 +182,7 @@ def certify_votes(
     bound: str = "clopper_pearson",
     uniform: ArrayLike | None = None,
     slack: float = 0.0,
+    alpha_share: float = ALPHA_SHARE,
 ) -> Certified:
     """Return the certificate that n votes give a class that was chosen without looking at them.
 
@@ -180,9 +190,9 @@ def certify_votes(
     of each class is within `slack` of the smoothed classifier's: p_A is the latter. `exact.proves_radius` proves a
     radius without float64.
 
-    With `two_class` the radius is `sigma / 2 * (Phi^-1(p_A) - Phi^-1(p_B))`. p_A is bounded from below and p_B from
-    above, at alpha / 2 each, with p_B at most 1 - p_A. The largest count of any other class bounds p_B, because the
-    count of the truly second class is not larger. A slack widens both bounds.
+    With `two_class` the radius is `sigma / 2 * (Phi^-1(p_A) - Phi^-1(p_B))`. p_A is bounded from below at `alpha_share`
+    of alpha, and p_B from above at the rest, with p_B at most 1 - p_A. The largest count of any other class bounds p_B,
+    because the count of the truly second class is not larger. A slack widens both bounds.
 
     Args:
       count: votes for the chosen class.
@@ -193,6 +203,8 @@ def certify_votes(
       bound: one of `BOUNDS`.
       uniform: draws from (0, 1] of `noise.bound_uniform`; only `randomized` uses them.
       slack: largest difference between the probability of a vote and that of the smoothed classifier, in [0, 1].
+      alpha_share: share of alpha that bounds p_A, in (0, 1); only `two_class` uses it. Choose it before you see the
+        votes.
 
     Returns:
       Arrays, shaped as the arguments broadcast.
@@ -208,7 +220,7 @@ def certify_votes(
       ...     votes = certify_votes(45_000, 20_000, 100_000, alpha=0.001, sigma=0.5, bound=bound)
       ...     print(bool(votes.certified), round(float(votes.radius), 3), round(float(votes.lower), 3))
       False 0.0 0.445
-      True 0.172 0.445
+      True 0.171 0.445
     """
     sigma, slack = _checked_sigma(sigma), number_from("slack", slack, at_least=0, at_most=1)
     if bound == "two_class":
@@ -216,8 +228,9 @@ def certify_votes(
         _, _, runner_up = np.broadcast_arrays(count, n, number_array("runner_up", runner_up))
         good = (runner_up >= 0) & (runner_up <= n - count) & (runner_up == np.floor(runner_up))
         check_all("runner_up", runner_up, good, "use whole numbers from 0 to n - count")
-        lower = _lowered(_lower(count, n, alpha / 2), slack)
-        upper = np.minimum(_raised(_upper(runner_up, n, alpha / 2), slack), 1 - lower)
+        share = probability("alpha_share", alpha_share)
+        lower = _lowered(_lower(count, n, alpha * share), slack)
+        upper = np.minimum(_raised(_upper(runner_up, n, alpha * float(1 - decimal_value(share))), slack), 1 - lower)
         certified = lower >= upper
         with np.errstate(invalid="ignore"):
             at_lower, at_upper = special.ndtri(lower), special.ndtri(upper)
@@ -237,12 +250,11 @@ def certify_votes(
     return Certified(lower >= 0.5, _radius(lower, sigma), lower)
 
 
-def radius_ceiling(
-    n: ArrayLike, *, alpha: ArrayLike, sigma: ArrayLike, bound: str = "clopper_pearson", slack: float = 0.0
-) -> np.ndarray:
+def radius_ceiling(n: ArrayLike, *, alpha: ArrayLike, bound: str = "clopper_pearson", **settings: Any) -> np.ndarray:
     """Return the largest radius that n votes certify: all are for the same class.
 
-    It is `sigma * Phi^-1(alpha ** (1 / n) - slack)`, for `two_class` with alpha / 2.
+    It is `sigma * Phi^-1(alpha ** (1 / n) - slack)`; for `two_class`, alpha stands for the share of p_A. The `settings`
+    are `sigma`, `slack` and `alpha_share`, as for `certify_votes`.
 
     Example:
       Ten times as many votes certify little more.
@@ -251,7 +263,7 @@ def radius_ceiling(
       >>> radius_ceiling([10_000, 100_000, 1_000_000], alpha=0.001, sigma=0.5).round(2).tolist()
       [1.6, 1.91, 2.17]
     """
-    return certify_votes(n, 0, n, alpha=alpha, sigma=sigma, bound=bound, uniform=1.0, slack=slack).radius
+    return certify_votes(n, 0, n, alpha=alpha, bound=bound, uniform=1.0, **settings).radius
 
 
 # A few units in the last place of a float64: above the rounding errors of ndtri and the product.

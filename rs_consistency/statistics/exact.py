@@ -11,16 +11,16 @@ law that the theorem asks for. For the class A, with X = `count` of n votes for 
 |---|---|
 | radius R, `clopper_pearson` | P(Bin(n, p) >= count) <= alpha for p = Phi(R / sigma) + eps |
 | radius R, `randomized` | P(Bin(n, p) > count) + u P(Bin(n, p) = count) <= alpha for the same p |
-| radius R, `two_class` | as `clopper_pearson`, at alpha / 2; or so for some t: P(Bin(n, Phi(t) + eps) >= count) |
-| | and P(Bin(n, Phi(t - 2 R / sigma) - eps) <= runner_up) are both at most alpha / 2 |
+| radius R, `two_class` | as `clopper_pearson`, at s alpha; or so for some t: P(Bin(n, Phi(t) + eps) >= count) is |
+| | at most s alpha, P(Bin(n, Phi(t - 2 R / sigma) - eps) <= runner_up) at most (1 - s) alpha, s = `alpha_share` |
 | certified at R | H > T p, and evidence E_T against p = Phi(R / sigma) + eps of at least 1 / alpha |
 | not certified at R | H < T p, and evidence E_T against p = Phi(R / sigma) - eps of at least 1 / alpha |
 | prediction | 2 P(Bin(count + runner_up, 1/2) >= count) + n eps <= alpha |
 
 Why that is enough. *Radius:* let the line be wrong, so p_A < Phi(R / sigma) and q < p. The tail increases with the
 probability, so at q it is below alpha: an event of probability at most alpha under q. The draw u of `randomized` is a
-multiple of 2**-53 that was rounded up from a uniform number; this makes the event rarer. *Two classes:* each of the
-two events has probability at most alpha / 2, and without them p_A >= Phi(t) and p_B <= Phi(t - 2 R / sigma).
+multiple of 2**-53 that was rounded up from a uniform number; this makes the event rarer. *Two classes:* the two
+events have probability at most s alpha and (1 - s) alpha. Without them p_A >= Phi(t) and p_B <= Phi(t - 2 R / sigma).
 *Decisions:* E_T is a martingale at p. It is convex in H and at most 1 at H = T p, so that both outcomes lie beyond a
 limit of H, and a smaller (larger) q makes H smaller (larger). E_T is no supermartingale for other q, and need not be.
 *Prediction:* n votes are within n eps of votes of the assumed law, in total variation.
@@ -64,6 +64,7 @@ def proves_radius(
     bound: str = "clopper_pearson",
     runner_up: int | None = None,
     uniform: Exact | None = None,
+    alpha_share: Exact | None = None,
 ) -> bool:
     """Return whether the counts prove an l2 radius, by the table of the module's text.
 
@@ -88,6 +89,7 @@ def proves_radius(
       bound: one of `bounds.BOUNDS`.
       runner_up: most votes for another class; `two_class` needs it.
       uniform: draw from (0, 1] of `noise.bound_uniform`; `randomized` needs it.
+      alpha_share: share of alpha for p_A, in (0, 1); `two_class` needs it.
 
     Raises:
       UserError: for an argument outside its range, or one that the bound needs and that is missing.
@@ -105,7 +107,8 @@ def proves_radius(
     distance, alpha, eps = _settings(radius, sigma, alpha, eps)
     if bound == "two_class":
         runner_up = whole_number("runner_up", runner_up, at_least=0, at_most=n - count)
-        return _proves_two_classes(n, count, runner_up, distance, alpha / 2, eps)
+        share = _between("alpha_share", alpha_share)
+        return _proves_two_classes(n, count, runner_up, distance, (share * alpha, (1 - share) * alpha), eps)
     weight = Fraction(1)
     if bound == "randomized":
         weight = _fraction("uniform", uniform)
@@ -192,7 +195,7 @@ def proves_prediction(n: int, count: int, runner_up: int, *, alpha: Exact, eps: 
     n = whole_number("n", n, at_least=1)
     count = whole_number("count", count, at_least=1, at_most=n)
     runner_up = whole_number("runner_up", runner_up, at_least=0, at_most=min(count, n - count))
-    left = _error_probability(alpha) - n * _not_negative("eps", eps)
+    left = _between("alpha", alpha) - n * _not_negative("eps", eps)
     if left <= 0 or count == runner_up:
         return False
     return _tail_at_most(count + runner_up, count, _ONE >> 1, left / 2, Fraction(1))
@@ -212,8 +215,11 @@ def float_above(value: Exact) -> float:
     return nearest if Fraction(nearest) >= exact else math.nextafter(nearest, math.inf)
 
 
-def _proves_two_classes(n: int, count: int, runner_up: int, distance: Fraction, alpha: Fraction, eps: int) -> bool:
-    """Return whether some t proves p_A >= Phi(t) and p_B <= Phi(t - 2 distance), each at this alpha."""
+def _proves_two_classes(
+    n: int, count: int, runner_up: int, distance: Fraction, alphas: tuple[Fraction, Fraction], eps: int
+) -> bool:
+    """Return whether some t proves p_A >= Phi(t) and p_B <= Phi(t - 2 distance), each at its own alpha."""
+    alpha, alpha_b = alphas
     if _tail_at_most(n, count, _cdf(distance)[1] + eps, alpha, Fraction(1)):
         return True  # t = distance: p_B is at most 1 - p_A
     if not count:
@@ -222,7 +228,7 @@ def _proves_two_classes(n: int, count: int, runner_up: int, distance: Fraction, 
     if t is None or not _tail_at_most(n, count, _cdf(t)[1] + eps, alpha, Fraction(1)):
         return False
     most = _cdf(t - 2 * distance)[0] - eps  # P(Bin(n, p) <= r) = P(Bin(n, 1 - p) >= n - r)
-    return _tail_at_most(n, n - runner_up, _ONE - most, alpha, Fraction(1))
+    return _tail_at_most(n, n - runner_up, _ONE - most, alpha_b, Fraction(1))
 
 
 # --- where to look for a proof: floats, on which nothing rests ---------------------------------------------------
@@ -405,13 +411,13 @@ def _settings(radius: Any, sigma: Any, alpha: Any, eps: Any) -> tuple[Fraction, 
     if sigma <= 0:
         raise UserError(f"sigma={sigma}: use a number greater than 0")
     eps = _not_negative("eps", eps)
-    return _not_negative("radius", radius) / sigma, _error_probability(alpha), math.ceil(eps * _ONE)
+    return _not_negative("radius", radius) / sigma, _between("alpha", alpha), math.ceil(eps * _ONE)
 
 
-def _error_probability(alpha: Any) -> Fraction:
-    exact = _fraction("alpha", alpha)
+def _between(name: str, value: Any) -> Fraction:
+    exact = _fraction(name, value)
     if not 0 < exact < 1:
-        raise UserError(f"alpha={alpha}: use a number in (0, 1), such as 0.001")
+        raise UserError(f"{name}={value}: use a number in (0, 1)")
     return exact
 
 

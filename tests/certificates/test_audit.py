@@ -56,9 +56,11 @@ def certified(path, bound="clopper_pearson"):
         count, others, 300, alpha=0.001, sigma=0.5, bound=bound, uniform=noise.bound_uniform(3, INDICES)
     )
     counts = {"count0": votes.counts0.max(1), "count": count, "count_runner_up": others, "selected": selected}
+    counts |= {"count_label": votes.counts[np.arange(30), LABELS], "votes": 300}
     prediction = np.where(found.certified, selected, -1)
     rows = make_rows(idx=INDICES, label=LABELS, predict=prediction, radius=found.radius, time=0.1, **counts)
-    return save(path, CERTIFY, {**SETTINGS, "bound": bound}, rows)
+    share = {"alpha_share": 0.99} if bound == "two_class" else {}
+    return save(path, CERTIFY, {**SETTINGS, "bound": bound, **share}, rows)
 
 
 @pytest.fixture
@@ -74,7 +76,7 @@ def verify(path, indices=INDICES[:10], *, votes=None, here=HERE):
 
 def redrawn_rows(table, indices, labels, votes):
     """The rows of fresh votes at the recorded settings."""
-    columns = {"idx": indices, "label": labels, "time": 0.0, **columns_of_counts(CERTIFY, votes)}
+    columns = {"idx": indices, "label": labels, "time": 0.0, **columns_of_counts(CERTIFY, votes, labels)}
     return rows_of_counts(CERTIFY, table.record.settings, columns)
 
 
@@ -117,7 +119,7 @@ def test_votes_of_a_model_reproduce_and_those_of_another_do_not(tmp_path):
         devices=jax.devices()[:1],
         **settings,
     )
-    counts = columns_of_counts(CERTIFY, Votes(result.counts0, result.counts))
+    counts = columns_of_counts(CERTIFY, Votes(result.counts0, result.counts), np.zeros(6, int))
     rows = make_rows(idx=range(0, 12, 2), label=0, predict=result.prediction, radius=result.radius, time=0.1, **counts)
     on_grid = {"sampler": "grid", "grid_steps": 255, "image_shape": [4, 4, 1], "precision": "highest"}
     path = save(tmp_path / "c.tsv", CERTIFY, {**SETTINGS, **on_grid, "bound": "clopper_pearson"}, rows)
@@ -261,6 +263,7 @@ def test_decisions_and_predictions(tmp_path):
         count=[90, 51],
         count_runner_up=[10, 49],
         p_value=p_value_of([90, 51], [10, 49]),
+        count_label=[10, 51],
     )
     path = save(tmp_path / "p.tsv", PREDICT, SETTINGS, predicted)
     assert audit.compare(read_table(path), predicted, HERE).ok

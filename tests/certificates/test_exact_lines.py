@@ -34,7 +34,7 @@ def settings_of(kind, sampler):
         return identity | {"alpha": 0.1}
     if kind == DECIDE.name:
         return identity | {"n0": 20, "n": 96_000, "radius": 0.3, "look_every": 16}
-    return identity | {"n0": 20, "bound": kind}
+    return identity | {"n0": 20, "bound": kind} | ({"alpha_share": 0.99} if kind == "two_class" else {})
 
 
 def rows_for(kind, settings):
@@ -51,6 +51,10 @@ def rows_for(kind, settings):
         columns = {"count": count, "count_runner_up": n - count, "predict": count % 3}
     if schema is not PREDICT:
         columns |= {"count0": 20, "selected": count % 3}
+    if schema is not DECIDE:
+        columns |= {"count_label": np.where(count % 3 == 0, count, 0)}
+    if schema is CERTIFY:
+        columns |= {"votes": n}
     return rows_of_counts(
         schema, Settings(**settings), {"idx": np.arange(len(count)) * 2, "label": 0, "time": 0.1, **columns}
     )
@@ -166,7 +170,7 @@ def test_recomputed_lines_are_proven_at_what_they_were_recomputed_with(program, 
     ):
         prove(path, all_hold._replace(rows=load(path)[1].rows))  # the lines at alpha, not divided
     two_class = load(path, bound="two_class")[1]
-    with pytest.raises(UserError, match=r"c.tsv, image 4: class 0 with radius .* is not proven"):
+    with pytest.raises(UserError, match=r"c.tsv, image 6: class 2 with radius .* is not proven"):
         prove(path, two_class._replace(settings=load(path)[1].settings))
 
 

@@ -34,6 +34,8 @@ def results(indices):
         count=counts.max(1),
         count_runner_up=most_of_others(counts, selected),
         selected=selected,
+        count_label=counts[np.arange(len(counts)), indices % 3],
+        votes=100,
     )
 
 

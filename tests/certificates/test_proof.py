@@ -36,12 +36,14 @@ def write(path, bound=BOUNDS[0]):
     )
     prediction = np.where(proven.certified, selected, -1)
     identity = {"n0": N0, "n": N, "sigma": SIGMA, "alpha": ALPHA, "seed": SEED, "parameter_digest": "0", "bound": bound}
+    identity |= {"alpha_share": 0.99} if bound == "two_class" else {}
     selection = Selection(int(INDICES[-1]) + 1, skip=5)
     file = CertificateFile(
         path, schema=CERTIFY, identity=identity, about={"device": "", "versions": {}}, selection=selection
     )
     labels = np.where(images == 3, 9, selected)  # one is wrong
     counts = {"count0": N0, "count": COUNTS, "count_runner_up": runner_up, "selected": selected}
+    counts |= {"count_label": np.where(labels == selected, COUNTS, 0), "votes": N}
     file.append(make_rows(idx=INDICES, label=labels, predict=prediction, radius=proven.radius, time=0.1, **counts))
     file.close()
     return path
@@ -188,8 +190,11 @@ def changed_line(path, number, **values):
             {"radius": "9.000000"},
             "image 20: predict=1, radius=9.000000 do not follow from the counts, which prove class 1",
         ),
-        (4, {"count": 890}, "image 20: predict=1, radius=0."),
-        (4, {"selected": 2}, "which prove class 2, radius 0."),
+        (4, {"count": 890, "count_label": 890}, "image 20: predict=1, radius=0."),
+        (4, {"selected": 2, "count_label": 0}, "which prove class 2, radius 0."),
+        (4, {"count_label": 899}, "image 20: count_label 899 contradicts its other counts"),
+        (3, {"count_label": 999}, "image 15: count_label 999 contradicts its other counts"),
+        (4, {"votes": 999}, "image 20: its counts cannot be with n0=20 and n=1000"),
         (11, {"predict": 2, "correct": 1}, "image 55: predict=2, radius=0.000000 do not follow"),
         (11, {"predict": 2, "correct": 1}, "which prove no certificate; certify again, or recompute with --alpha"),
         (0, {"count": 1001}, "image 0: its counts cannot be with n0=20 and n=1000"),

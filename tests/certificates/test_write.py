@@ -48,6 +48,8 @@ def row(index):
         "count": 90,
         "count_runner_up": 7,
         "selected": index % 3,
+        "count_label": 90,
+        "votes": 100,
     }
 
 
@@ -70,9 +72,10 @@ def path(tmp_path):
 
 def rows_of(schema, group, **settings):
     """The rows of images 4, 7 and 9, with the classes 1, 0 and 2, from their counts."""
-    columns = columns_of_counts(schema, group)
-    number = len(columns["count"])
-    about = {"idx": np.array([4, 7, 9][:number]), "label": np.array([1, 0, 2][:number]), "time": 0.25}
+    number = len(group[0])
+    labels = np.array([1, 0, 2][:number])
+    columns = columns_of_counts(schema, group, labels)
+    about = {"idx": np.array([4, 7, 9][:number]), "label": labels, "time": 0.25}
     return rows_of_counts(schema, Settings(sigma=0.5, n=100, alpha=0.001, seed=0, **settings), about | columns)
 
 
@@ -81,8 +84,8 @@ def test_rows_of_a_certification_by_hand():
     lines = [CERTIFY.line(each) for each in rows_of(CERTIFY, votes, n0=10, bound="clopper_pearson")]
     # 0.77533 is the Clopper-Pearson bound at 90 of 100 votes, and 0.5 * Phi^-1(0.77533) = 0.3782577.
     assert lines == [
-        "4\t1\t1\t0.378257\t1\t0:00:00.250000\t10\t90\t5\t1\n",
-        "7\t0\t-1\t0.000000\t0\t0:00:00.250000\t5\t40\t30\t0\n",
+        "4\t1\t1\t0.378257\t1\t0:00:00.250000\t10\t90\t5\t1\t90\t100\n",
+        "7\t0\t-1\t0.000000\t0\t0:00:00.250000\t5\t40\t30\t0\t40\t100\n",
     ]
 
 
@@ -104,8 +107,8 @@ def test_rows_of_decisions_and_predictions_by_hand():
     none = np.zeros((2, 3), int)
     predicted = rows_of(PREDICT, Votes(none, np.array([[3, 90, 7], [51, 49, 0]])))
     assert [PREDICT.line(each) for each in predicted] == [
-        f"4\t1\t1\t0.000000\t1\t0:00:00.250000\t90\t7\t{float(p_value_of(90, 7))!r}\n",
-        f"7\t0\t-1\t0.000000\t0\t0:00:00.250000\t51\t49\t{float(p_value_of(51, 49))!r}\n",
+        f"4\t1\t1\t0.000000\t1\t0:00:00.250000\t90\t7\t{float(p_value_of(90, 7))!r}\t90\n",
+        f"7\t0\t-1\t0.000000\t0\t0:00:00.250000\t51\t49\t{float(p_value_of(51, 49))!r}\t51\n",
     ]
     for schema, rows in {DECIDE: decided, PREDICT: predicted}.items():
         for each in rows:
@@ -168,6 +171,20 @@ def test_lines_in_any_order_are_put_in_order_at_the_end(path):
     assert file.progress.images == 10 and file.progress.abstained == 5 and file.progress.correct == 5
     np.testing.assert_allclose(file.progress.acr, np.mean([i / 7 * (i % 4 != 0) for i in range(0, 20, 2)]), atol=1e-6)
     file.close()
+
+
+def test_a_file_of_an_earlier_version_goes_on_with_its_columns(path):
+    older = CERTIFY.older
+    assert older.columns == ("count0", "count", "count_runner_up", "selected")
+    opened(path).close()
+    path.write_text(older.header + older.line(row(4)) + older.line(row(0)) + "6\t0")
+    finished = complete(path)
+    assert path.read_text() == older.header + "".join(older.line(row(index)) for index in range(0, 20, 2))
+    assert finished["finished"]["images"] == 10
+    table = read_table(path)
+    assert not table.missing and not table.changed and "votes" not in table.rows[4]
+    with pytest.raises(ValueError, match="damaged"):
+        CERTIFY.parse(older.line(row(4))[:-1])
 
 
 def test_the_record_binds_the_table_when_it_is_finished(path):

@@ -110,7 +110,7 @@ def test_decisions_are_those_of_one_image_and_one_look_at_a_time(images, expecte
     "changes",
     [
         {"n0": 1, "n": 303},
-        {"n0": 16, "n": 1},
+        {"n0": 16, "n": 15},
         {"n0": 100, "n": 16, "radius": 0},
         {"n": 320, "alpha": 0.001, "seed": 8},
     ],

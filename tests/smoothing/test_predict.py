@@ -125,6 +125,7 @@ def test_votes_are_those_of_their_stream_and_depend_on_the_index_alone():
         ({"alpha": 1.0}, r"alpha=1\.0: use a number in \(0, 1\)"),
         ({"sigma": -1.0}, r"sigma=-1\.0: use a number greater than 0"),
         ({"n": 0}, "n=0: use a whole number of at least 1"),
+        ({"n": 10}, "n=10 votes predict nothing at alpha=0.001, even if all agree; use n=11"),
         ({"num_classes": 3}, "num_classes=3 needs logits of shape"),
         ({"indices": [0, 1]}, r"indices has shape \(2,\)"),
         ({"devices": []}, r"devices=\[\]: give at least one"),
@@ -132,7 +133,7 @@ def test_votes_are_those_of_their_stream_and_depend_on_the_index_alone():
 )
 def test_bad_settings(arguments, message):
     with pytest.raises(UserError, match=message):
-        predict(linear, images_at(0.1), **{"sigma": SIGMA, "num_classes": 2, "n": 10, "batch_size": 8, **arguments})
+        predict(linear, images_at(0.1), **{"sigma": SIGMA, "num_classes": 2, "n": 11, "batch_size": 8, **arguments})
 
 
 @pytest.mark.parametrize(

@@ -176,12 +176,12 @@ def two_class(count, runner_up, n, alpha):
     return certify_votes(count, runner_up, n, alpha=alpha, sigma=1.0, bound="two_class").radius
 
 
-def two_class_with(lower_of, upper_of):
-    """Return a radius from other bounds of p_A and p_B."""
+def two_class_with(lower_of, upper_of, shares=(0.5, 0.5)):
+    """Return a radius from other bounds of p_A and p_B, at these shares of alpha."""
 
     def radius(count, runner_up, n, alpha):
-        lower = lower_of(count, n, alpha / 2)
-        upper = np.minimum(upper_of(runner_up, n, alpha / 2), 1 - lower)
+        lower = lower_of(count, n, shares[0] * alpha)
+        upper = np.minimum(upper_of(runner_up, n, shares[1] * alpha), 1 - lower)
         with np.errstate(invalid="ignore", divide="ignore"):
             return np.nan_to_num((special.ndtri(lower) - special.ndtri(upper)) / 2, nan=0.0, posinf=10.0, neginf=0.0)
 
@@ -192,6 +192,7 @@ BROKEN_TWO_CLASS = {
     "p_A plugged in": two_class_with(plug_in, upper_confidence_bound),
     "both plugged in": two_class_with(plug_in, plug_in),
     "five times alpha": lambda count, runner_up, n, alpha: two_class(count, runner_up, n, 5 * alpha),
+    "p_B plugged in": two_class_with(lower_confidence_bound, plug_in, (0.99, 0.01)),
 }
 
 
@@ -203,18 +204,19 @@ def test_the_two_class_radius_covers_and_broken_ones_do_not(alpha):
         return max(two_class_violation(radius_of, n, *case, alpha) for n in (20, 60) for case in cases)
 
     assert worst(two_class) <= alpha * (1 + 1e-9)
-    assert worst(two_class_with(lower_confidence_bound, upper_confidence_bound)) <= alpha * (1 + 1e-9)
+    for shares in ((0.5, 0.5), (0.99, 0.01)):
+        assert worst(two_class_with(lower_confidence_bound, upper_confidence_bound, shares)) <= alpha * (1 + 1e-9)
     for name, broken in BROKEN_TWO_CLASS.items():
         assert worst(broken) > alpha, name
 
 
 def test_the_two_class_bound_certifies_below_one_half():
     got = certify_votes(45, 20, 100, alpha=0.05, sigma=2.0, bound="two_class")
-    lower, upper = lower_confidence_bound(45, 100, 0.025), upper_confidence_bound(20, 100, 0.025)
+    lower, upper = lower_confidence_bound(45, 100, 0.99 * 0.05), upper_confidence_bound(20, 100, 0.01 * 0.05)
     assert got.certified and got.lower == lower < 0.5
     assert got.radius == pytest.approx(special.ndtri(lower) - special.ndtri(upper), rel=1e-12)
-    # With all other votes in one class, p_B is at most 1 - p_A, and p_A alone determines the radius, at alpha / 2.
-    alone = certified_radius(700, 1000, 0.025, 1.0)
+    # With all other votes in one class, p_B is at most 1 - p_A, and p_A alone determines the radius, at its share.
+    alone = certified_radius(700, 1000, 0.99 * 0.05, 1.0)
     assert certify_votes(700, 300, 1000, alpha=0.05, sigma=1.0, bound="two_class").radius == pytest.approx(alone)
     unclear = certify_votes(40, 39, 100, alpha=0.05, sigma=1.0, bound="two_class")
     assert not unclear.certified and unclear.radius == 0
@@ -230,7 +232,7 @@ def test_the_smallest_alpha_works_with_every_bound():
 @pytest.mark.parametrize("bound", BOUNDS)
 def test_the_ceiling_is_the_radius_of_all_votes(bound):
     for n in (1, 10, 100_000):
-        alpha = 0.001 / 2 if bound == "two_class" else 0.001
+        alpha = 0.001 * 0.99 if bound == "two_class" else 0.001
         ceiling = radius_ceiling(n, alpha=0.001, sigma=0.5, bound=bound)
         assert ceiling == pytest.approx(max(0.5 * special.ndtri(alpha ** (1 / n)), 0), rel=1e-9)
         counts = np.arange(max(n - 50, 0), n + 1)
@@ -386,7 +388,7 @@ def test_the_slack_lowers_bounds_and_raises_p_values_by_itself_and_rounds_agains
         assert ceiling == certify_votes(n, 0, n, **settings, bound=bound, uniform=1.0, slack=0.001).radius
         assert ceiling < radius_ceiling(n, **settings, bound=bound)
     two = certify_votes(4500, 2000, n, **settings, bound="two_class", slack=0.01)
-    lower, upper = lower_confidence_bound(4500, n, 0.0005) - 0.01, upper_confidence_bound(2000, n, 0.0005) + 0.01
+    lower, upper = lower_confidence_bound(4500, n, 0.00099) - 0.01, upper_confidence_bound(2000, n, 0.00001) + 0.01
     assert two.radius == pytest.approx(0.25 * (special.ndtri(lower) - special.ndtri(upper)), rel=1e-12)
     without = p_value_of([60, 70, 50], [40, 30, 50])
     found = p_value_of([60, 70, 50], [40, 30, 50], n=np.array([100, 100, 120]), slack=1e-6)

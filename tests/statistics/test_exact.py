@@ -18,7 +18,7 @@ from rs_consistency.statistics.sequential import decide
 ONE = 1 << 256
 UNIT = Decimal("0.000001")
 EPS = Fraction(784 * 1168, 2**64)  # of 28 x 28 images at sigma 0.5
-SIGMA, ALPHA = 0.5, 0.001
+SIGMA, ALPHA, SHARE = 0.5, 0.001, 0.99
 
 
 def tail_of(n, count, p, weight=1):
@@ -172,7 +172,7 @@ def lines(bound, n, slack=0.0):
 @pytest.mark.parametrize("bound", BOUNDS)
 @pytest.mark.parametrize("n", [1000, 10_000, 100_000])
 def test_printed_radii_are_proven_and_radii_a_unit_larger_are_not(bound, n):
-    settings = {"sigma": SIGMA, "alpha": ALPHA, "bound": bound, "eps": EPS}
+    settings = {"sigma": SIGMA, "alpha": ALPHA, "bound": bound, "alpha_share": SHARE, "eps": EPS}
     found = lines(bound, n, float_above(EPS))
     assert len(found) >= 20
     for radius, votes in found:
@@ -182,7 +182,7 @@ def test_printed_radii_are_proven_and_radii_a_unit_larger_are_not(bound, n):
 
 @pytest.mark.parametrize("bound", BOUNDS)
 def test_radii_without_the_slack_are_refused(bound):
-    settings = {"sigma": SIGMA, "alpha": ALPHA, "bound": bound, "eps": 1e-5}
+    settings = {"sigma": SIGMA, "alpha": ALPHA, "bound": bound, "alpha_share": SHARE, "eps": 1e-5}
     without, with_slack = (lines(bound, 10_000, slack) for slack in (0.0, 1e-5))
     assert not any(proves_radius(10_000, radius=radius, **votes, **settings) for radius, votes in without)
     assert all(proves_radius(10_000, radius=radius, **votes, **settings) for radius, votes in with_slack)
@@ -190,12 +190,25 @@ def test_radii_without_the_slack_are_refused(bound):
 
 def test_the_slack_of_two_classes_counts_on_both_sides():
     votes, settings = {"count": 450, "runner_up": 200}, {"sigma": SIGMA, "alpha": ALPHA, "bound": "two_class"}
+    settings |= {"alpha_share": 0.5}
     lower, upper = 0.39704, 0.24395  # Clopper-Pearson at alpha / 2, to 5 digits
     for eps in (0.0, 0.01):
-        radius = certify_votes(450, 200, 1000, alpha=ALPHA, sigma=SIGMA, bound="two_class", slack=eps).radius
+        radius = certify_votes(n=1000, **votes, **settings, slack=eps).radius
         assert proves_radius(1000, radius=Decimal(format_radius(radius)), **votes, **settings, eps=eps)
         one_side = SIGMA / 2 * (exact.NormalDist().inv_cdf(lower - eps) - exact.NormalDist().inv_cdf(upper))
         assert proves_radius(1000, radius=one_side - 1e-4, **votes, **settings, eps=eps) == (eps == 0)
+
+
+def test_a_radius_is_proven_at_its_own_share_of_alpha():
+    settings = {"sigma": SIGMA, "alpha": ALPHA, "bound": "two_class"}
+    for share, other in ((0.99, 0.5), (0.5, 0.99)):
+        proven = {}
+        for count, runner_up in ((900, 100), (450, 200)):
+            votes = {"n": 1000, "count": count, "runner_up": runner_up}
+            radius = Decimal(format_radius(certify_votes(**votes, **settings, alpha_share=share).radius))
+            assert proves_radius(**votes, radius=radius, **settings, alpha_share=share)
+            proven[count] = proves_radius(**votes, radius=radius, **settings, alpha_share=other)
+        assert not all(proven.values()), share
 
 
 def test_all_small_counts_against_fractions():
@@ -213,7 +226,7 @@ def test_all_small_counts_against_fractions():
 
 
 def test_all_small_counts_of_two_classes_against_float64():
-    n, settings = 40, {"alpha": 0.05, "sigma": 1.0, "bound": "two_class"}
+    n, settings = 40, {"alpha": 0.05, "sigma": 1.0, "bound": "two_class", "alpha_share": SHARE}
     for count in range(n + 1):
         for runner_up in range(0, n - count + 1, 3):
             found = certify_votes(count, runner_up, n, **settings, slack=0.01)
@@ -226,7 +239,7 @@ def test_all_small_counts_of_two_classes_against_float64():
 @pytest.mark.parametrize("bound", BOUNDS)
 def test_the_largest_number_of_votes(bound):
     n, count = 2**29, 2**29 * 3 // 5
-    settings = {"alpha": ALPHA, "sigma": SIGMA, "bound": bound, "uniform": 0.25}
+    settings = {"alpha": ALPHA, "sigma": SIGMA, "bound": bound, "uniform": 0.25, "alpha_share": SHARE}
     radius = Decimal(format_radius(certify_votes(count, n - count, n, **settings).radius))
     asked = {"runner_up": n - count, **settings}
     assert proves_radius(n, count, radius, **asked) and not proves_radius(n, count, radius + UNIT, **asked)
@@ -378,6 +391,8 @@ def test_float_above():
         ({"bound": "randomized", "uniform": 0.0}, "uniform=0.0: use a number greater than 0 and at most 1"),
         ({"bound": "two_class"}, "runner_up=None: use a whole number of at least 0 and at most 10"),
         ({"bound": "two_class", "runner_up": 11}, "runner_up=11: use a whole number of at least 0 and at most 10"),
+        ({"bound": "two_class", "runner_up": 9}, "alpha_share=None: use a finite number"),
+        ({"bound": "two_class", "runner_up": 9, "alpha_share": 1}, r"alpha_share=1: use a number in \(0, 1\)"),
     ],
 )
 def test_bad_arguments(arguments, message):

@@ -1,0 +1,78 @@
+"""Checks of settings before the first vote: whether any votes can certify, decide or predict with them."""
+
+from collections.abc import Callable
+
+import numpy as np
+
+from rs_consistency.common.errors import UserError
+from rs_consistency.statistics import sequential
+from rs_consistency.statistics.bounds import certify_votes, p_value_of
+
+_FEW = np.arange(1, 1001)  # for the smallest alpha, 1e-100, it takes some 340 votes
+_MOST = 2**29  # of a certification
+
+
+def check_certificates(
+    n: int, *, alpha: float, bound: str = "clopper_pearson", alpha_share: float | None = None, slack: float = 0.0
+) -> None:
+    """Raise a `UserError` if n votes, all for one class, certify nothing; arguments as for `bounds.certify_votes`.
+
+    Example:
+      >>> from rs_consistency.statistics.limits import check_certificates
+      >>> check_certificates(9, alpha=0.001)
+      Traceback (most recent call last):
+        ...
+      rs_consistency.common.errors.UserError: n=9 votes certify nothing at alpha=0.001, even if all agree; use n=10
+    """
+    settings = {"alpha": alpha, "sigma": 1.0, "bound": bound, "alpha_share": alpha_share, "uniform": 1.0}
+    _check("certify", n, alpha, lambda votes: certify_votes(votes, 0, votes, **settings, slack=slack).certified)
+
+
+def check_predictions(n: int, *, alpha: float, slack: float = 0.0) -> None:
+    """Raise a `UserError` if n votes, all for one class, predict nothing; arguments as for `bounds.p_value_of`."""
+    _check("predict", n, alpha, lambda votes: p_value_of(votes, 0, n=votes, slack=slack) <= alpha)
+
+
+def check_decisions(n: int, *, radius: float, sigma: float, alpha: float, slack: float = 0.0) -> None:
+    """Raise a `UserError` if n votes, all for one class, do not certify a radius; arguments as for `sequential.decide`.
+
+    The message names the largest radius that n votes can certify, and the fewest votes that can certify the radius.
+
+    Example:
+      >>> from rs_consistency.statistics.limits import check_decisions
+      >>> check_decisions(100, radius=1.0, sigma=0.5, alpha=0.001)
+      Traceback (most recent call last):
+        ...
+      rs_consistency.common.errors.UserError: radius=1: n=100 votes cannot certify it; use radius=0.66 or n=459
+    """
+
+    def certifies(votes: int, radius: float) -> bool:
+        found = sequential.decide(votes, votes, radius=radius, sigma=sigma, alpha=alpha, slack=slack)
+        return found == sequential.CERTIFIED
+
+    if certifies(n, radius):
+        return
+    smaller = _last(lambda thousandths: certifies(n, thousandths / 1000), int(radius * 1000)) / 1000
+    remedies = [f"radius={smaller:g}"] if certifies(n, smaller) else []
+    if certifies(_MOST, radius):
+        remedies.append(f"n={_last(lambda votes: not certifies(votes, radius), _MOST) + 1}")
+    remedy = " or ".join(remedies) or "a larger sigma"
+    raise UserError(f"radius={radius:g}: n={n} votes cannot certify it; use {remedy}")
+
+
+def _last(holds: Callable[[int], bool], largest: int) -> int:
+    """Return the last of the numbers 1..largest up to which a condition holds; 0 if it never does."""
+    low, high = 0, largest + 1
+    while high - low > 1:
+        middle = (low + high) // 2
+        low, high = (middle, high) if holds(middle) else (low, middle)
+    return low
+
+
+def _check(verb: str, n: int, alpha: float, enough: Callable[[np.ndarray], np.ndarray]) -> None:
+    """Raise unless n votes are enough, by a function of numbers of votes."""
+    if enough(np.array([n])).all():
+        return
+    few = _FEW[enough(_FEW)]
+    remedy = f"n={few[0]}" if len(few) else "a larger alpha"
+    raise UserError(f"n={n} votes {verb} nothing at alpha={alpha:g}, even if all agree; use {remedy}")
