@@ -82,7 +82,7 @@ def load(
     recompute = alpha is not None or bound is not None or bonferroni
     file = certificate_path(path)
     schema, by_index = read_rows(file)
-    table = to_columns(file, by_index)
+    table = to_columns(file, schema, by_index)
     record, missing = _read_record(file, schema)
     if record is None:
         if recompute or need_counts:
@@ -96,7 +96,7 @@ def load(
     settings = settings._replace(alpha=checks.probability("alpha", float(each)), bound=bound or settings.bound)
     proven, lower = _certificates(settings, _columns(rows))
     if recompute:
-        rows, table = proven, to_columns(file, {row["idx"]: row for row in proven})
+        rows, table = proven, to_columns(file, schema, {row["idx"]: row for row in proven})
     else:
         _check_claims(path, rows, proven)
     return table, Evidence(settings, each, rows, np.array([row["count"] for row in rows]), lower)

@@ -1,6 +1,7 @@
 """The one reader of certificate files: rows by image number, or columns as arrays."""
 
 import gzip
+import math
 import zlib
 from collections.abc import Sequence
 from pathlib import Path
@@ -8,7 +9,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from rs_consistency.certificates.columns import FIELD_COLUMNS, SCHEMAS, Row, Schema
+from rs_consistency.certificates.columns import CERTIFY, FIELD_COLUMNS, SCHEMAS, Row, Schema, seconds_of
 from rs_consistency.certificates.record import Record, record_path
 from rs_consistency.certificates.selection import Selection
 from rs_consistency.common.errors import UserError
@@ -40,13 +41,25 @@ class Table(NamedTuple):
 
 
 class Certificates(NamedTuple):
-    """The columns of any program's file, `[N]` each, N > 0; see `certificates.columns`. Radii are finite, float64."""
+    """The columns of any program's file, `[N]` each, N > 0; see `certificates.columns`.
+
+    Attributes:
+      idx: numbers of the images.
+      label: true classes.
+      predict: certified or predicted classes; -1 for abstention.
+      radius: certified l2 radii, finite, float64.
+      correct: 1 where predict is label, else 0.
+      seconds: spent on each image, float64; NaN where the file has no time that can be read.
+      mode: certify, decide or predict. A file of another program is one of certificates if it has radii.
+    """
 
     idx: np.ndarray
     label: np.ndarray
     predict: np.ndarray
     radius: np.ndarray
     correct: np.ndarray
+    seconds: np.ndarray
+    mode: str
 
 
 def read_table(path: Path) -> Table:
@@ -68,14 +81,14 @@ def read_table(path: Path) -> Table:
 def read_certificates(path: Path) -> Certificates:
     """Read the columns of any program's file, or of a workdir's; errors as for `read_rows` and `to_columns`."""
     path = certificate_path(path)
-    return to_columns(path, read_rows(path)[1])
+    return to_columns(path, *read_rows(path))
 
 
 def read_rows(path: Path) -> tuple[Schema | None, dict[int, Row]]:
     """Read the rows of any program's file; also of a file that gzip packed.
 
     A file with the counts of a schema is one of this program's, and is read strictly. Other files need the columns of
-    the field, but for `time`; their rows hold these alone.
+    the field, `time` where there is one; their rows hold these alone.
 
     Returns:
       The schema, None for a file of another program, and image number -> row, at least one.
@@ -137,10 +150,12 @@ def parse_own(
     return rows
 
 
-def to_columns(path: Path, rows: dict[int, Row]) -> Certificates:
-    """Return the columns of the field; a `UserError` with the path for the first value that cannot be."""
+def to_columns(path: Path, schema: Schema | None, rows: dict[int, Row]) -> Certificates:
+    """Return the columns of the rows of a schema; a `UserError` with the path for the first value that cannot be."""
     columns = {name: np.asarray([row[name] for row in rows.values()]) for name in _NEEDED}
-    table = Certificates(**columns | {"radius": columns["radius"].astype(np.float64)})
+    columns["radius"] = columns["radius"].astype(np.float64)
+    seconds = np.asarray([_seconds(row.get("time", "")) for row in rows.values()])
+    table = Certificates(**columns, seconds=seconds, mode=schema.name if schema else CERTIFY.name)
     for column, bad, expected in (
         ("radius", ~np.isfinite(table.radius) | (table.radius < 0), "a finite number of at least 0"),
         ("predict", table.predict < ABSTAIN, "a class, or -1 for abstention"),
@@ -181,10 +196,21 @@ def _parse_field(path: Path, names: Sequence[str], lines: Sequence[str]) -> dict
                 raise UserError(
                     f"{path}, line {number}: {name}={text!r} is not a {_WORDS[kind]}; repair the line"
                 ) from None
+        if "time" in names:
+            row["time"] = cells[names.index("time")]
         if row["idx"] in rows:
             raise UserError(f"{path}, image {row['idx']}: idx={row['idx']}; expected every image once")
         rows[row["idx"]] = row
     return rows
+
+
+def _seconds(time: str) -> float:
+    """Return the seconds of a cell, h:mm:ss.ffffff or a number; NaN where it is neither."""
+    try:
+        seconds = seconds_of(time) if ":" in time else float(time)
+    except ValueError:
+        return math.nan
+    return seconds if 0 <= seconds < math.inf else math.nan
 
 
 def _read_bytes(path: Path) -> bytes:

@@ -136,3 +136,14 @@ def test_a_reader_that_goes_away_is_no_error(field):
     with process.stderr:
         assert process.stderr.read() == ""
     assert process.wait(timeout=60) == EXIT_BROKEN_PIPE
+
+
+def test_seconds_and_mode(field):
+    field.write_text(FIELD.replace("0:00:00.298455", "1.5").replace("0:00:00.3", "unknown"))
+    table = read_certificates(field)
+    np.testing.assert_array_equal(table.seconds, [1.393193, 1.5, np.nan, 60.3])
+    assert table.mode == "certify"
+    field.write_text("\n".join(line.rpartition("\t")[0] for line in FIELD.splitlines()))
+    assert np.isnan(read_certificates(field).seconds).all()
+    field.write_text(OURS)
+    assert read_certificates(field).seconds == [1.393193]
