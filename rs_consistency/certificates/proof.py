@@ -14,7 +14,7 @@ import numpy as np
 
 from rs_consistency.certificates.columns import CERTIFY, DECIDE, WORDS, Row, Schema, make_rows
 from rs_consistency.certificates.read import Certificates, Table, certificate_path, read_rows, to_columns
-from rs_consistency.certificates.record import Record, Settings, record_path
+from rs_consistency.certificates.record import Record, Settings, record_path, unpacked_path
 from rs_consistency.common import checks
 from rs_consistency.common.errors import UserError
 from rs_consistency.statistics import sequential
@@ -61,7 +61,7 @@ def load(
     at the counts. Whoever takes the best of several errs with a probability of up to the sum of their alphas.
 
     Args:
-      path: a workdir or a certificate file.
+      path: a workdir or a certificate file, packed or not.
       alpha: error probability of one certificate; None for the file's.
       bound: one of `bounds.BOUNDS`; None for the file's.
       bonferroni: divide alpha by the number of images N of the file. Then the probability that any of its certificates
@@ -211,9 +211,10 @@ def _read_record(path: Path, schema: Schema | None) -> tuple[Record | None, str]
     """Return the record that a file's counts need to prove radii; or None, and what is missing."""
     if schema is not CERTIFY:
         return None, f"has no columns {', '.join(CERTIFY.columns)}, as certify.py writes them"
-    if path.suffix != ".tsv" or not record_path(path).is_file():
-        return None, f"has no {path.with_suffix('.json').name} beside it that says how it was made"
-    record = Record.read(record_path(path))
+    file = unpacked_path(path)
+    if file.suffix != ".tsv" or not record_path(file).is_file():
+        return None, f"has no {file.with_suffix('.json').name} beside it that says how it was made"
+    record = Record.read(record_path(file))
     if record.schema is not CERTIFY:
         mode = record.schema.name
         return None, f"was made with mode={mode!r}, and only the counts of mode={CERTIFY.name!r} prove radii"
