@@ -14,7 +14,7 @@ import numpy as np
 
 from rs_consistency.certificates.columns import CERTIFY, DECIDE, WORDS, Row, Schema, make_rows
 from rs_consistency.certificates.read import Certificates, Table, certificate_path, read_rows, to_columns
-from rs_consistency.certificates.record import Record, Settings, record_path
+from rs_consistency.certificates.record import Record, Settings, record_path, unpacked_path
 from rs_consistency.common import checks
 from rs_consistency.common.checks import decimal_value
 from rs_consistency.common.errors import UserError
@@ -65,7 +65,7 @@ def load(
     at the counts. Whoever takes the best of several errs with a probability of up to the sum of their alphas.
 
     Args:
-      path: a workdir or a certificate file.
+      path: a workdir or a certificate file, packed or not.
       alpha: error probability of one certificate; None for the file's.
       bound: one of `bounds.BOUNDS`; None for the file's.
       bonferroni: divide alpha by the number of images N of the file. Then the probability that any of its certificates
@@ -86,7 +86,7 @@ def load(
     recompute = alpha is not None or bound is not None or bonferroni
     file = certificate_path(path)
     schema, by_index = read_rows(file)
-    table = to_columns(file, by_index)
+    table = to_columns(file, schema, by_index)
     record, missing = _read_record(file, schema)
     if record is None:
         if recompute or need_counts:
@@ -101,7 +101,7 @@ def load(
     settings = settings._replace(alpha=checks.probability("alpha", float(each)))
     proven, lower = _certificates(settings, _columns(rows))
     if recompute:
-        rows, table = proven, to_columns(file, {row["idx"]: row for row in proven})
+        rows, table = proven, to_columns(file, schema, {row["idx"]: row for row in proven})
     else:
         _check_claims(path, rows, proven)
     columns = _columns(rows)
@@ -258,9 +258,10 @@ def _read_record(path: Path, schema: Schema | None) -> tuple[Record | None, str]
     """Return the record that a file's counts need to prove radii; or None, and what is missing."""
     if schema is not CERTIFY:
         return None, f"has no columns {', '.join(CERTIFY.columns)}, as certify.py writes them"
-    if path.suffix != ".tsv" or not record_path(path).is_file():
-        return None, f"has no {path.with_suffix('.json').name} beside it that says how it was made"
-    record = Record.read(record_path(path))
+    file = unpacked_path(path)
+    if file.suffix != ".tsv" or not record_path(file).is_file():
+        return None, f"has no {file.with_suffix('.json').name} beside it that says how it was made"
+    record = Record.read(record_path(file))
     if record.schema is not CERTIFY:
         mode = record.schema.name
         return None, f"was made with mode={mode!r}, and only the counts of mode={CERTIFY.name!r} prove radii"

@@ -1,6 +1,12 @@
-"""The one reader of certificate files: rows by image number, or columns as arrays."""
+"""The one reader of certificate files: rows by image number, or columns as arrays.
+
+Files of other programs are read as they are found: cells divided by tabs, commas or semicolons, `correct` as 1 or True,
+whole numbers as 7 or 7.0, spaces around them, any further columns, and logs of predictions without radii. Any file may
+be packed by gzip. A file of this program stays as strict when it is packed: its record lies beside it, and counts.
+"""
 
 import gzip
+import math
 import zlib
 from collections.abc import Sequence
 from pathlib import Path
@@ -8,14 +14,18 @@ from typing import NamedTuple
 
 import numpy as np
 
-from rs_consistency.certificates.columns import FIELD_COLUMNS, SCHEMAS, Row, Schema
-from rs_consistency.certificates.record import Record, record_path
+from rs_consistency.certificates.columns import CERTIFY, FIELD_COLUMNS, PREDICT, SCHEMAS, Row, Schema, seconds_of
+from rs_consistency.certificates.record import Record, content_beside, record_path, unpacked_path
 from rs_consistency.certificates.selection import Selection
+from rs_consistency.common.checks import MAX_INDEX
 from rs_consistency.common.errors import UserError
 from rs_consistency.statistics.bounds import ABSTAIN
 
-_NEEDED = {"idx": int, "label": int, "predict": int, "radius": float, "correct": int}
-_WORDS = {int: "whole number", float: "number"}
+_SEPARATORS = ("\t", ",", ";")
+_PREDICT_LOG = {*FIELD_COLUMNS, "basePredict", ""} - {"radius"}  # all columns of the field's files of predictions
+_TRUTH = {"true": "1", "false": "0"}
+_UNPACKED = 2**28  # bytes of a packed file at most: 2.5 million lines, twice the images of ImageNet
+_HEADER = 4096  # bytes that hold the first line of every certificate file
 
 
 class Table(NamedTuple):
@@ -40,27 +50,39 @@ class Table(NamedTuple):
 
 
 class Certificates(NamedTuple):
-    """The columns of any program's file, `[N]` each, N > 0; see `certificates.columns`. Radii are finite, float64."""
+    """The columns of any program's file, `[N]` each, N > 0; see `certificates.columns`.
+
+    Attributes:
+      idx: numbers of the images.
+      label: true classes.
+      predict: certified or predicted classes; -1 for abstention.
+      radius: certified l2 radii, finite, float64.
+      correct: 1 where predict is label, else 0.
+      seconds: spent on each image, float64; NaN where the file has no time that can be read.
+      mode: certify, decide or predict. A file of another program is one of certificates if it has radii.
+    """
 
     idx: np.ndarray
     label: np.ndarray
     predict: np.ndarray
     radius: np.ndarray
     correct: np.ndarray
+    seconds: np.ndarray
+    mode: str
 
 
 def read_table(path: Path) -> Table:
-    """Read a file of this program, and its record, without a lock. A torn last line is left out.
+    """Read a file of this program, packed or not, and its record, without a lock. A torn last line is left out.
 
     Raises:
       UserError: when a file is missing or damaged, or this program does not write a line with that record.
     """
-    beside = record_path(path)
+    beside = record_path(unpacked_path(path))
     if not path.is_file():
         raise UserError(f"{path} does not exist; give a certificate file")
     if not beside.is_file():
         raise UserError(f"{path} has no {beside.name} that says how it was made; give a file of certify.py")
-    record, content = Record.read(beside), path.read_bytes()
+    record, content = Record.read(beside), _read_bytes(path)
     rows = parse_own(path, content[: content.rfind(b"\n") + 1], record.schema, record.selection)
     return Table(path, record, rows, record.is_changed(content))
 
@@ -68,14 +90,14 @@ def read_table(path: Path) -> Table:
 def read_certificates(path: Path) -> Certificates:
     """Read the columns of any program's file, or of a workdir's; errors as for `read_rows` and `to_columns`."""
     path = certificate_path(path)
-    return to_columns(path, read_rows(path)[1])
+    return to_columns(path, *read_rows(path))
 
 
 def read_rows(path: Path) -> tuple[Schema | None, dict[int, Row]]:
     """Read the rows of any program's file; also of a file that gzip packed.
 
     A file with the counts of a schema is one of this program's, and is read strictly. Other files need the columns of
-    the field, but for `time`; their rows hold these alone.
+    the field; their rows hold these alone, without `time` and `radius` where the file has none.
 
     Returns:
       The schema, None for a file of another program, and image number -> row, at least one.
@@ -89,15 +111,15 @@ def read_rows(path: Path) -> tuple[Schema | None, dict[int, Row]]:
     if not text.strip():
         raise UserError(f"{path} is empty; certify some images, or leave it out")
     header, *lines = text.splitlines()
-    names = header.split("\t")
-    missing = [name for name in _NEEDED if name not in names]
+    separator, names = _names(header)
+    missing = _missing(names)
     if missing:
         raise UserError(f"{path}: column {', '.join(missing)} is missing; the first line must be {list(FIELD_COLUMNS)}")
     if not any(lines):
         raise UserError(f"{path} has no images yet; certify some, or leave it out")
     schema = next((schema for schema in SCHEMAS.values() if set(schema.older.columns) <= set(names)), None)
     if schema is None:
-        return None, _parse_field(path, names, lines)
+        return None, _parse_field(path, names, [line.split(separator) for line in lines])
     if not text.endswith("\n"):
         raise UserError(f"{path}: the last line is cut off; run certify.py again to complete it")
     return schema, parse_own(path, content, schema)
@@ -124,7 +146,7 @@ def parse_own(
             row = written.parse(line)
             index = row["idx"]
             if index in rows:
-                raise ValueError(f"image {index} for the second time")
+                raise ValueError(f"image {index} for the second time, first in line {list(rows).index(index) + 2}")
             if selection and index not in admitted:
                 raise ValueError(f"image {index} is none of those asked for")
             if ordered and index != order[number]:
@@ -138,14 +160,20 @@ def parse_own(
     return rows
 
 
-def to_columns(path: Path, rows: dict[int, Row]) -> Certificates:
-    """Return the columns of the field; a `UserError` with the path for the first value that cannot be."""
-    columns = {name: np.asarray([row[name] for row in rows.values()]) for name in _NEEDED}
-    table = Certificates(**columns | {"radius": columns["radius"].astype(np.float64)})
+def to_columns(path: Path, schema: Schema | None, rows: dict[int, Row]) -> Certificates:
+    """Return the columns of the rows of a schema; a `UserError` with the path for the first value that cannot be."""
+    whole = {name: np.asarray([row[name] for row in rows.values()]) for name in ("idx", "label", "predict", "correct")}
+    table = Certificates(
+        **whole,
+        radius=np.asarray([float(row.get("radius", 0)) for row in rows.values()]),
+        seconds=np.asarray([_seconds(row.get("time", "")) for row in rows.values()]),
+        mode=(schema or (CERTIFY if all("radius" in row for row in rows.values()) else PREDICT)).name,
+    )
+    right = (table.predict == table.label) & (table.predict != ABSTAIN)
     for column, bad, expected in (
         ("radius", ~np.isfinite(table.radius) | (table.radius < 0), "a finite number of at least 0"),
         ("predict", table.predict < ABSTAIN, "a class, or -1 for abstention"),
-        ("correct", table.correct != (table.predict == table.label), "1 where predict is label, else 0"),
+        ("correct", table.correct != right, "1 where predict is label, else 0"),
     ):
         if bad.any():
             image, value = table.idx[bad][0], getattr(table, column)[bad][0]
@@ -165,33 +193,131 @@ def certificate_path(path: Path) -> Path:
     return path
 
 
-def _parse_field(path: Path, names: Sequence[str], lines: Sequence[str]) -> dict[int, Row]:
+def certificate_files(path: Path) -> list[Path]:
+    """Return the files that a path stands for: itself, or all certificate files of a folder that is no workdir.
+
+    Certificate files are known by their first line. They are in the order of their names. Folders inside are left out,
+    and a packed file beside the same file unpacked.
+
+    Raises:
+      UserError: for a folder without any.
+    """
+    if not path.is_dir() or (path / "certificates.tsv").is_file():
+        return [path]
+    files = [
+        file
+        for file in sorted(path.iterdir())
+        if file.is_file() and not file.name.startswith(".") and file.suffix != ".json" and _has_header(file)
+    ]
+    files = [file for file in files if file == unpacked_path(file) or unpacked_path(file) not in files]
+    if not files:
+        raise UserError(
+            f"{path} has no certificates.tsv, nor any other file of certificates; make it:"
+            f" python certify.py --workdir={path}"
+        )
+    return files
+
+
+def standing(path: Path) -> tuple[bool | None, str]:
+    """Return whether a file of this program is finished and as it was then, and the fault, "" for none.
+
+    The answer is None for a file of another program, or with a damaged record.
+    """
+    file = certificate_path(path)
+    try:
+        content = content_beside(file)
+    except UserError:
+        return None, ""
+    if not content:
+        return None, ""
+    record, table = Record.from_json(file, content), _read_bytes(file)
+    if record.finished is None:
+        done, wanted = table.count(b"\n") - 1, len(record.selection.indices())
+        return (
+            False,
+            f"{path} is not finished: {done} of {wanted} images; certify.py with the same settings completes it",
+        )
+    if record.is_changed(table):
+        fault = "was changed after it was finished: its SHA-256 is not the one in its record"
+        return False, f"{path} {fault}; restore it from a copy, or certify again"
+    return True, ""
+
+
+def _has_header(path: Path) -> bool:
+    first, *_ = _read_bytes(path, _HEADER).decode("utf-8-sig", errors="replace").splitlines() or [""]
+    return not _missing(_names(first)[1])
+
+
+def _names(header: str) -> tuple[str, list[str]]:
+    """Return what divides the cells of a first line, and the names in it."""
+    found = [(separator, [cell.strip() for cell in header.split(separator)]) for separator in _SEPARATORS]
+    return max(found, key=lambda each: -len(_missing(each[1])))
+
+
+def _missing(names: Sequence[str]) -> list[str]:
+    """Return the columns that a file with these names lacks. A log of predictions needs no radius."""
+    optional = {"time", "radius"} if set(names) <= _PREDICT_LOG else {"time"}
+    return [name for name in FIELD_COLUMNS if name not in names and name not in optional]
+
+
+def _parse_field(path: Path, names: Sequence[str], lines: Sequence[Sequence[str]]) -> dict[int, Row]:
     """Return the rows of another program's file, by image number; empty lines are left out."""
-    rows: dict[int, Row] = {}
-    for number, line in enumerate(lines, start=2):
-        if not line.strip():
+    places = {name: names.index(name) for name in FIELD_COLUMNS if name in names}
+    rows, lines_of = dict[int, Row](), dict[int, int]()
+    for number, cells in enumerate(lines, start=2):
+        if not any(map(str.strip, cells)):
             continue
-        cells, row = line.split("\t"), {}
         if len(cells) != len(names):
             raise UserError(f"{path}, line {number}: {len(cells)} columns instead of {len(names)}; is it cut off?")
-        for name, kind in _NEEDED.items():
-            text = cells[names.index(name)]
+        row = {name: cells[place].strip() for name, place in places.items()}
+        for name, text in row.items():
             try:
-                row[name] = kind(text)
+                row[name] = text if name == "time" else float(text) if name == "radius" else _whole(name, text)
             except ValueError:
-                raise UserError(
-                    f"{path}, line {number}: {name}={text!r} is not a {_WORDS[kind]}; repair the line"
-                ) from None
-        if row["idx"] in rows:
-            raise UserError(f"{path}, image {row['idx']}: idx={row['idx']}; expected every image once")
-        rows[row["idx"]] = row
+                kind = "number" if name == "radius" else "whole number"
+                raise UserError(f"{path}, line {number}: {name}={text!r} is not a {kind}; repair the line") from None
+        index = row["idx"]
+        if row["predict"] == ABSTAIN and row["correct"]:
+            raise UserError(
+                f"{path}, line {number}: correct={row['correct']}, but predict=-1 is never correct; write 0"
+            )
+        if index in rows:
+            raise UserError(
+                f"{path}, line {number}: image {index} for the second time, first in line {lines_of[index]}"
+            )
+        rows[index], lines_of[index] = row, number
     return rows
 
 
-def _read_bytes(path: Path) -> bytes:
-    if path.suffix != ".gz":
-        return path.read_bytes()
+def _whole(name: str, text: str) -> int:
+    """Return the whole number of a cell; a ValueError where it has none."""
+    number = float(_TRUTH.get(text.lower(), text) if name == "correct" else text)
+    if not number.is_integer() or abs(number) > MAX_INDEX:
+        raise ValueError(text)
+    return int(number)
+
+
+def _seconds(time: str) -> float:
+    """Return the seconds of a cell, h:mm:ss.ffffff or a number; NaN where it is neither."""
     try:
-        return gzip.decompress(path.read_bytes())
+        seconds = seconds_of(time) if ":" in time else float(time)
+    except ValueError:
+        return math.nan
+    return seconds if 0 <= seconds < math.inf else math.nan
+
+
+def _read_bytes(path: Path, most: int = -1) -> bytes:
+    """Return the content of a file, unpacked, or its first bytes."""
+    if path.suffix != ".gz":
+        with path.open("rb") as file:
+            return file.read(most)
+    try:
+        with gzip.open(path) as file:
+            content = file.read(_UNPACKED + 1 if most < 0 else most)
     except (OSError, EOFError, zlib.error) as error:
         raise UserError(f"{path} cannot be unpacked: {error}; restore it from a copy") from None
+    if len(content) > _UNPACKED:
+        raise UserError(
+            f"{path} unpacks to more than {_UNPACKED:,} bytes, too many for certificates; unpack it yourself"
+        )
+    return content

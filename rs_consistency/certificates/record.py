@@ -209,12 +209,17 @@ def record_path(path: Path) -> Path:
     return path.with_suffix(".json")
 
 
+def unpacked_path(path: Path) -> Path:
+    """Return the path that a file packed by gzip (`.gz`) had before; of another file its own."""
+    return path.with_name(path.name.removesuffix(".gz")) if path.suffix == ".gz" else path
+
+
 def content_beside(path: Path) -> dict[str, Any]:
     """Return the content of the record beside a certificate file, packed or not; {} where certify.py wrote none.
 
     Any other program's file may have a `.json` beside it. A record that is damaged is a `UserError`.
     """
-    beside = path.with_name(path.name.removesuffix(".gz")).with_suffix(".json")
+    beside = unpacked_path(path).with_suffix(".json")
     content = read_json(beside) if beside.is_file() else {}
     return Record.from_json(beside, content).to_json() if "parameter_digest" in content else {}
 

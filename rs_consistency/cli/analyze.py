@@ -2,8 +2,9 @@
 
     python analyze.py runs/a runs/b/certificates.tsv --output=report
 
-A PATH is a run's folder or any file in the field's format, from any program. Files of certify.py hold the counts that
-the radii follow from. The radii are checked against the counts, and recomputed by
+A PATH is a run's folder, any file in the field's format, from any program, or a folder of such files. They may be
+packed (.gz). Files of certify.py hold the counts that the radii follow from. The radii are checked against the counts,
+and recomputed by
 
     python analyze.py runs/a --alpha=0.01 --bound=two_class --joint
 
@@ -42,10 +43,11 @@ from rs_consistency.certificates.exact_lines import Proven, prove
 from rs_consistency.certificates.joint import DEFAULT_DELTA, joint_statement
 from rs_consistency.certificates.measures import DEFAULT_RADII, summarize, summarize_votes
 from rs_consistency.certificates.proof import Evidence, load
-from rs_consistency.certificates.read import Certificates
+from rs_consistency.certificates.read import Certificates, certificate_files, standing
 from rs_consistency.cli.common import Parser, entry_points, program_words, user_path
 from rs_consistency.common.checks import probability
 from rs_consistency.common.errors import UserError, note
+from rs_consistency.common.progress import progress_bar
 from rs_consistency.report import formats, tables
 from rs_consistency.statistics.bounds import BOUNDS
 
@@ -53,7 +55,7 @@ from rs_consistency.statistics.bounds import BOUNDS
 def _parser() -> Parser:
     parser = Parser(prog=program_words("analyze")[-1], description=__doc__)
     add = parser.add_argument
-    add("paths", nargs="+", type=user_path, metavar="PATH", help="a workdir or a certificate file")
+    add("paths", nargs="+", type=user_path, metavar="PATH", help="a workdir, a certificate file or a folder of them")
     add("--radii", nargs="+", type=float, default=DEFAULT_RADII, help="radii of the certified accuracies")
     add("--alpha", type=float, help="recompute at this error probability of a certificate (default: the file's lines)")
     add("--bound", help=f"recompute with this bound: {', '.join(BOUNDS)} (default: the file's lines)")
@@ -89,13 +91,18 @@ def _main(argv: Sequence[str]) -> None:
     if args.output and args.output.suffix == ".png":
         raise UserError(f"output={args.output}: give a folder; the picture in it is called certified_accuracy.png")
     settings = {"alpha": args.alpha, "bound": args.bound, "bonferroni": args.bonferroni, "need_counts": args.joint}
-    loaded = [load(path, **settings) for path in args.paths]
+    args.paths = [file for path in args.paths for file in certificate_files(path)]
+    reading = progress_bar("reading", len(args.paths), unit="file", brief=True, iterable=args.paths)
+    loaded = [load(path, **settings) for path in reading]
+    finished, faults = zip(*map(standing, args.paths), strict=True)
+    for fault in filter(None, faults):
+        note(fault)
     proven = [
         prove(path, evidence) if args.exact else None for path, (_, evidence) in zip(args.paths, loaded, strict=True)
     ]
     if args.match_images:
         loaded = _matched(args, loaded)
-    summaries = [_summary(args, *file) for file in zip(args.paths, loaded, proven, strict=True)]
+    summaries = [_summary(args, *file) for file in zip(args.paths, loaded, proven, finished, strict=True)]
     print(_FORMATS[args.format](summaries), end="", flush=True)
     if args.exact and args.format in _WRITERS:
         for path, each in zip(args.paths, proven, strict=True):
@@ -112,11 +119,11 @@ def _main(argv: Sequence[str]) -> None:
 
 
 def _summary(
-    args: Any, path: Path, file: tuple[Certificates, Evidence | None], proven: Proven | None
+    args: Any, path: Path, file: tuple[Certificates, Evidence | None], proven: Proven | None, finished: bool | None
 ) -> dict[str, Any]:
-    """Return the measures of a file, with proof and joint statement where they were asked for."""
+    """Return the measures of a file, with proof and joint statement where they were asked for; see `read.standing`."""
     table, evidence = file
-    summary = {**summarize(path, table, args.radii), **summarize_votes(evidence)}
+    summary = {**summarize(path, table, args.radii), "finished": finished, **summarize_votes(evidence)}
     if proven:
         summary["exact"] = proven.claims
     if args.joint:

@@ -13,7 +13,7 @@ _BRIEF_SECONDS = 2  # in a terminal
 def progress_bar(
     desc: str, total: int, *, unit: str = "img", brief: bool = False, show: bool = True, **settings: Any
 ) -> tqdm:
-    """Return a progress bar on stderr, with the time that is left: to be used in a `with` block.
+    """Return a progress bar on stderr, with the time that is left: for a `with` block, or with `iterable` for a loop.
 
     A terminal sees it move. A log file gets a line every 30 seconds. If the work is mostly over in seconds (`brief`),
     the bar appears after 2 seconds in a terminal, after 30 in a log file, and leaves no line behind. Further settings

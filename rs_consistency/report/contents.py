@@ -8,10 +8,11 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from rs_consistency.certificates.proof import Evidence
-from rs_consistency.certificates.read import Certificates, certificate_path
+from rs_consistency.certificates.read import Certificates, certificate_path, standing
 from rs_consistency.certificates.record import content_beside
 from rs_consistency.common.errors import UserError
 from rs_consistency.common.files import read_json
+from rs_consistency.common.progress import progress_bar
 from rs_consistency.statistics.intervals import Interval, PairedDifference, bootstrap_interval, paired_difference
 
 _NAMED = 5  # images that gained most, and as many that lost most
@@ -30,7 +31,8 @@ class Subject(NamedTuple):
       metrics: a dictionary for each epoch; empty outside a run's folder.
       workdir: folder of the run around the file; None where there is none.
       interval: 95 % bootstrap interval of the ACR over images; None for a single image.
-      notes: errors of the files that could not be read, a line each.
+      notes: errors of the files that could not be read, and whether the certificates are unfinished or changed since, a
+        line each.
     """
 
     label: str
@@ -89,7 +91,8 @@ def subject(label: str, path: Path, certificates: Certificates, evidence: Eviden
 
     Only a record of certify.py counts as a record: another program's file may have any file beside it.
     """
-    file, notes, metrics = certificate_path(path), [], []
+    file, metrics = certificate_path(path), []
+    notes = [fault] if (fault := standing(path)[1]) else []
     record = _read(file, notes, content_beside)
     config = _read(file.parent / "config.json", notes)
     workdir = file.parent if config else None
@@ -107,7 +110,8 @@ def subject(label: str, path: Path, certificates: Certificates, evidence: Eviden
 def compare(subjects: Sequence[Subject]) -> tuple[list[Comparison], list[str]]:
     """Return the comparison of every two subjects on their common images, and a line for each two without one."""
     found, apart = [], []
-    for one, other in itertools.combinations(subjects, 2):
+    pairs = list(itertools.combinations(subjects, 2))
+    for one, other in progress_bar("comparing", len(pairs), unit="pair", brief=True, iterable=pairs):
         common, mine, theirs = np.intersect1d(one.certificates.idx, other.certificates.idx, return_indices=True)
         labels = one.certificates.label[mine]
         data = {str(each.record["data_digest"]) for each in (one, other) if "data_digest" in each.record}

@@ -18,6 +18,7 @@ from scipy import special
 from rs_consistency.certificates.measures import acr
 from rs_consistency.certificates.proof import Evidence
 from rs_consistency.certificates.read import Certificates
+from rs_consistency.certificates.record import unpacked_path
 from rs_consistency.common.files import replace_atomically
 from rs_consistency.statistics.bounds import radius_ceiling
 from rs_consistency.statistics.intervals import binomial_interval
@@ -168,7 +169,8 @@ def short_labels(paths: Sequence[Path]) -> list[str]:
 
     The second name of a path that is given twice ends in a number. Bytes that are no text are written as escapes.
     """
-    short = [path.with_suffix("") if path.suffix == ".tsv" else path for path in paths]
+    short = [unpacked_path(path) for path in paths]
+    short = [path.with_suffix("") if path.suffix == ".tsv" else path for path in short]
     short = [path.parent if path.name == "certificates" and path.parent.name else path for path in short]
     if len(set(short)) < len(short):  # two files of one folder
         short = list(paths)

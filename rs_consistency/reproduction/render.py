@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 
+from rs_consistency.certificates.columns import CERTIFY
 from rs_consistency.certificates.read import Certificates
 from rs_consistency.common.files import write_text
 from rs_consistency.report import formats
@@ -85,9 +86,9 @@ def _curves(groups: Sequence[Sequence[Result]], letters: _Letters) -> dict[str, 
     for group in groups:
         name = _lettered(group[0].method, group[0].deviations, letters)
         numbers[name] += 1  # 2 for as many images, but others
-        columns = zip(*(one.certificates for one in group), strict=True)
+        columns = zip(*(one.certificates[:-1] for one in group), strict=True)
         label = name if numbers[name] == 1 else f"{name} {numbers[name]}"
-        curves[label] = Certificates(*map(np.concatenate, columns))
+        curves[label] = Certificates(*map(np.concatenate, columns), mode=CERTIFY.name)
     return curves
 
 

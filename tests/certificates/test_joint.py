@@ -27,6 +27,8 @@ def table_of(correct, num_images=N, radius=1.0):
         predict=np.where(right, 0, -1),
         radius=radius * right,
         correct=right.astype(int),
+        seconds=np.ones(num_images),
+        mode="certify",
     )
 
 

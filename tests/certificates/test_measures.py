@@ -1,6 +1,7 @@
 """analyze.py: measures by hand, formats, pictures, and files that cannot be trusted."""
 
 import csv
+import gzip
 import io
 import json
 
@@ -8,6 +9,7 @@ import matplotlib.image
 import numpy as np
 import pytest
 
+from rs_consistency.certificates import read
 from rs_consistency.certificates.read import read_certificates
 from rs_consistency.common.errors import EXIT_BROKEN_PIPE
 from rs_consistency.report.plots import short_labels
@@ -41,8 +43,8 @@ def test_measures_by_hand(program, field):
         "accuracy": 0.5,
         "abstention": 0.25,
         "certified_accuracy": {"0": 0.5, "0.5": 0.5, "0.51": 0.25, "1.5": 0.25},
-        # Another program's file tells nothing of its votes.
-        **dict.fromkeys(["sigma", "n", "alpha", "bound", "radius_ceiling", "at_ceiling"]),
+        # Another program's file tells nothing of its votes, nor when it is finished.
+        **dict.fromkeys(["finished", "sigma", "n", "alpha", "bound", "radius_ceiling", "at_ceiling"]),
         "p_a": dict.fromkeys(["0.05", "0.25", "0.5", "0.75", "0.95"]),
     }
 
@@ -99,9 +101,19 @@ def test_a_file_without_a_last_newline_is_read_when_nothing_can_be_missing(field
         (FIELD.replace("0.5\t1", "inf\t1"), "image 5: radius=inf; expected a finite number"),
         (FIELD.replace("0.5\t1", "-0.5\t1"), "image 5: radius=-0.5; expected a finite number"),
         (FIELD.replace("0.5\t1", "half\t1"), "line 3: radius='half' is not a number"),
-        (FIELD.replace("\t0.75\t0\t", "\t0.75\t1\t"), "image 10: correct=1; expected 1 where predict is label"),
+        (FIELD.replace("0.5\t1", "0.5\tyes"), "line 3: correct='yes' is not a whole number"),
+        (FIELD.replace("0.5\t1", "0.5\t2"), "image 5: correct=2; expected 1 where predict is label"),
+        (FIELD.replace("\t0.75\t0\t", "\t0.75\tTrue\t"), "image 10: correct=1; expected 1 where predict is label"),
+        (FIELD.replace("0\t7\t7\t", "0\t7.5\t7\t"), "line 2: label='7.5' is not a whole number"),
+        (FIELD.replace("0\t7\t7\t", "0\tTrue\t7\t"), "line 2: label='True' is not a whole number"),
+        (FIELD.replace("\t7\t7\t", "\t7\t1e30\t"), "line 2: predict='1e30' is not a whole number"),
+        (FIELD.replace("0\t-1\t0.0\t0", "0\t-1\t0.0\tTrue"), "line 5: correct=1, but predict=-1 is never correct"),
+        (FIELD.replace("0\t-1\t0.0\t0", "-1\t-1\t0.0\t1"), "line 5: correct=1, but predict=-1 is never correct"),
         (FIELD.replace("\t-1\t", "\t-2\t"), "image 15: predict=-2; expected a class, or -1"),
-        (FIELD.replace("15\t0", "5\t0"), "image 5: idx=5; expected every image once"),
+        (FIELD.replace("15\t0", "5\t0"), "line 5: image 5 for the second time, first in line 3"),
+        (OURS + OURS.splitlines()[1] + "\n", "line 3, is not what this program wrote ('0\\t7"),
+        (OURS + OURS.splitlines()[1] + "\n", "image 0 for the second time, first in line 2"),
+        (OURS.replace("\t", ","), "not those of this program; use another file"),
         (FIELD[:-17], "line 5: 3 columns instead of 6; is it cut off?"),
         (
             OURS.replace("\t1000\t0\t7\n", "\tmany\t0\t7\n"),
@@ -120,7 +132,8 @@ def test_files_that_cannot_be_trusted(program, field, content, message):
 
 def test_bad_arguments(program, field, tmp_path):
     assert "does not exist; give a workdir" in program.fails("cli.analyze", tmp_path / "nothing")
-    assert "has no certificates.tsv; make it" in program.fails("cli.analyze", tmp_path)
+    (tmp_path / "empty").mkdir()
+    assert "nor any other file of certificates; make it" in program.fails("cli.analyze", tmp_path / "empty")
     assert "radii: -1.0 is not a radius" in program.fails("cli.analyze", field, "--radii=-1")
     assert "give a folder" in program.fails("cli.analyze", field, "--output=figure.png")
     assert "the following arguments are required: PATH" in program.fails("cli.analyze")
@@ -136,3 +149,83 @@ def test_a_reader_that_goes_away_is_no_error(field):
     with process.stderr:
         assert process.stderr.read() == ""
     assert process.wait(timeout=60) == EXIT_BROKEN_PIPE
+
+
+@pytest.mark.parametrize(
+    "written",
+    [
+        FIELD.replace("\t1\t0:", "\tTrue\t0:").replace("\t0\t0:", "\tFalse\t0:"),
+        FIELD.replace("\t1\t0:", "\t1.0\t0:").replace("\t7\t7\t", "\t7.0\t7.0\t").replace("\t-1\t", "\t-1.0\t"),
+        FIELD.replace("\t", ","),
+        FIELD.replace("\t", " ; ").replace("\n", "\r\n"),
+        FIELD.replace("idx", "\ufeff idx").replace("\t7\t", "\t 7 \t"),
+        "".join(f"{number},{line}\n" for number, line in enumerate(FIELD.replace("\t", ",").splitlines())),
+    ],
+    ids=["true", "floats", "commas", "semicolons", "spaces", "numbered"],
+)
+def test_what_other_programs_write(field, written):
+    expected = read_certificates(field)
+    field.write_text(written)
+    table = read_certificates(field)
+    for column, wanted in zip(table, expected, strict=True):
+        np.testing.assert_array_equal(column, wanted)
+    assert table.correct.tolist() == [1, 1, 0, 0] and table.correct.dtype == table.idx.dtype == np.int64
+
+
+def test_an_image_without_a_label_is_no_correct_abstention(field):
+    field.write_text(FIELD.replace("15\t0\t-1", "15\t-1\t-1"))
+    assert read_certificates(field).correct.tolist() == [1, 1, 0, 0]
+
+
+@pytest.mark.parametrize(
+    "header", ["idx\tlabel\tpredict\tcorrect\ttime", "idx\tlabel\tpredict\tbasePredict\tcorrect\ttime"]
+)
+def test_logs_of_predictions(field, header):
+    base = "\t3" * ("base" in header)
+    rows = [line.split("\t") for line in FIELD.splitlines()[1:]]
+    lines = ["\t".join(row[:3]) + base + "\t" + "\t".join(row[4:]) for row in rows]
+    field.write_text("\n".join([header, *lines]) + "\n")
+    table = read_certificates(field)
+    assert (
+        table.mode == "predict" and table.predict.tolist() == [7, 2, 8, -1] and table.correct.tolist() == [1, 1, 0, 0]
+    )
+    assert table.radius.tolist() == [0, 0, 0, 0] and table.radius.dtype == np.float64
+
+
+def test_a_folder_stands_for_its_certificate_files(program, tmp_path):
+    logs = tmp_path / "logs"
+    (logs / "deeper").mkdir(parents=True)
+    written = {"b.csv": FIELD.replace("\t", ","), "noise_0.50": FIELD, "a.tsv": FIELD, "deeper/c.tsv": FIELD}
+    written |= {"log.txt": "epoch\ttime\tlr\n", "a.json": '{"idx": 0}', ".hidden.tsv": FIELD, "empty.txt": ""}
+    for name, text in written.items():
+        (logs / name).write_text(text)
+    (logs / "z.tsv.gz").write_bytes(gzip.compress(FIELD.encode()))
+    (logs / "a.tsv.gz").write_bytes(gzip.compress(FIELD.encode()))  # beside the same file unpacked
+    (logs / "network.pt").write_bytes(bytes(range(256)))
+    summaries = json.loads(program.succeeds("cli.analyze", logs, logs / "a.tsv", "--format=json").out)
+    names = [logs / name for name in ("a.tsv", "b.csv", "noise_0.50", "z.tsv.gz", "a.tsv")]
+    assert [summary["path"] for summary in summaries] == list(map(str, names))
+    assert {summary["acr"] for summary in summaries} == {0.5}
+
+
+def test_a_packed_file_cannot_fill_the_memory(program, field, monkeypatch):
+    packed = field.with_suffix(".tsv.gz")
+    packed.write_bytes(gzip.compress(FIELD.encode()))
+    monkeypatch.setattr(read, "_UNPACKED", len(FIELD))
+    assert len(read_certificates(packed).idx) == 4
+    monkeypatch.setattr(read, "_UNPACKED", len(FIELD) - 1)
+    assert "field.tsv.gz unpacks to more than 1" in program.fails("cli.analyze", packed)
+    monkeypatch.undo()
+    packed.write_bytes(packed.read_bytes()[:-9])
+    assert "field.tsv.gz cannot be unpacked" in program.fails("cli.analyze", packed)
+
+
+def test_seconds_and_mode(field):
+    field.write_text(FIELD.replace("0:00:00.298455", "1.5").replace("0:00:00.3", "unknown"))
+    table = read_certificates(field)
+    np.testing.assert_array_equal(table.seconds, [1.393193, 1.5, np.nan, 60.3])
+    assert table.mode == "certify"
+    field.write_text("\n".join(line.rpartition("\t")[0] for line in FIELD.splitlines()))
+    assert np.isnan(read_certificates(field).seconds).all()
+    field.write_text(OURS)
+    assert read_certificates(field).seconds == [1.393193]

@@ -1,5 +1,6 @@
 """Certificates from their counts: equal to what was written, recomputed, audited; files that cannot be recomputed."""
 
+import gzip
 import json
 
 import matplotlib.image
@@ -9,10 +10,11 @@ from scipy import special, stats
 
 from rs_consistency.certificates.columns import CERTIFY, make_rows
 from rs_consistency.certificates.proof import load
-from rs_consistency.certificates.read import read_certificates
+from rs_consistency.certificates.read import read_certificates, read_table
 from rs_consistency.certificates.selection import Selection
 from rs_consistency.certificates.write import CertificateFile
 from rs_consistency.noise import bound_uniform
+from rs_consistency.report.contents import subject
 from rs_consistency.statistics.bounds import BOUNDS, certify_votes
 
 N0, N, SIGMA, ALPHA, SEED = 20, 1000, 0.5, 0.001, 7
@@ -45,6 +47,7 @@ def write(path, bound=BOUNDS[0]):
     counts = {"count0": N0, "count": COUNTS, "count_runner_up": runner_up, "selected": selected}
     counts |= {"count_label": np.where(labels == selected, COUNTS, 0), "votes": N}
     file.append(make_rows(idx=INDICES, label=labels, predict=prediction, radius=proven.radius, time=0.1, **counts))
+    file.finish()
     file.close()
     return path
 
@@ -248,3 +251,59 @@ def test_records_that_cannot_be_trusted(program, file, key, value, message):
 def test_a_workdir_is_a_path_too(file):
     table, evidence = load(file.parent, alpha=0.01)
     assert len(table.idx) == len(evidence.lower) == len(COUNTS)
+
+
+def pack(path):
+    packed = path.with_suffix(".tsv.gz")
+    packed.write_bytes(gzip.compress(path.read_bytes()))
+    return packed
+
+
+def test_a_packed_file_keeps_its_evidence(program, file):
+    packed, expected = pack(file), load(file, alpha=0.01, bound="two_class")
+    table, evidence = load(packed, alpha=0.01, bound="two_class")
+    assert lines_of(table) == lines_of(expected[0]) and evidence.rows == expected[1].rows
+    assert read_table(packed).rows == read_table(file).rows and not read_table(packed).changed
+    for command in (["--exact"], ["--bonferroni"], ["--joint"]):
+        program.succeeds("cli.analyze", packed, *command)
+    for number, radius in ((4, "9.000000"), (0, "1.239000")):
+        changed_line(file, number, radius=radius)
+        message = f"image {INDICES[number]}: predict={number % 3}, radius={radius} do not follow from the counts"
+        pack(file)
+        assert read_table(packed).changed
+        assert message in program.fails("cli.analyze", file)
+        assert message in program.fails("cli.analyze", packed)
+        file.unlink()
+        assert message in program.fails("cli.analyze", file.parent)  # the folder stands for the packed file
+        assert message in program.fails("cli.analyze", packed, "--exact")
+        file.with_suffix(".json").unlink()
+        write(file)
+    file.with_suffix(".json").unlink()
+    assert f"{packed} has no certificates.json beside it" in program.fails("cli.analyze", packed, "--alpha=0.01")
+
+
+def test_a_file_that_is_not_as_it_was_finished_says_so(program, file, tmp_path):
+    def analysis(path):
+        program.succeeds("cli.analyze", path, "--format=json")
+        return json.loads(program.out)[0]["finished"], program.err
+
+    packed = pack(file)
+    assert analysis(file) == analysis(packed) == analysis(file.parent) == (True, "")
+    changed_line(file, 4, radius="0.100000")  # it claims less: no line is refused
+    pack(file)
+    for path in (file, packed):
+        fault = f"{path} was changed after it was finished: its SHA-256 is not the one in its record"
+        assert analysis(path) == (False, f"note: {fault}; restore it from a copy, or certify again\n")
+    assert subject("a", file, *load(file)).notes == [analysis(file)[1][6:-1]]
+    file.write_text("".join(file.read_text().splitlines(keepends=True)[:-2]))
+    assert "was changed after" in analysis(file)[1]
+    record = file.with_suffix(".json")
+    content = json.loads(record.read_text())
+    del content["finished"]
+    record.write_text(json.dumps(content))
+    unfinished = f"note: {file} is not finished: 10 of 12 images; certify.py with the same settings completes it\n"
+    assert analysis(file) == (False, unfinished)
+    field = tmp_path / "field.tsv"
+    field.write_text("idx\tlabel\tpredict\tradius\tcorrect\n0\t7\t7\t1.5\t1\n")
+    field.with_suffix(".json").write_text("{}")
+    assert analysis(field) == (None, "")

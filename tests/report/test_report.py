@@ -350,14 +350,14 @@ def drawn_band(monkeypatch, table):
 def test_bands_are_clopper_pearson_over_images_whatever_the_seeds(monkeypatch):
     radii = np.array([0.5, 1.0, 1.0, 2.0, 0.3])
     correct = np.array([1, 1, 1, 1, 0])
-    one = Certificates(np.arange(5), np.zeros(5, int), 1 - correct, radii, correct)
+    one = Certificates(np.arange(5), np.zeros(5, int), 1 - correct, radii, correct, np.ones(5), "certify")
     x, low, high = drawn_band(monkeypatch, one)
     assert x.tolist() == [0, 0.5, 1, 1, 2]
     for k, place in ((4, 0), (3, 1), (1, 3), (0, 4)):
         interval = stats.binomtest(k, 5).proportion_ci(0.95, method="exact")
         assert (low[place], high[place]) == pytest.approx((interval.low, interval.high))
     # Two seeds on these images: no more images than before, so no narrower.
-    twice = Certificates(*(np.concatenate([column, column]) for column in one))
+    twice = Certificates(*(np.concatenate([column, column]) for column in one[:-1]), mode="certify")
     _, low2, high2 = drawn_band(monkeypatch, twice)
     np.testing.assert_allclose(low2[::2], low)
     np.testing.assert_allclose(high2[::2], high)
