@@ -218,7 +218,7 @@ def test_a_constant_classifier_reaches_the_ceiling_and_one_vote_abstains(several
     result = certify(constant, several, sigma=1.0, num_classes=3, n0=1, n=100)
     assert (result.prediction == 2).all()
     np.testing.assert_allclose(result.radius, special.ndtri(0.001**0.01))
-    with pytest.raises(UserError, match="n=9 votes certify nothing .* even if all agree; use n=10"):
+    with pytest.raises(UserError, match=r"n=9 votes certify nothing .* even if all agree; use n=10"):
         certify(constant, several, sigma=1.0, num_classes=3, n0=1, n=9)
     assert (certify(constant, several, sigma=1.0, num_classes=3, n0=1, n=10).prediction == 2).all()
 
