@@ -323,6 +323,9 @@ def _summary(file: CertificateFile, question: Question) -> str:
             f" {question.votes.n0} more"
         )
     measures = f"accuracy {done.correct / done.images:.4f}, abstained {done.abstained}"
+    if question.tolerance is not None:
+        votes = sum(row["votes"] for row in read_table(file.path).rows.values()) / done.images
+        measures += f", {votes:,.0f} of {question.votes.n:,} votes an image"
     if question.schema is CERTIFY:
         measures = f"ACR {done.acr:.4f}, {measures}\nnext: {_analyze(file.path)}"
     return f"{file.path}: {done.images} images, {measures}"

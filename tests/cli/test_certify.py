@@ -55,7 +55,7 @@ def test_the_file_says_what_the_library_says(trained, certified):
     )
     header, *lines = (line.split("\t") for line in certified.read_text().splitlines())
     assert header[:6] == ["idx", "label", "predict", "radius", "correct", "time"]
-    assert header[6:] == ["count0", "count", "count_runner_up", "selected"]
+    assert header[6:] == ["count0", "count", "count_runner_up", "selected", "count_label", "votes"]
     assert len(lines) == 30
     for i, line in enumerate(lines):
         cells = dict(zip(header, line, strict=True))
@@ -69,6 +69,10 @@ def test_the_file_says_what_the_library_says(trained, certified):
         assert int(cells["count0"]) == expected.counts0[i, selected]
         assert int(cells["count"]) == expected.counts[i, selected]
         assert int(cells["count_runner_up"]) == np.delete(expected.counts[i], selected).max()
+        assert int(cells["count_label"]) == expected.counts[i, split.labels[indices[i]]]
+        assert cells["votes"] == "100"
+    wrong = [cells[6:][3] != cells[1] and cells[6:][4] != "0" for cells in lines]
+    assert any(wrong)  # the votes for a label that was not selected are not lost
 
 
 def test_the_record_binds_settings_model_and_data(trained, certified):

@@ -82,6 +82,8 @@ def test_predictions_are_those_of_the_library(program, trained, classifier, tmp_
     assert list(map(int, found["predict"])) == expected.prediction.tolist()
     assert list(map(float, found["p_value"])) == expected.p_value.tolist()
     assert set(found["radius"]) == {"0.000000"}
+    labels = list(map(int, found["label"]))
+    assert list(map(int, found["count_label"])) == expected.counts[np.arange(30), labels].tolist()
 
 
 @pytest.mark.parametrize("bound", ["two_class", "randomized"])
@@ -103,6 +105,37 @@ def test_other_bounds_change_the_radii_of_the_same_votes(program, trained, certi
     program.succeeds("cli.analyze", output, "--format=json")
     (made,) = json.loads(program.out)
     assert again["acr"] == made["acr"]
+
+
+def test_a_tolerance_takes_fewer_votes_through_interruption_shards_and_audit(program, trained, classifier, tmp_path):
+    command = ["cli.certify", f"--workdir={trained}", *QUICK, "--n=400", "--tolerance=0.1"]
+    whole, parts = tmp_path / "whole.tsv", [tmp_path / f"{i}.tsv" for i in (1, 2)]
+    program.succeeds(*command, f"--output={whole}", "--max=9")
+    out = program.succeeds(*command, f"--output={whole}").out
+    apply_fn, images, indices = classifier
+    expected = certify(apply_fn, images, indices=indices, **SETTINGS | {"n": 400}, tolerance=0.1)
+    found, cast = table(whole), expected.counts.sum(axis=1)
+    assert list(map(int, found["votes"])) == cast.tolist() and len(set(cast)) > 3 and cast.max() <= 400
+    assert list(map(int, found["predict"])) == expected.prediction.tolist()
+    np.testing.assert_allclose(list(map(float, found["radius"])), expected.radius, atol=1e-6)
+    assert f"{cast.mean():,.0f} of 400 votes an image" in out
+    for i, path in enumerate(parts, start=1):
+        program.succeeds(*command, f"--shard={i}/2", f"--output={path}", f"--num_devices={i}")
+    program.succeeds("cli.certify", "--merge", *parts, f"--output={tmp_path / 'all.tsv'}")
+    assert rows(tmp_path / "all.tsv") == rows(whole)
+    audit = ["cli.certify", f"--workdir={trained}", "--verify=30", f"--output={whole}"]
+    assert program.succeeds(*audit).out == "30 of 30 lines reproduce; all 30 are proven in whole numbers\n"
+    assert "tolerance=0.2: verify takes the settings that the file names" in program.fails(*audit, "--tolerance=0.2")
+    assert "tolerance: 0.1 -> None" in program.fails(*command[:-1], f"--output={whole}")
+    # Votes that the selection did not ask for, as if they had been chosen by looking.
+    number, lines = int(np.flatnonzero(cast < 400)[0]), whole.read_text().splitlines(keepends=True)
+    cells = lines[number + 1].rstrip("\n").split("\t")
+    lines[number + 1] = "\t".join([*cells[:-1], str(int(cells[-1]) + 1)]) + "\n"
+    whole.write_text("".join(lines))
+    fault = f"votes {cast[number] + 1}, its selection asks for {cast[number]}"
+    assert fault in program.fails("cli.analyze", whole, "--alpha=0.01")
+    program(*audit)
+    assert program.status == EXIT_NOT_REPRODUCED and fault in program.out
 
 
 def test_default_files_by_mode_and_shard(program, trained, tmp_path):
@@ -194,6 +227,14 @@ def test_another_dtype_is_another_function_and_recorded(program, trained, tmp_pa
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
+        (["--n=9"], "n=9 votes certify nothing at alpha=0.001, even if all agree; use n=10"),
+        (["--n=9", "--dry_run"], "n=9 votes certify nothing at alpha=0.001, even if all agree; use n=10"),
+        (["--mode=predict", "--n=10"], "n=10 votes predict nothing at alpha=0.001, even if all agree; use n=11"),
+        (["--mode=decide", "--radius=1", "--n=100"], "radius=1: n=100 votes cannot certify it; use radius=0.66 or n=4"),
+        (["--tolerance=0"], "tolerance=0.0: use a number greater than 0"),
+        (["--mode=predict", "--tolerance=0.1"], "tolerance=0.1: mode=predict has no use for it"),
+        (["--alpha_share=0.9"], "alpha_share=0.9: only two bounds share alpha; add --bound=two_class"),
+        (["--bound=two_class", "--alpha_share=1"], "alpha_share=1.0: use a number in (0, 1)"),
         (["--mode=decide"], "mode=decide needs the radius to decide at: add --radius"),
         (["--mode=decide", "--radius=-1"], "radius=-1.0"),
         (["--mode=decide", "--radius=nan"], "radius=nan"),

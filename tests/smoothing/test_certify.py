@@ -223,6 +223,22 @@ def test_a_constant_classifier_reaches_the_ceiling_and_one_vote_abstains(several
     assert (certify(constant, several, sigma=1.0, num_classes=3, n0=1, n=10).prediction == 2).all()
 
 
+@pytest.mark.parametrize("num_devices", [1, 8])
+def test_votes_by_plan_are_the_first_votes(several, num_devices, monkeypatch):
+    monkeypatch.setattr("rs_consistency.smoothing.votes._PLANNED", 1)  # several groups
+    monkeypatch.setattr("rs_consistency.smoothing.votes._CALLS_IN_GROUP", 8)
+    settings = {"sigma": SIGMA, "num_classes": 2, "n0": 30, "seed": 3, "batch_size": 64}
+    devices = jax.devices()[:num_devices]
+    got = certify(linear, several, **settings, n=333, tolerance=0.05, devices=devices)
+    cast = votes_for_tolerance(got.counts0.max(axis=1), n0=30, n=333, tolerance=0.05, alpha=0.001, sigma=SIGMA)
+    assert got.counts.sum(axis=1).tolist() == cast.tolist() and len(set(cast)) > 2
+    for place, n in enumerate(cast.tolist()):
+        alone = certify(linear, several[[place]], **settings, n=n, indices=[place])
+        np.testing.assert_array_equal(alone.counts0[0], got.counts0[place])
+        np.testing.assert_array_equal(alone.counts[0], got.counts[place])
+        assert (alone.prediction[0], alone.radius[0]) == (got.prediction[place], got.radius[place])
+
+
 def test_no_images_give_no_certificates():
     result = certify(linear, np.zeros((0, *SHAPE)), sigma=SIGMA, num_classes=2)
     assert result.prediction.shape == (0,) and result.counts.shape == (0, 2)
