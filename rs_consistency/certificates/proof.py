@@ -176,9 +176,7 @@ def _is_of_label(row: Row) -> bool:
 
 def planned_votes(settings: Settings, count0: np.ndarray) -> np.ndarray:
     """Return the measuring votes `[G]` of images with these votes `[G]` for the selected class in the selection."""
-    if settings.tolerance is None:
-        return np.full(len(count0), settings.n)
-    names = ("n0", "n", "tolerance", "alpha", "bound")
+    names = ("n0", "n", "tolerance", "alpha")
     return votes_for_tolerance(count0, **{name: getattr(settings, name) for name in names}, **settings.law._asdict())
 
 

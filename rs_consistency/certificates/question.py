@@ -1,5 +1,6 @@
 """The question of certify.py about each image: a certificate, a decision at one radius, or a prediction."""
 
+import functools
 import time
 from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
@@ -11,12 +12,13 @@ from rs_consistency import noise
 from rs_consistency.certificates.columns import CERTIFY, DECIDE, PREDICT, SCHEMAS, Row, Schema
 from rs_consistency.certificates.proof import planned_votes, rows_of_counts
 from rs_consistency.certificates.record import Settings
-from rs_consistency.common.checks import number_above, one_of, probability
+from rs_consistency.common.checks import one_of, probability
 from rs_consistency.common.errors import UserError
 from rs_consistency.data import DatasetInfo
 from rs_consistency.smoothing.pool import LOOK_EVERY, Decisions, check_radius, decide_images, rows_in_blocks
 from rs_consistency.smoothing.voter import ApplyFn
 from rs_consistency.smoothing.votes import Votes, VoteSettings, count_votes
+from rs_consistency.statistics.allocation import pilot_votes
 from rs_consistency.statistics.bounds import ALPHA_SHARE, BOUNDS, N0, most_of_others
 from rs_consistency.statistics.limits import check_certificates, check_decisions, check_predictions
 from rs_consistency.statistics.rounded_gaussian import STEPS
@@ -107,7 +109,7 @@ def make_question(
     elif schema is CERTIFY:
         bound = BOUNDS[0] if bound is None else bound
         one_of("bound", bound, BOUNDS)
-        tolerance = None if tolerance is None else number_above("tolerance", tolerance, 0)
+        n0 = pilot_votes(n0, tolerance=tolerance, bound=bound)
     if bound == "two_class":
         alpha_share = probability("alpha_share", ALPHA_SHARE if alpha_share is None else alpha_share)
     elif alpha_share is not None:
@@ -154,10 +156,10 @@ def answer(
     settings, recorded = {"settings": question.votes, "devices": devices}, Settings(**question.identity())
     if schema is DECIDE:
         groups = decide_images(*network, **settings, radius=question.radius, alpha=question.alpha)
-    elif schema is PREDICT:
-        groups = count_votes(*network, **settings, stream=noise.Stream.PREDICT)
     else:
-        groups = count_votes(*network, **settings, plan=lambda count0: planned_votes(recorded, count0))
+        stream = noise.Stream.PREDICT if schema is PREDICT else noise.Stream.CERTIFY
+        plan = None if question.tolerance is None else functools.partial(planned_votes, recorded)
+        groups = count_votes(*network, **settings, stream=stream, plan=plan)
     done = 0
     before = time.perf_counter()
     for group in groups:

@@ -135,7 +135,7 @@ def plan(source: Source, question: Question, selection: Selection, output: Path,
 
     The file `output` holds the images with the numbers `answered` already.
     """
-    config, votes, at_most = source.config, question.votes, question.schema is DECIDE
+    config, votes, at_most = source.config, question.votes, question.schema is DECIDE or question.tolerance is not None
     wanted = selection.indices()
     done = len(set(wanted.tolist()) & set(answered))
     images, _ = source.split.read(wanted[:1])

@@ -11,13 +11,12 @@ from numpy.typing import ArrayLike
 from rs_consistency import noise
 from rs_consistency.common.checks import PRECISIONS, one_of, probability
 from rs_consistency.smoothing.images import prepare
-from rs_consistency.statistics.allocation import votes_for_tolerance
+from rs_consistency.statistics.allocation import pilot_votes, votes_for_tolerance
 from rs_consistency.statistics.bounds import (
     ABSTAIN,
     ALPHA,
     ALPHA_SHARE,
     BOUNDS,
-    N0,
     N,
     certify_votes,
     most_of_others,
@@ -48,7 +47,7 @@ def certify(
     *,
     sigma: float,
     num_classes: int,
-    n0: int = N0,
+    n0: int | None = None,
     n: int = N,
     alpha: float = ALPHA,
     bound: str = BOUNDS[0],
@@ -92,7 +91,7 @@ def certify(
       images: `[B, H, W, C]`, uint8, or numbers in [0, 1]; for the sampler "grid", whole multiples of 1/255.
       sigma: standard deviation of the noise, in units of the images.
       num_classes: K.
-      n0: votes that select the class.
+      n0: votes that select the class; None for 100, or 1000 with a tolerance.
       n: votes that measure its probability; the largest possible radius is `sigma * Phi^-1(alpha ** (1 / n))`.
       alpha: error probability of one image's statement, in (0, 1), at least 1e-100.
       bound: rule from votes to radius, one of `bounds.BOUNDS`: the published `clopper_pearson` described above,
@@ -121,15 +120,15 @@ def certify(
     alpha = probability("alpha", alpha)
     one_of("bound", bound, BOUNDS)
     shared = {"alpha": alpha, "bound": bound, "alpha_share": probability("alpha_share", alpha_share)}
+    n0 = pilot_votes(n0, tolerance=tolerance, bound=bound)
     settings = {"sigma": sigma, "num_classes": num_classes, "n0": n0, "n": n, "seed": seed, "batch_size": batch_size}
     settings |= {"sampler": sampler, "precision": precision}
     task = prepare(images, indices, devices, least_n0=1, **settings)
     law, plan = task.settings.law._asdict(), None
     check_certificates(task.settings.n, **shared, slack=law["slack"])
     if tolerance is not None:
-        asked = {"n0": task.settings.n0, "n": task.settings.n, "tolerance": tolerance, "alpha": alpha, "bound": bound}
+        asked = {"n0": task.settings.n0, "n": task.settings.n, "tolerance": tolerance, "alpha": alpha}
         plan = functools.partial(votes_for_tolerance, **asked, **law)
-        plan(0)  # checks the tolerance
     votes = task.all_votes(apply_fn, noise.Stream.CERTIFY, "certifying", progress, plan=plan)
     uniform = noise.bound_uniform(task.settings.seed, task.indices) if bound == "randomized" else None
     return conclude(*votes, **shared, uniform=uniform, **law)

@@ -19,7 +19,7 @@ Source: Chen, Kong, Yu, Li, Huang (AAAI 2022), input-specific sampling, for a nu
 """
 
 import functools
-import math
+from typing import Any
 
 import numpy as np
 from numpy.typing import ArrayLike
@@ -31,18 +31,39 @@ from rs_consistency.common.checks import (
     number_above,
     number_array,
     number_from,
-    one_of,
     probability,
     whole_number,
 )
-from rs_consistency.statistics.bounds import BOUNDS, certify_votes, upper_confidence_bound
+from rs_consistency.common.errors import UserError
+from rs_consistency.statistics import bounds
+from rs_consistency.statistics.bounds import upper_confidence_bound
+from rs_consistency.statistics.limits import fewest_votes
 
+N0 = 1000  # votes of a pilot that is worth its votes: docs/statistics.md has the measurement
 # Probability that the pilot's upper bound of p_A is too low. At 0.05 the mean loss exceeds small tolerances by 8 %.
 _MISLED = 0.02
 _STEP = 16  # a step of the ladder is a 16th: at most 7 % more votes than needed
 # Phi^-1(p_A) of the tabulated radii. With p_A below the first none is certified; the last is p_A = 1.
 _DISTANCES = np.append(np.linspace(-0.4, 5.4, 291), np.inf)
 _EXACT = 64  # expectations have a term for each count of other classes up to here, beyond for every second, fourth, ...
+
+
+def pilot_votes(n0: Any, *, tolerance: Any, bound: str) -> Any:
+    """Return n0, or its default for None, with a tolerance or None for no tolerance.
+
+    Raises:
+      UserError: for a tolerance that is not above 0, or with the bound `two_class`: it gains most where p_A is below
+        1/2, and such images get few votes.
+    """
+    if tolerance is None:
+        return bounds.N0 if n0 is None else n0
+    number_above("tolerance", tolerance, 0)
+    if bound == "two_class":
+        raise UserError(
+            f"tolerance={tolerance}: it leaves few votes to images that bound=two_class would certify; leave one of"
+            " them out"
+        )
+    return N0 if n0 is None else n0
 
 
 def votes_for_tolerance(
@@ -53,7 +74,6 @@ def votes_for_tolerance(
     tolerance: float,
     alpha: float,
     sigma: float,
-    bound: str = "clopper_pearson",
     slack: float = 0.0,
 ) -> np.ndarray:
     """Return the number of fresh votes for each image, of which n0 pilot votes gave `count0` to the selected class.
@@ -63,12 +83,12 @@ def votes_for_tolerance(
         R(n, p) - R(m, p) <= tolerance for every p up to the upper confidence bound of p_A from the pilot, at 0.02.
 
     The larger p_A, the more votes its radius takes, so the bound is on the safe side. The ladder goes down from n in
-    whole numbers, each smaller by one part in 16, and ends at `least_votes`, the smallest number that can certify.
+    whole numbers, each smaller by one part in 16, and ends at the smallest number that can certify.
 
     Guarantee, beside the module's: for every p_A, with probability at least 0.98 over pilots, the expected radius is at
     most the tolerance below R(n, p_A). Its mean over all pilots is so, too, in all settings computed (n0 of at least
     20, n of at least 1000, tolerances from 0.005 sigma). A single image may lose more by chance: its n votes might have
-    come out better. Radii are those of `clopper_pearson`.
+    come out better. Radii are those of `clopper_pearson`, and hardly differ for `randomized`.
 
     | pilot | votes |
     |---|---|
@@ -85,8 +105,6 @@ def votes_for_tolerance(
       tolerance: expected loss of radius, l2, in the units of sigma.
       alpha: error probability of the certificate, in (0, 1), at least 1e-100.
       sigma: standard deviation of the noise.
-      bound: of the certificate, one of `BOUNDS`; all of them take the numbers of `clopper_pearson`. `two_class` then
-        misses most certificates with p_A below 1/2.
       slack: of the sampler, in [0, 1], as for `bounds.certify_votes`.
 
     Returns:
@@ -109,7 +127,6 @@ def votes_for_tolerance(
     check_all("count0", count0, inside, "use whole numbers from 0 to n0")
     tolerance, sigma = number_above("tolerance", tolerance, 0), number_above("sigma", sigma, 0)
     alpha, slack = probability("alpha", alpha), number_from("slack", slack, at_least=0, at_most=1)
-    one_of("bound", bound, BOUNDS)
     numbers, radii = _expected_radii(n, alpha, slack)
     first_near_enough = (radii[:, -1:] - radii <= tolerance / sigma).argmax(axis=1)
     votes = numbers[np.maximum.accumulate(first_near_enough)]
@@ -118,25 +135,10 @@ def votes_for_tolerance(
     return votes[np.searchsorted(_DISTANCES, distance)][position].reshape(count0.shape)[()]
 
 
-def least_votes(alpha: float, slack: float = 0.0) -> int:
-    """Return the smallest number of votes that can certify: all of them are for the class. `MOST` if none can.
-
-    Example:
-      >>> from rs_consistency.statistics.allocation import least_votes
-      >>> least_votes(0.001), least_votes(0.05)
-      (10, 5)
-    """
-    if slack >= 0.5:
-        return MOST
-    guess = round(math.log(alpha) / math.log(0.5 + slack))
-    near = np.arange(max(guess - 1, 1), guess + 3)
-    return int(near[certify_votes(near, 0, near, alpha=alpha, sigma=1.0, slack=slack).certified.argmax()])
-
-
 @functools.lru_cache(maxsize=16)
 def _expected_radii(n: int, alpha: float, slack: float) -> tuple[np.ndarray, np.ndarray]:
     """Return the ladder `[L]`, increasing, and the expected radii `[D, L]` at sigma 1 for each of the distances."""
-    numbers, least = [n], least_votes(alpha, slack)
+    numbers, least = [n], fewest_votes(alpha=alpha, slack=slack) or n
     while numbers[-1] > least:
         numbers.append(max(numbers[-1] - -(-numbers[-1] // _STEP), least))
     numbers = np.array(numbers[::-1])

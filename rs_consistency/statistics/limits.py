@@ -1,6 +1,7 @@
 """Checks of settings before the first vote: whether any votes can certify, decide or predict with them."""
 
 from collections.abc import Callable
+from typing import Any
 
 import numpy as np
 
@@ -12,10 +13,24 @@ _FEW = np.arange(1, 1001)  # for the smallest alpha, 1e-100, it takes some 340 v
 _MOST = 2**29  # of a certification
 
 
-def check_certificates(
-    n: int, *, alpha: float, bound: str = "clopper_pearson", alpha_share: float | None = None, slack: float = 0.0
-) -> None:
-    """Raise a `UserError` if n votes, all for one class, certify nothing; arguments as for `bounds.certify_votes`.
+def fewest_votes(
+    *, alpha: float, bound: str = "clopper_pearson", alpha_share: float | None = None, slack: float = 0.0
+) -> int | None:
+    """Return the smallest number of votes that certify a class if all are for it; None if no number does.
+
+    Arguments as for `bounds.certify_votes`.
+
+    Example:
+      >>> from rs_consistency.statistics.limits import fewest_votes
+      >>> fewest_votes(alpha=0.001), fewest_votes(alpha=0.05)
+      (10, 5)
+    """
+    settings = {"alpha": alpha, "sigma": 1.0, "bound": bound, "alpha_share": alpha_share, "uniform": 1.0}
+    return _fewest(certify_votes(_FEW, 0, _FEW, **settings, slack=slack).certified)
+
+
+def check_certificates(n: int, *, alpha: float, **settings: Any) -> None:
+    """Raise a `UserError` if n votes, all for one class, certify nothing; the others are as for `fewest_votes`.
 
     Example:
       >>> from rs_consistency.statistics.limits import check_certificates
@@ -24,13 +39,15 @@ def check_certificates(
         ...
       rs_consistency.common.errors.UserError: n=9 votes certify nothing at alpha=0.001, even if all agree; use n=10
     """
-    settings = {"alpha": alpha, "sigma": 1.0, "bound": bound, "alpha_share": alpha_share, "uniform": 1.0}
-    _check("certify", n, alpha, lambda votes: certify_votes(votes, 0, votes, **settings, slack=slack).certified)
+    fewest = fewest_votes(alpha=alpha, **settings)
+    _check("certify", n, alpha, fewest, enough=fewest is not None and n >= fewest)
 
 
 def check_predictions(n: int, *, alpha: float, slack: float = 0.0) -> None:
     """Raise a `UserError` if n votes, all for one class, predict nothing; arguments as for `bounds.p_value_of`."""
-    _check("predict", n, alpha, lambda votes: p_value_of(votes, 0, n=votes, slack=slack) <= alpha)
+    fewest = _fewest(p_value_of(_FEW, 0, n=_FEW, slack=slack) <= alpha)
+    # The error of the sampler grows with the votes.
+    _check("predict", n, alpha, fewest, enough=bool(p_value_of(n, 0, n=n, slack=slack) <= alpha))
 
 
 def check_decisions(n: int, *, radius: float, sigma: float, alpha: float, slack: float = 0.0) -> None:
@@ -69,10 +86,12 @@ def _last(holds: Callable[[int], bool], largest: int) -> int:
     return low
 
 
-def _check(verb: str, n: int, alpha: float, enough: Callable[[np.ndarray], np.ndarray]) -> None:
-    """Raise unless n votes are enough, by a function of numbers of votes."""
-    if enough(np.array([n])).all():
-        return
-    few = _FEW[enough(_FEW)]
-    remedy = f"n={few[0]}" if len(few) else "a larger alpha"
-    raise UserError(f"n={n} votes {verb} nothing at alpha={alpha:g}, even if all agree; use {remedy}")
+def _fewest(enough: np.ndarray) -> int | None:
+    """Return the first number of `_FEW` that is enough."""
+    return int(_FEW[enough.argmax()]) if enough.any() else None
+
+
+def _check(verb: str, n: int, alpha: float, fewest: int | None, *, enough: bool) -> None:
+    if not enough:
+        remedy = "a larger alpha" if fewest is None else f"n={fewest}"
+        raise UserError(f"n={n} votes {verb} nothing at alpha={alpha:g}, even if all agree; use {remedy}")

@@ -7,7 +7,7 @@ import jax
 import numpy as np
 import pytest
 
-from rs_consistency import data, decide, noise, predict
+from rs_consistency import certify, data, decide, noise, predict
 from rs_consistency.certificates.write import CertificateFile
 from rs_consistency.common.errors import EXIT_NOT_REPRODUCED
 from rs_consistency.models import create_model
@@ -232,6 +232,7 @@ def test_another_dtype_is_another_function_and_recorded(program, trained, tmp_pa
         (["--mode=predict", "--n=10"], "n=10 votes predict nothing at alpha=0.001, even if all agree; use n=11"),
         (["--mode=decide", "--radius=1", "--n=100"], "radius=1: n=100 votes cannot certify it; use radius=0.66 or n=4"),
         (["--tolerance=0"], "tolerance=0.0: use a number greater than 0"),
+        (["--tolerance=0.1", "--bound=two_class"], "tolerance=0.1: it leaves few votes to images that bound=two_class"),
         (["--mode=predict", "--tolerance=0.1"], "tolerance=0.1: mode=predict has no use for it"),
         (["--alpha_share=0.9"], "alpha_share=0.9: only two bounds share alpha; add --bound=two_class"),
         (["--bound=two_class", "--alpha_share=1"], "alpha_share=1.0: use a number in (0, 1)"),

@@ -11,6 +11,7 @@ from scipy import special, stats
 from rs_consistency import ABSTAIN, UserError, certify, lower_confidence_bound
 from rs_consistency.smoothing.certify import conclude
 from rs_consistency.smoothing.votes import count_votes, vote_settings
+from rs_consistency.statistics.allocation import votes_for_tolerance
 from rs_consistency.statistics.bounds import BOUNDS
 from rs_consistency.statistics.samplers import noise_law
 

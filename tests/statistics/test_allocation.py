@@ -8,8 +8,9 @@ from scipy import special, stats
 
 from rs_consistency import UserError, lower_confidence_bound
 from rs_consistency.statistics import allocation
-from rs_consistency.statistics.allocation import least_votes, votes_for_tolerance
+from rs_consistency.statistics.allocation import pilot_votes, votes_for_tolerance
 from rs_consistency.statistics.bounds import certify_votes, radius_ceiling, upper_confidence_bound
+from rs_consistency.statistics.limits import fewest_votes
 
 SHARES = [0.4, 0.499, 0.5, 0.55, 0.7, 0.9, 0.97]  # of the first class
 TOLERANCES = [0.05, 0.2, 0.5]
@@ -50,9 +51,7 @@ def two_class_wrong(p, n0, n, tolerance, alpha, *, pilot_counts):
     """Return the exact probability that the two-class radius, at 0.99 and 0.01 of alpha, exceeds the true radius."""
     total, measured = 0.0, functools.cache(lambda votes: outcomes(votes, p))
     pilots, probabilities = outcomes(n0, p)
-    votes = votes_for_tolerance(
-        pilots.max(axis=1), n0=n0, n=n, tolerance=tolerance, alpha=alpha, sigma=1.0, bound="two_class"
-    )
+    votes = votes_for_tolerance(pilots.max(axis=1), n0=n0, n=n, tolerance=tolerance, alpha=alpha, sigma=1.0)
     for pilot, weight, m in zip(pilots, probabilities, votes.tolist(), strict=True):
         selected = pilot.argmax()
         counts, probability = measured(m)
@@ -141,10 +140,6 @@ def test_known_votes():
         votes_for_tolerance(np.arange(101), tolerance=0.02, **SETTINGS),
     )
     full = votes_for_tolerance(np.arange(101), tolerance=0.02, **SETTINGS)
-    for bound in ("two_class", "randomized"):
-        np.testing.assert_array_equal(
-            votes_for_tolerance(np.arange(101), tolerance=0.02, bound=bound, **SETTINGS), full
-        )
     with_slack = votes_for_tolerance(np.arange(101), tolerance=0.02, slack=0.01, **SETTINGS)
     assert with_slack.min() == 11 and (with_slack[-1] < full[-1])  # a slack caps the radius, so fewer votes reach it
     assert votes_for_tolerance([5, 9], n0=9, n=3, tolerance=0.1, alpha=0.001, sigma=1.0).tolist() == [3, 3]
@@ -155,11 +150,11 @@ def test_known_votes():
     ("alpha", "slack", "votes"), [(0.5, 0, 1), (0.25, 0, 2), (0.05, 0, 5), (1e-100, 0, 333), (0.001, 0.1, 14)]
 )
 def test_the_least_votes_can_certify_and_fewer_cannot(alpha, slack, votes):
-    assert least_votes(alpha, slack) == votes
+    assert fewest_votes(alpha=alpha, slack=slack) == votes
     certified = certify_votes([votes, votes - 1], 0, [votes, max(votes - 1, 1)], alpha=alpha, sigma=1.0, slack=slack)
     assert certified.certified.tolist() == [True, False]
     assert radius_ceiling(votes, alpha=alpha, sigma=1.0, slack=slack) >= 0
-    assert least_votes(alpha, 0.5) > 10**8
+    assert fewest_votes(alpha=alpha, slack=0.5) is None
 
 
 @pytest.mark.parametrize(
@@ -174,10 +169,20 @@ def test_the_least_votes_can_certify_and_fewer_cannot(alpha, slack, votes):
         ({"tolerance": float("nan")}, "tolerance=nan"),
         ({"alpha": 1.0}, r"alpha=1\.0: use a number in \(0, 1\)"),
         ({"sigma": 0}, "sigma=0: use a number greater than 0"),
-        ({"bound": "wald"}, "bound='wald' is unknown"),
         ({"slack": 2.0}, r"slack=2\.0"),
     ],
 )
 def test_errors_name_the_argument(changed, message):
     with pytest.raises(UserError, match=message):
         votes_for_tolerance(**{"count0": 50, "tolerance": 0.02, **SETTINGS, **changed})
+
+
+def test_the_pilot_by_default():
+    assert [pilot_votes(None, tolerance=each, bound="randomized") for each in (None, 0.02)] == [100, 1000]
+    assert pilot_votes(50, tolerance=0.02, bound="clopper_pearson") == pilot_votes(
+        50, tolerance=None, bound="two_class"
+    )
+    with pytest.raises(UserError, match=r"tolerance=0\.02: it leaves few votes to images that bound=two_class would"):
+        pilot_votes(None, tolerance=0.02, bound="two_class")
+    with pytest.raises(UserError, match="tolerance='x': use a number greater than 0"):
+        pilot_votes(50, tolerance="x", bound="clopper_pearson")
