@@ -2,7 +2,7 @@
 
 Files of other programs are read as they are found: cells divided by tabs, commas or semicolons, spaces around cells,
 `correct` as 1 or True, whole numbers as 7 or 7.0, further columns, and logs of predictions, which have no radii. Any
-file may be packed by gzip (`.gz`). A packed file of this program has the same record, and is checked like the plain one.
+file may be packed with gzip (`.gz`). A packed file of this program has the same record and checks as the plain one.
 """
 
 import gzip
@@ -220,14 +220,14 @@ def certificate_files(path: Path) -> list[Path]:
 def standing(path: Path) -> tuple[bool | None, str]:
     """Return whether a file of this program is finished and as it was then, and the fault, "" for none.
 
-    Of a packed file the unpacked content counts. The answer is None for a file of another program, and where the record
-    is damaged: the fault names the damage.
+    Of a packed file the unpacked content counts. The answer is None for a file of another program, and where the file
+    beside it is no record.
     """
     file = certificate_path(path)
     try:
         content = content_beside(file)
-    except UserError as error:
-        return None, str(error)
+    except UserError:
+        content = {}  # any other program's file may have any file beside it
     if not content:
         return None, ""
     record, table = Record.from_json(file, content), _read_bytes(file)
