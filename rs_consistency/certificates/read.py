@@ -1,8 +1,8 @@
 """The one reader of certificate files: rows by image number, or columns as arrays.
 
-Files of other programs are read as they are found: cells divided by tabs, commas or semicolons, `correct` as 1 or True,
-whole numbers as 7 or 7.0, spaces around them, any further columns, and logs of predictions without radii. Any file may
-be packed by gzip. A file of this program stays as strict when it is packed: its record lies beside it, and counts.
+Files of other programs are read as they are found: cells divided by tabs, commas or semicolons, spaces around cells,
+`correct` as 1 or True, whole numbers as 7 or 7.0, further columns, and logs of predictions, which have no radii. Any
+file may be packed with gzip (`.gz`). A packed file of this program has the same record and checks as the plain one.
 """
 
 import gzip
@@ -221,26 +221,28 @@ def certificate_files(path: Path) -> list[Path]:
 def standing(path: Path) -> tuple[bool | None, str]:
     """Return whether a file of this program is finished and as it was then, and the fault, "" for none.
 
-    The answer is None for a file of another program, or with a damaged record.
+    Of a packed file the unpacked content counts. The answer is None for a file of another program, and where the file
+    beside it is no record.
     """
     file = certificate_path(path)
     try:
         content = content_beside(file)
     except UserError:
-        return None, ""
+        content = {}  # any other program's file may have any file beside it
     if not content:
         return None, ""
     record, table = Record.from_json(file, content), _read_bytes(file)
     if record.finished is None:
         done, wanted = table.count(b"\n") - 1, len(record.selection.indices())
-        return (
-            False,
-            f"{path} is not finished: {done} of {wanted} images; certify.py with the same settings completes it",
+        fault = f"is not finished: {done} of {wanted} images; certify.py with the same settings completes it"
+    elif record.is_changed(table):
+        fault = (
+            "was changed after it was finished: its SHA-256 is not the one in its record; restore it from a copy, or"
+            " certify again"
         )
-    if record.is_changed(table):
-        fault = "was changed after it was finished: its SHA-256 is not the one in its record"
-        return False, f"{path} {fault}; restore it from a copy, or certify again"
-    return True, ""
+    else:
+        return True, ""
+    return False, f"{path} {fault}"
 
 
 def _has_header(path: Path) -> bool:

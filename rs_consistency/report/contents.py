@@ -91,9 +91,10 @@ def subject(label: str, path: Path, certificates: Certificates, evidence: Eviden
 
     Only a record of certify.py counts as a record: another program's file may have any file beside it.
     """
-    file, metrics = certificate_path(path), []
-    notes = [fault] if (fault := standing(path)[1]) else []
+    file, notes, metrics = certificate_path(path), [], []
     record = _read(file, notes, content_beside)
+    if record and (fault := standing(path)[1]):
+        notes.append(fault)
     config = _read(file.parent / "config.json", notes)
     workdir = file.parent if config else None
     if workdir:
