@@ -26,14 +26,20 @@ The counts stand behind them:
 | predict | count, count_runner_up | the two largest counts among n votes |
 | predict | p_value | of the two-sided binomial test of the one against the other |
 | predict | count_label | votes for the true class |
+| attack | adversarial | class of the smoothed classifier at the adversarial image; -1: none was proven |
+| attack | distance | l2 distance of that image, rounded up; inf where none was proven |
+| attack | count, count_runner_up | the two largest counts among the n votes on it |
+| attack | p_value | of their two-sided binomial test |
+
+In mode attack, `predict` is the class at the image itself, proven by votes, and the radius is 0.
 
 Files of earlier versions lack the last columns of certify, `count_label` and `votes`, or of predict, `count_label`.
 """
 
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from datetime import timedelta
-from decimal import ROUND_FLOOR, Decimal
+from decimal import ROUND_CEILING, ROUND_FLOOR, Decimal
 from typing import Any, NamedTuple, Self
 
 import numpy as np
@@ -50,9 +56,13 @@ WORDS = {  # a decision -> its word in a file
 }
 _RADIUS_UNIT = Decimal("0.000001")
 _WHOLE = "0|[1-9][0-9]{0,17}"  # fits into int64
-_READERS: dict[str, tuple[re.Pattern[str], type]] = {  # column -> texts of its cells, type of its values
+_READERS: dict[
+    str, tuple[re.Pattern[str], Callable[[str], Any]]
+] = {  # column -> texts of its cells, type of its values
     "predict": (re.compile(f"-1|{_WHOLE}"), int),
     "radius": (re.compile(rf"({_WHOLE})\.[0-9]{{6}}"), Decimal),
+    "adversarial": (re.compile(f"-1|{_WHOLE}"), int),
+    "distance": (re.compile(rf"({_WHOLE})\.[0-9]{{6}}|inf"), Decimal),
     "correct": (re.compile("[01]"), int),
     "time": (re.compile(r"[0-9]{1,9}:[0-5][0-9]:[0-5][0-9]\.[0-9]{6}"), str),
     "decision": (re.compile("|".join(WORDS.values())), str),
@@ -125,8 +135,15 @@ class Schema(NamedTuple):
 
 CERTIFY = Schema("certify", ("count0", "count", "count_runner_up", "selected", "count_label", "votes"), added=2)
 DECIDE = Schema("decide", ("count0", "count", "votes", "selected", "decision"))
+ATTACK = Schema("attack", ("adversarial", "distance", "count", "count_runner_up", "p_value"))
 PREDICT = Schema("predict", ("count", "count_runner_up", "p_value", "count_label"), added=1)
-SCHEMAS = {schema.name: schema for schema in (CERTIFY, DECIDE, PREDICT)}
+SCHEMAS = {schema.name: schema for schema in (CERTIFY, DECIDE, PREDICT, ATTACK)}
+FILES = {  # mode -> usual name of the file in a workdir, without the ending
+    CERTIFY.name: "certificates",
+    DECIDE.name: "decisions",
+    PREDICT.name: "predictions",
+    ATTACK.name: "attacks",
+}
 
 
 def make_rows(**columns: ArrayLike) -> list[Row]:
@@ -134,6 +151,8 @@ def make_rows(**columns: ArrayLike) -> list[Row]:
     size = len(np.asarray(columns["idx"]))
     spread = {name: np.broadcast_to(np.asarray(values), (size,)).tolist() for name, values in columns.items()}
     spread["radius"] = [Decimal(format_radius(radius)) for radius in spread["radius"]]
+    if "distance" in spread:
+        spread["distance"] = [Decimal(format_distance(distance)) for distance in spread["distance"]]
     rows = [dict(zip(spread, values, strict=True)) for values in zip(*spread.values(), strict=True)]
     return [{**row, "correct": int(row["predict"] == row["label"])} for row in rows]
 
@@ -142,6 +161,12 @@ def format_radius(radius: float | Decimal) -> str:
     """Return six decimals, rounded down: a printed radius never exceeds the certified one."""
     exact = radius if isinstance(radius, Decimal) else Decimal(float(radius))
     return str(exact.quantize(_RADIUS_UNIT, rounding=ROUND_FLOOR))
+
+
+def format_distance(distance: float | Decimal) -> str:
+    """Return six decimals, rounded up: a printed distance is never below the adversarial image's; or inf."""
+    exact = Decimal(distance)
+    return str(exact.quantize(_RADIUS_UNIT, rounding=ROUND_CEILING)) if exact.is_finite() else "inf"
 
 
 def format_time(seconds: float) -> str:
@@ -153,6 +178,8 @@ def format_time(seconds: float) -> str:
 def _to_text(name: str, value: Any) -> str:
     if name == "radius":
         return format_radius(value)
+    if name == "distance":
+        return format_distance(value)
     if name == "p_value":
         return repr(float(value))
     if isinstance(value, str):  # a decision, or a time that was read

@@ -7,6 +7,7 @@
 | certify | the class `selected`, and the radius as it is printed | predict is not -1 |
 | decide | certified for the class `selected`, or not certified, at the radius of the record | it is not undecided |
 | predict | the class | predict is not -1 |
+| attack | the class at the adversarial image | adversarial is not -1 |
 
 Other lines claim nothing. All numbers are exact: alpha and the radius of a decision are the decimal numbers that were
 given, Bonferroni divides alpha as a fraction, and sigma and the slack of the noise are float64 numbers. The votes
@@ -21,14 +22,14 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from rs_consistency.certificates.columns import CERTIFY, DECIDE, PREDICT, WORDS, Row, Schema
+from rs_consistency.certificates.columns import ATTACK, CERTIFY, DECIDE, PREDICT, WORDS, Row, Schema
 from rs_consistency.certificates.proof import Evidence, impossible, is_possible, uniform_draws
 from rs_consistency.certificates.read import certificate_path, read_rows
 from rs_consistency.certificates.record import Record, Settings, content_beside
 from rs_consistency.common.checks import decimal_value
 from rs_consistency.common.errors import UserError
 from rs_consistency.common.progress import progress_bar
-from rs_consistency.statistics.bounds import ABSTAIN
+from rs_consistency.statistics.bounds import ABSTAIN, ATTACK_TESTS
 from rs_consistency.statistics.exact import proves_decision, proves_prediction, proves_radius
 from rs_consistency.statistics.samplers import GRID
 from rs_consistency.statistics.sequential import CERTIFIED, UNDECIDED
@@ -37,6 +38,7 @@ _IN_A_PROOF = {  # columns that a claim and its proof consist of
     CERTIFY: ("predict", "radius", "selected", "count", "count_runner_up", "votes"),
     DECIDE: ("predict", "radius", "selected", "count", "votes", "decision"),
     PREDICT: ("predict", "radius", "count", "count_runner_up"),
+    ATTACK: ("predict", "radius", "adversarial", "count", "count_runner_up"),
 }
 
 
@@ -125,6 +127,8 @@ def unproven(schema: Schema, settings: Settings, rows: Collection[Row], *, alpha
 
 def _claim(schema: Schema, row: Row) -> str:
     """Return what a line claims, "" for nothing."""
+    if schema is ATTACK:
+        return "" if row["adversarial"] == ABSTAIN else f"adversarial class {row['adversarial']}"
     if row["predict"] != ABSTAIN:
         return f"class {row['predict']} with radius {row['radius']}"
     if schema is DECIDE and row["decision"] != WORDS[UNDECIDED]:
@@ -135,9 +139,9 @@ def _claim(schema: Schema, row: Row) -> str:
 def _is_proven(schema: Schema, settings: Settings, row: Row, alpha: Fraction, draw: float | None) -> bool:
     """Return whether the counts of a row prove its claim; the draw is for the bound `randomized`."""
     law, count, predict, radius = settings.law, row["count"], row["predict"], row["radius"]
-    if schema is PREDICT:
-        counts = settings.n, count, row["count_runner_up"]
-        return radius == 0 and proves_prediction(*counts, alpha=alpha, eps=law.slack)
+    if schema in (PREDICT, ATTACK):
+        counts, level = (settings.n, count, row["count_runner_up"]), alpha / (1 if schema is PREDICT else ATTACK_TESTS)
+        return radius == 0 < count and proves_prediction(*counts, alpha=level, eps=law.slack)
     if predict not in (ABSTAIN, row["selected"]):
         return False
     about = {"sigma": law.sigma, "alpha": alpha, "eps": law.slack}

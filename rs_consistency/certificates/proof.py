@@ -12,7 +12,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from rs_consistency.certificates.columns import CERTIFY, DECIDE, WORDS, Row, Schema, make_rows
+from rs_consistency.certificates.columns import ATTACK, CERTIFY, DECIDE, PREDICT, WORDS, Row, Schema, make_rows
 from rs_consistency.certificates.read import Certificates, Table, certificate_path, read_rows, to_columns
 from rs_consistency.certificates.record import Record, Settings, record_path, unpacked_path
 from rs_consistency.common import checks
@@ -20,7 +20,7 @@ from rs_consistency.common.checks import decimal_value
 from rs_consistency.common.errors import UserError
 from rs_consistency.statistics import sequential
 from rs_consistency.statistics.allocation import votes_for_tolerance
-from rs_consistency.statistics.bounds import ABSTAIN, ALPHA_SHARE, BOUNDS, certify_votes, p_value_of
+from rs_consistency.statistics.bounds import ABSTAIN, ALPHA_SHARE, ATTACK_TESTS, BOUNDS, certify_votes, p_value_of
 
 _MORE_VOTES = "none before more votes"  # a decision that was not reached when the votes ended
 # One unit of the last written digit: another version of SciPy may have computed the quantile a little differently.
@@ -128,12 +128,12 @@ def rows_of_counts(schema: Schema, settings: Settings, columns: dict[str, np.nda
       schema: the kind of the lines.
       settings: how the votes were cast.
       columns: `[G]` or one value each: idx, label and time, which are kept, and the counts, with `selected` where there
-        are n0 votes. Mode predict needs `predict`, the most voted class, which no count names. A `p_value` that differs
-        from the computed one by rounding is kept, too.
+        are n0 votes. Mode predict needs `predict`, the most voted class, which no count names. Mode attack needs
+        `predict`, `adversarial` and `distance`. A `p_value` that differs from the computed one by rounding is kept.
     """
     if schema is CERTIFY:
         return _certificates(settings, columns)[0]
-    return (_decisions if schema is DECIDE else _predictions)(settings, columns)
+    return {DECIDE: _decisions, PREDICT: _predictions, ATTACK: _attacks}[schema](settings, columns)
 
 
 def uniform_draws(settings: Settings, indices: np.ndarray) -> np.ndarray | None:
@@ -191,7 +191,8 @@ def is_possible(schema: Schema, settings: Settings, row: Row) -> bool:
         good = row["count0"] <= settings.n0 and (votes == n if settings.tolerance is None else 1 <= votes <= n)
     else:
         good = runner_up <= count
-    return good and 1 <= count + runner_up <= votes
+    least = 0 if schema is ATTACK else 1  # without an adversarial image there are no votes
+    return good and least <= count + runner_up <= votes
 
 
 def impossible(settings: Settings) -> str:
@@ -227,13 +228,28 @@ def _decisions(settings: Settings, columns: dict[str, np.ndarray]) -> list[Row]:
 
 
 def _predictions(settings: Settings, columns: dict[str, np.ndarray]) -> list[Row]:
-    counts = columns["count"], columns["count_runner_up"]
-    exact = p_value_of(*counts, n=settings.n, slack=settings.law.slack)
-    written = columns.get("p_value", exact)
-    p_value = np.where(np.isclose(written, exact, rtol=1e-9, atol=1e-300), written, exact)
+    p_value = _p_values(settings, columns)
     named = np.where(columns["predict"] == ABSTAIN, "a class", columns["predict"].astype(object))
     prediction = np.where(p_value > settings.alpha, ABSTAIN, named)
     return make_rows(**columns | {"predict": prediction, "radius": 0.0, "p_value": p_value})
+
+
+def _attacks(settings: Settings, columns: dict[str, np.ndarray]) -> list[Row]:
+    p_value, found = _p_values(settings, columns), columns["adversarial"] != ABSTAIN
+    proven = found & (p_value <= settings.alpha / ATTACK_TESTS)
+    results = {
+        "adversarial": np.where(proven, columns["adversarial"], ABSTAIN),
+        "distance": np.where(proven, columns["distance"], Decimal("inf")),
+    }
+    return make_rows(**columns | {"radius": 0.0, "p_value": p_value, **results})
+
+
+def _p_values(settings: Settings, columns: dict[str, np.ndarray]) -> np.ndarray:
+    """Return the p-values of the counts; the written ones where they differ by rounding."""
+    counts = np.maximum(columns["count"], 1), np.where(columns["count"] > 0, columns["count_runner_up"], 1)
+    exact = p_value_of(*counts, n=settings.n, slack=settings.law.slack)  # 1 without votes
+    written = columns.get("p_value", exact)
+    return np.where(np.isclose(written, exact, rtol=1e-9, atol=1e-300), written, exact)
 
 
 def _columns(rows: Sequence[Row]) -> dict[str, np.ndarray]:

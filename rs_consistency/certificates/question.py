@@ -1,6 +1,7 @@
 """The question of certify.py about each image: a certificate, a decision at one radius, or a prediction."""
 
 import functools
+import math
 import time
 from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
@@ -9,22 +10,23 @@ import jax
 import numpy as np
 
 from rs_consistency import noise
-from rs_consistency.certificates.columns import CERTIFY, DECIDE, PREDICT, SCHEMAS, Row, Schema
+from rs_consistency.certificates.columns import ATTACK, CERTIFY, DECIDE, PREDICT, SCHEMAS, Row, Schema
 from rs_consistency.certificates.proof import planned_votes, rows_of_counts
 from rs_consistency.certificates.record import Settings
-from rs_consistency.common.checks import one_of, probability
+from rs_consistency.common.checks import count, one_of, probability
 from rs_consistency.common.errors import UserError
 from rs_consistency.data import DatasetInfo
+from rs_consistency.smoothing.attack import N_ATTACK, Attacks, Effort, attack_images
 from rs_consistency.smoothing.pool import LOOK_EVERY, Decisions, check_radius, decide_images, rows_in_blocks
 from rs_consistency.smoothing.voter import ApplyFn
 from rs_consistency.smoothing.votes import Votes, VoteSettings, count_votes
 from rs_consistency.statistics.allocation import pilot_votes
-from rs_consistency.statistics.bounds import ALPHA_SHARE, BOUNDS, N0, most_of_others
+from rs_consistency.statistics.bounds import ALPHA_SHARE, ATTACK_TESTS, BOUNDS, N0, N, most_of_others
 from rs_consistency.statistics.limits import check_certificates, check_decisions, check_predictions
 from rs_consistency.statistics.rounded_gaussian import STEPS
 from rs_consistency.statistics.samplers import GRID
 
-FILES = {CERTIFY.name: "certificates", DECIDE.name: "decisions", PREDICT.name: "predictions"}
+_VOTES_OF_A_GRADIENT = 4  # in time
 
 
 class Question(NamedTuple):
@@ -38,6 +40,7 @@ class Question(NamedTuple):
       alpha_share: share of alpha for p_A, for the bound two_class, else None.
       tolerance: largest expected loss of radius in mode certify, for fewer votes; None for n votes on every image.
       radius: l2 radius in mode decide, else None.
+      effort: of the search in mode attack, else None.
     """
 
     schema: Schema
@@ -47,6 +50,7 @@ class Question(NamedTuple):
     alpha_share: float | None = None
     tolerance: float | None = None
     radius: float | None = None
+    effort: Effort | None = None
 
     def identity(self) -> dict[str, Any]:
         """Return the settings that the answers depend on, for the record; see `record.Settings`."""
@@ -61,7 +65,19 @@ class Question(NamedTuple):
             settings["alpha_share"] = self.alpha_share
         if self.radius is not None:
             settings |= {"radius": self.radius, "look_every": LOOK_EVERY}
+        if self.effort is not None:
+            settings |= self.effort._asdict()
         return settings
+
+    def cost(self) -> tuple[str, bool, int]:
+        """Return the work for an image as text, whether it may be less, and the work in votes."""
+        n0, n = self.votes.n0, self.votes.n
+        if self.effort is not None:
+            gradients = math.prod(self.effort)
+            text = f"{n:,} on each of 3 to 6 images, {gradients:,} gradients"
+            return text, True, 6 * n + _VOTES_OF_A_GRADIENT * gradients
+        at_most = self.schema is DECIDE or self.tolerance is not None
+        return f"{n0:,} + {'at most ' if at_most else ''}{n:,} an image", at_most, n0 + n
 
     @property
     def rows_per_device(self) -> int:
@@ -75,17 +91,21 @@ def make_question(
     info: DatasetInfo,
     devices: Sequence[jax.Device],
     alpha: Any,
+    n: Any = None,
     n0: Any = None,
     bound: Any = None,
     alpha_share: Any = None,
     tolerance: Any = None,
     radius: Any = None,
+    copies: Any = None,
+    steps: Any = None,
+    restarts: Any = None,
     **votes: Any,
 ) -> Question:
     """Return a checked question about the images of a dataset.
 
     None stands for the default of a setting, and for a setting that the mode does not have. The settings are the
-    attributes of `Question`; `votes` are sigma, n, seed, batch_size, sampler and precision, as for
+    attributes of `Question`; `votes` are sigma, seed, batch_size, sampler and precision, as for
     `votes.vote_settings`.
 
     Raises:
@@ -93,14 +113,12 @@ def make_question(
     """
     one_of("mode", mode, SCHEMAS)
     schema = SCHEMAS[mode]
-    for name, value, wanted in (
-        ("bound", bound, CERTIFY),
-        ("tolerance", tolerance, CERTIFY),
-        ("radius", radius, DECIDE),
-    ):
+    efforts = {"copies": copies, "steps": steps, "restarts": restarts}
+    of_modes = [("bound", bound, CERTIFY), ("tolerance", tolerance, CERTIFY), ("radius", radius, DECIDE)]
+    for name, value, wanted in (*of_modes, *((*each, ATTACK) for each in efforts.items())):
         if value is not None and schema is not wanted:
             raise UserError(f"{name}={value}: mode={mode} has no use for it; leave it out, or use --mode={wanted.name}")
-    if schema is PREDICT and n0 is not None:
+    if schema in (PREDICT, ATTACK) and n0 is not None:
         raise UserError(f"n0={n0}: mode={mode} selects no class with votes of their own; leave it out")
     if schema is DECIDE:
         if radius is None:
@@ -114,24 +132,29 @@ def make_question(
         alpha_share = probability("alpha_share", ALPHA_SHARE if alpha_share is None else alpha_share)
     elif alpha_share is not None:
         raise UserError(f"alpha_share={alpha_share}: only two bounds share alpha; add --bound=two_class")
-    if schema is not PREDICT:
+    if schema in (CERTIFY, DECIDE):
         votes |= {"n0": N0 if n0 is None else n0, "least_n0": 1}
-    settings = VoteSettings.for_dataset(info, devices=devices, **votes)
-    question = Question(schema, settings, probability("alpha", alpha), bound, alpha_share, tolerance, radius)
+    n = (N_ATTACK if schema is ATTACK else N) if n is None else n
+    settings = VoteSettings.for_dataset(info, devices=devices, n=n, **votes)
+    effort = None
+    if schema is ATTACK:
+        given = {name: count(name, value) for name, value in efforts.items() if value is not None}
+        effort = Effort(**given)
+    question = Question(schema, settings, probability("alpha", alpha), bound, alpha_share, tolerance, radius, effort)
     _check_can_answer(question)
     return question
 
 
 def _check_can_answer(question: Question) -> None:
-    """Raise a `UserError` for settings with which every image would abstain."""
-    votes, alpha = question.votes, question.alpha
-    if question.schema is CERTIFY:
+    """Raise a `UserError` for settings that prove nothing about any image."""
+    votes, alpha, schema = question.votes, question.alpha, question.schema
+    if schema is CERTIFY:
         about = {"bound": question.bound, "alpha_share": question.alpha_share, "slack": votes.law.slack}
         check_certificates(votes.n, alpha=alpha, **about)
-    elif question.schema is PREDICT:
-        check_predictions(votes.n, alpha=alpha, slack=votes.law.slack)
-    else:
+    elif schema is DECIDE:
         check_decisions(votes.n, radius=question.radius, alpha=alpha, **votes.law._asdict())
+    else:
+        check_predictions(votes.n, alpha=alpha, tests=ATTACK_TESTS if schema is ATTACK else 1, slack=votes.law.slack)
 
 
 def answer(
@@ -156,6 +179,8 @@ def answer(
     settings, recorded = {"settings": question.votes, "devices": devices}, Settings(**question.identity())
     if schema is DECIDE:
         groups = decide_images(*network, **settings, radius=question.radius, alpha=question.alpha)
+    elif schema is ATTACK:
+        groups = attack_images(*network, **settings, effort=question.effort, alpha=question.alpha)
     else:
         stream = noise.Stream.PREDICT if schema is PREDICT else noise.Stream.CERTIFY
         plan = None if question.tolerance is None else functools.partial(planned_votes, recorded)
@@ -171,12 +196,16 @@ def answer(
         before = now
 
 
-def columns_of_counts(schema: Schema, group: Votes | Decisions, labels: np.ndarray) -> dict[str, np.ndarray]:
+def columns_of_counts(schema: Schema, group: Votes | Decisions | Attacks, labels: np.ndarray) -> dict[str, np.ndarray]:
     """Return the columns of a group's counts, `[G]` each, as `proof.rows_of_counts` takes them; labels are `[G]`."""
     if schema is DECIDE:
         count0 = group.counts0[np.arange(len(group.selected)), group.selected]
         return {"count0": count0, "count": group.hits, "votes": group.votes, "selected": group.selected}
     counts = group.counts
+    if schema is ATTACK:
+        runner_up, most = np.sort(np.pad(counts, ((0, 0), (1, 0))), axis=1)[:, -2:].T  # a class without votes
+        results = {"predict": group.prediction, "adversarial": group.adversarial, "distance": group.distance}
+        return results | {"count": most, "count_runner_up": runner_up}
     chosen = (counts if schema is PREDICT else group.counts0).argmax(axis=1)
     rows = np.arange(len(counts))
     columns = {

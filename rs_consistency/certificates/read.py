@@ -117,7 +117,8 @@ def read_rows(path: Path) -> tuple[Schema | None, dict[int, Row]]:
         raise UserError(f"{path}: column {', '.join(missing)} is missing; the first line must be {list(FIELD_COLUMNS)}")
     if not any(lines):
         raise UserError(f"{path} has no images yet; certify some, or leave it out")
-    schema = next((schema for schema in SCHEMAS.values() if set(schema.older.columns) <= set(names)), None)
+    schemas = [schema for schema in SCHEMAS.values() if set(schema.older.columns) <= set(names)]
+    schema = max(schemas, key=lambda schema: len(schema.older.columns), default=None)
     if schema is None:
         return None, _parse_field(path, names, [line.split(separator) for line in lines])
     if not text.endswith("\n"):

@@ -4,7 +4,7 @@
 
 | key | meaning |
 |---|---|
-| mode | certify, decide or predict: the kind of the file |
+| mode | certify, decide, predict or attack: the kind of the file |
 | the settings, data_digest, parameter_digest, ... | whatever the lines depend on: the identity |
 | skip, split_size, shard | the images: every skip-th of the split, of these the share of shard "2/5"; null: all |
 | identity | the names of the keys above |
@@ -27,7 +27,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple, Self
 
-from rs_consistency.certificates.columns import CERTIFY, DECIDE, PREDICT, SCHEMAS, Schema
+from rs_consistency.certificates.columns import ATTACK, CERTIFY, DECIDE, PREDICT, SCHEMAS, Schema
 from rs_consistency.certificates.selection import Selection, parse_shard
 from rs_consistency.common import checks
 from rs_consistency.common.checks import PRECISIONS
@@ -49,9 +49,10 @@ class Settings(NamedTuple):
     `sigma` is the standard deviation of the noise and `alpha` the error probability of a line. `n0` votes select the
     class and `n` measure, in mode decide at most so many. With a `tolerance` of the radius, they are at most n, see
     `statistics.allocation`. The `seed` is that of the noise, and of the draws of the randomized `bound`; the bound
-    two_class has an `alpha_share`. A decision at the l2 `radius` looks at the votes after every `look_every`. The
-    `sampler` is that of the noise, and `precision` that of the network's products in float32. `grid` noise has steps of
-    1 / `grid_steps`, and its error depends on `image_shape`, (H, W, C).
+    two_class has an `alpha_share`. A decision at the l2 `radius` looks at the votes after every `look_every`. An attack
+    takes `steps` from `restarts` points, with gradients of `copies` noisy copies. The `sampler` is that of the noise,
+    and `precision` that of the network's products in float32. `grid` noise has steps of 1 / `grid_steps`, and its error
+    depends on `image_shape`, (H, W, C).
     """
 
     sigma: float
@@ -64,6 +65,9 @@ class Settings(NamedTuple):
     tolerance: float | None = None
     radius: float | None = None
     look_every: int | None = None
+    copies: int | None = None
+    steps: int | None = None
+    restarts: int | None = None
     sampler: str = FLOAT
     precision: str = "default"
     grid_steps: int | None = None
@@ -87,12 +91,20 @@ _CHECKS: dict[str, Callable[[str, Any], Any]] = {
     "tolerance": partial(checks.number_above, limit=0.0),
     "radius": partial(checks.number_from, at_least=0),
     "look_every": checks.count,
+    "copies": checks.count,
+    "steps": checks.count,
+    "restarts": checks.count,
     "sampler": lambda name, value: checks.one_of(name, value, SAMPLERS) or value,
     "precision": lambda name, value: checks.one_of(name, value, PRECISIONS) or value,
     "grid_steps": partial(checks.whole_number, at_least=STEPS, at_most=STEPS),
     "image_shape": lambda name, value: _shape(name, value),
 }
-_OF_MODE = {CERTIFY.name: ("n0", "bound"), DECIDE.name: ("n0", "radius", "look_every"), PREDICT.name: ()}
+_OF_MODE = {
+    CERTIFY.name: ("n0", "bound"),
+    DECIDE.name: ("n0", "radius", "look_every"),
+    PREDICT.name: (),
+    ATTACK.name: ("copies", "steps", "restarts"),
+}
 _OF_SAMPLER = {FLOAT: (), GRID: ("grid_steps", "image_shape")}
 # Of a record that lacks these keys: there was no choice when it was made.
 _UNNAMED = {"sampler": FLOAT, "precision": "default"}

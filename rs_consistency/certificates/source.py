@@ -14,7 +14,7 @@ import numpy as np
 from ml_collections import ConfigDict
 
 from rs_consistency import data
-from rs_consistency.certificates.columns import DECIDE, Row
+from rs_consistency.certificates.columns import Row
 from rs_consistency.certificates.question import Question, answer
 from rs_consistency.certificates.selection import Selection
 from rs_consistency.common.errors import UserError
@@ -135,20 +135,19 @@ def plan(source: Source, question: Question, selection: Selection, output: Path,
 
     The file `output` holds the images with the numbers `answered` already.
     """
-    config, votes, at_most = source.config, question.votes, question.schema is DECIDE or question.tolerance is not None
+    config, votes, (work, at_most, per_image) = source.config, question.votes, question.cost()
     wanted = selection.indices()
     done = len(set(wanted.tolist()) & set(answered))
     images, _ = source.split.read(wanted[:1])
     cost = measure_votes(source.apply_fn, source.variables, images, settings=votes, devices=source.devices)
-    seconds = (len(wanted) - done) * (votes.n0 + votes.n) / cost.per_second
+    seconds = (len(wanted) - done) * per_image / cost.per_second
     return "\n".join(
         [
             f"model: {config.model}, {source.parameters:,} parameters, {config.dtype},"
             f" {'PyTorch checkpoint' if source.step is None else f'step {source.step:,}'}; sigma {votes.sigma:g}",
             f"images: {len(wanted):,} of {len(source.split):,} of {config.dataset.name}, {source.binding['split']}, of"
             f" shape {' x '.join(map(str, images.shape[1:]))}; {done:,} done before",
-            f"votes: {votes.n0:,} + {'at most ' if at_most else ''}{votes.n:,} an image, in batches of"
-            f" {question.rows_per_device * len(source.devices):,}",
+            f"votes: {work}, in batches of {question.rows_per_device * len(source.devices):,}",
             f"devices: {parallel.describe(source.devices)}, {size(cost.bytes_per_device)} each for a batch",
             f"output: {output}",
             f"time: {'at most ' if at_most else 'about '}{duration(seconds)} at {cost.per_second:,.0f} votes a second",

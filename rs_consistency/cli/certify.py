@@ -7,6 +7,7 @@ For every image: the class that the smoothed classifier predicts, and an l2 radi
 
     python certify.py --workdir=runs/mnist --mode=decide --radius=0.5     decides whether it is certified at one radius
     python certify.py --workdir=runs/mnist --mode=predict                 predicts the class, or abstains
+    python certify.py --workdir=runs/mnist --attack                       finds a near image that gets another class
     python certify.py --workdir=runs/mnist --verify=20                    draws 20 lines of the file again
     python certify.py --workdir=runs/mnist --shard=2/5                    certifies one fifth, on one of five machines
     python certify.py --merge certificates-?-of-5.tsv --output=all.tsv    puts the fifths together
@@ -24,13 +25,15 @@ from pathlib import Path
 from typing import Any
 
 import jax
+import numpy as np
 from ml_collections import ConfigDict
 
 from rs_consistency import data
 from rs_consistency.certificates import audit
-from rs_consistency.certificates.columns import CERTIFY, DECIDE, SCHEMAS, Row
+from rs_consistency.certificates.alarms import alarms, same_beside
+from rs_consistency.certificates.columns import ATTACK, CERTIFY, DECIDE, FILES, SCHEMAS, Row
 from rs_consistency.certificates.merge import merge
-from rs_consistency.certificates.question import FILES, Question, make_question
+from rs_consistency.certificates.question import Question, make_question
 from rs_consistency.certificates.read import read_table
 from rs_consistency.certificates.record import Record, record_path
 from rs_consistency.certificates.selection import Selection, Shard, parse_shard
@@ -40,21 +43,22 @@ from rs_consistency.cli.common import Parser, entry_points, fail, program_words,
 from rs_consistency.cli.config_file import split
 from rs_consistency.cli.train import parse
 from rs_consistency.common.checks import PRECISIONS, one_of, whole_number
-from rs_consistency.common.errors import EXIT_NOT_FINISHED, EXIT_NOT_REPRODUCED, UserError, note
+from rs_consistency.common.errors import EXIT_CONTRADICTED, EXIT_NOT_FINISHED, EXIT_NOT_REPRODUCED, UserError, note
 from rs_consistency.common.progress import progress_bar
 from rs_consistency.devices import parallel
 from rs_consistency.devices.host import fix_number_types, keep_compiled, keep_memory, use_cores
 from rs_consistency.models import DTYPES
 from rs_consistency.models.torch_checkpoints import INPUT_LAYERS
-from rs_consistency.statistics.bounds import ALPHA, ALPHA_SHARE, BOUNDS, N0, N
+from rs_consistency.smoothing.attack import N_ATTACK, Effort
+from rs_consistency.statistics.bounds import ABSTAIN, ALPHA, ALPHA_SHARE, BOUNDS, N0, N
 from rs_consistency.statistics.samplers import GRID, SAMPLERS
 from rs_consistency.training.config import validate
 from rs_consistency.training.runs import finished_step, read_config
 
 # Not argparse's defaults: --verify must know which settings the user named.
-_DEFAULTS = {"n": N, "alpha": ALPHA, "skip": 1, "split": "test", "seed": 0, "sampler": GRID, "precision": PRECISIONS[0]}
-_OF_A_MODE = ("n0", "bound", "alpha_share", "tolerance", "radius")
-_CHOICES = ("n", "alpha", "seed", *_OF_A_MODE, "sampler", "precision", "batch_size")
+_DEFAULTS = {"alpha": ALPHA, "skip": 1, "split": "test", "seed": 0, "sampler": GRID, "precision": PRECISIONS[0]}
+_OF_A_MODE = ("n", "n0", "bound", "alpha_share", "tolerance", "radius", "copies", "steps", "restarts")
+_CHOICES = ("alpha", "seed", *_OF_A_MODE, "sampler", "precision", "batch_size")
 _KEPT_IN_THE_RECORD = ("sigma", "dtype", *_OF_A_MODE, *_DEFAULTS)
 
 _FRESH = "fresh"
@@ -105,7 +109,7 @@ def _parser() -> Parser:
     add("--mode", default=CERTIFY.name, help=f"{', '.join(SCHEMAS)} (default: %(default)s)")
     add("--sigma", type=float, help="standard deviation of the noise (default: as in training)")
     add("--n0", type=whole, help=f"votes that select the class (default: {N0})")
-    add("--n", type=whole, help=f"further votes; in mode decide at most so many (default: {N})")
+    add("--n", type=whole, help=f"further votes; in mode decide at most so many (default: {N}; attack: {N_ATTACK})")
     add("--alpha", type=float, help=f"error probability of a certificate (default: {ALPHA})")
     add("--bound", help=f"of --mode=certify: {', '.join(BOUNDS)} (default: {BOUNDS[0]})")
     add("--alpha_share", type=float, help=f"of --bound=two_class: share of alpha for p_A (default: {ALPHA_SHARE})")
@@ -115,6 +119,11 @@ def _parser() -> Parser:
         help="of --mode=certify: fewer votes, at a loss of radius of at most so much on average",
     )
     add("--radius", type=float, help="of --mode=decide")
+    add("--attack", dest="mode", action="store_const", const=ATTACK.name, help="the same as --mode=attack")
+    effort = Effort()
+    add("--copies", type=whole, help=f"of --mode=attack: noisy copies in a step (default: {effort.copies})")
+    add("--steps", type=whole, help=f"of --mode=attack: steps from a point (default: {effort.steps})")
+    add("--restarts", type=whole, help=f"of --mode=attack: points to start from (default: {effort.restarts})")
     add("--seed", type=_seed, help=f"seed of the noise, or {_FRESH}: drawn by the operating system (default: 0)")
     noise = "noise on the grid of 8-bit images, or float32 noise for comparisons with older files"
     add("--sampler", help=f"{', '.join(SAMPLERS)}: {noise} (default: {GRID})")
@@ -250,6 +259,8 @@ def _answer_all(args: Any) -> None:
         _fill(file, source.answers(question, file.remaining))
         file.finish()
     print(_summary(file, question))
+    if question.schema is ATTACK:
+        _compare_with_certificates(output)
 
 
 def _record_there(output: Path) -> Record | None:
@@ -322,6 +333,12 @@ def _summary(file: CertificateFile, question: Question) -> str:
             f" {number['not_certified']}, undecided {number['undecided']}; {votes:.0f} votes a decision, n0 ="
             f" {question.votes.n0} more"
         )
+    if question.schema is ATTACK:
+        distances = [
+            float(row["distance"]) for row in read_table(file.path).rows.values() if row["adversarial"] != ABSTAIN
+        ]
+        middle = f", median distance {np.median(distances):.4f}" if distances else ""
+        return f"{file.path}: {done.images} images, {len(distances)} adversarial images proven{middle}"
     measures = f"accuracy {done.correct / done.images:.4f}, abstained {done.abstained}"
     if question.tolerance is not None:
         votes = sum(row["votes"] for row in read_table(file.path).rows.values()) / done.images
@@ -331,9 +348,29 @@ def _summary(file: CertificateFile, question: Question) -> str:
     return f"{file.path}: {done.images} images, {measures}"
 
 
+def _compare_with_certificates(output: Path) -> None:
+    """Print an alarm for each attack inside a certified radius of the file beside it, and exit with its status."""
+    attacks = read_table(output)
+    certificates = same_beside(attacks, CERTIFY)
+    if certificates is None:
+        note(f"no {FILES[CERTIFY.name]}.tsv of this classifier lies beside {output}: no certificate to compare with")
+        return
+    both = attacks.rows.keys() & certificates.rows.keys()
+    found = alarms(certificates.rows, attacks.rows)
+    for index, text in found.items():
+        print(f"ALARM: image {index}: {text}", flush=True)
+    print(f"{len(both)} certificates of {certificates.path.name} compared, {len(found)} contradicted")
+    if found:
+        raise SystemExit(EXIT_CONTRADICTED)
+
+
 def _verify(args: Any) -> None:
     """Draw lines of a file again, with the settings of its record, and print the report."""
     table = read_table(_output(args))
+    if table.record.schema is ATTACK:
+        raise UserError(
+            f"verify={args.verify}: {table.path} holds attacks, whose search depends on rounding; attack again"
+        )
     recorded = table.record.identity
     for name in _KEPT_IN_THE_RECORD:
         named = getattr(args, name)

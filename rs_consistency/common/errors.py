@@ -6,6 +6,7 @@ EXIT_FAILED_CELLS = 1  # reproduce.py: some cells failed
 EXIT_USER_ERROR = 2
 EXIT_NOT_REPRODUCED = 3  # certify.py --verify: a line does not come out the same
 EXIT_NOT_FINISHED = 4  # certify.py --finished: the last checkpoint is missing or damaged
+EXIT_CONTRADICTED = 5  # certify.py --attack: a proven adversarial image inside a certified radius
 EXIT_INTERRUPTED = 130
 EXIT_BROKEN_PIPE = 141
 

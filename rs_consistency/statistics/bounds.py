@@ -36,6 +36,7 @@ BOUNDS = ("clopper_pearson", "two_class", "randomized")
 N0, N, ALPHA = 100, 100_000, 0.001
 # Of alpha, for p_A in `two_class`; the rest is for p_B. Little is lost where p_A alone determines the radius.
 ALPHA_SHARE = 0.99
+ATTACK_TESTS = 5  # that share the alpha of an attack: at the image, and at up to four adversarial images
 _HALVINGS = 60  # of an interval within [0, 1]: finer than float64
 
 

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from rs_consistency.certificates import audit
-from rs_consistency.certificates.columns import CERTIFY, DECIDE, PREDICT, SCHEMAS
+from rs_consistency.certificates.columns import ATTACK, CERTIFY, DECIDE, PREDICT, SCHEMAS
 from rs_consistency.certificates.exact_lines import prove, unproven
 from rs_consistency.certificates.proof import contradictions, load, rows_of_counts
 from rs_consistency.certificates.read import read_table
@@ -25,13 +25,15 @@ FLOAT = {"sampler": "float", "precision": "highest"}
 # Images so large that the slack is 7e-5.
 GRID = {**FLOAT, "sampler": "grid", "grid_steps": 255, "image_shape": [4096, 4096, 3]}
 ABOUT = {"device": "8 x cpu", "versions": {"jax": "1"}, "code_digest": "c"}
-KINDS = [*BOUNDS, DECIDE.name, PREDICT.name]
+KINDS = [*BOUNDS, DECIDE.name, PREDICT.name, ATTACK.name]
 
 
 def settings_of(kind, sampler):
     identity = {"sigma": 0.5, "n": 1000, "alpha": 0.001, "seed": 3, **sampler}
     if kind == PREDICT.name:  # n times the slack is 0.07
         return identity | {"alpha": 0.1}
+    if kind == ATTACK.name:  # five tests share alpha
+        return identity | {"alpha": 0.5, "copies": 4, "steps": 9, "restarts": 1}
     if kind == DECIDE.name:
         return identity | {"n0": 20, "n": 96_000, "radius": 0.3, "look_every": 16}
     return identity | {"n0": 20, "bound": kind} | ({"alpha_share": 0.99} if kind == "two_class" else {})
@@ -49,9 +51,11 @@ def rows_for(kind, settings):
     else:
         count = np.array([n, *range(520, 545)])
         columns = {"count": count, "count_runner_up": n - count, "predict": count % 3}
-    if schema is not PREDICT:
+    if schema is ATTACK:
+        columns |= {"predict": (count + 1) % 3, "adversarial": count % 3, "distance": 0.25}
+    if schema in (CERTIFY, DECIDE):
         columns |= {"count0": 20, "selected": count % 3}
-    if schema is not DECIDE:
+    if schema in (CERTIFY, PREDICT):
         columns |= {"count_label": np.where(count % 3 == 0, count, 0)}
     if schema is CERTIFY:
         columns |= {"votes": n}
@@ -90,7 +94,7 @@ def faults(path):
 def test_honest_files_are_proven(program, tmp_path, kind, sampler):
     path = honest(tmp_path / "c.tsv", kind, sampler)
     rows = list(read_table(path).rows.values())
-    claims = sum(row["predict"] != -1 or row.get("decision") == "not_certified" for row in rows)
+    claims = sum(row[claimed(kind)] != -1 or row.get("decision") == "not_certified" for row in rows)
     assert 0 < claims < len(rows)
     out = program.succeeds("cli.analyze", path, "--exact").out
     assert f"\n{path}: all {claims} claims in {len(rows)} lines are proven in whole numbers, " in out
@@ -102,12 +106,17 @@ def test_honest_files_are_proven(program, tmp_path, kind, sampler):
     assert report.ok and report.text().endswith(f"lines reproduce; all {len(rows)} are proven in whole numbers")
 
 
+def claimed(kind):
+    """The column with the class that a line claims."""
+    return "adversarial" if kind == ATTACK.name else "predict"
+
+
 def claims_a_little_more(kind, rows):
     """Lines that claim something, and 1e-6 more; where votes prove no radius, what takes one more vote."""
     if kind in BOUNDS:
         return [row | {"radius": row["radius"] + UNIT} for row in rows if row["predict"] != -1]
-    if kind == PREDICT.name:
-        line = min((row for row in rows if row["predict"] != -1), key=lambda row: row["count"])
+    if kind in (PREDICT.name, ATTACK.name):
+        line = min((row for row in rows if row[claimed(kind)] != -1), key=lambda row: row["count"])
         return [line | {"count": line["count"] - 1, "count_runner_up": line["count_runner_up"] + 1}]
     certified = min((row for row in rows if row["decision"] == "certified"), key=lambda row: row["count"])
     not_certified = max((row for row in rows if row["decision"] == "not_certified"), key=lambda row: row["count"])
@@ -130,7 +139,8 @@ def test_lines_that_claim_a_little_more_are_refused(monkeypatch, program, tmp_pa
     line = more[-1]
     path = write(tmp_path / "d.tsv", kind, settings, ({row["idx"]: row for row in rows} | {line["idx"]: line}).values())
     error = program.fails("cli.analyze", path, "--exact")
-    claim = f"class {line['predict']} with radius {line['radius']}" if kind != DECIDE.name else "decision not_certified"
+    claims = {DECIDE.name: "decision not_certified", ATTACK.name: f"adversarial class {line[claimed(kind)]}"}
+    claim = claims.get(kind, f"class {line['predict']} with radius {line['radius']}")
     assert f"{path}, image {line['idx']}: {claim} is not proven by its counts in whole numbers; certify again" in error
     assert program.out == ""
     # The audit refuses it, also if float64 were to prove it.

@@ -1,0 +1,107 @@
+"""Attacks beside certificates: distances are rounded up, and an attack inside a certified radius is an alarm."""
+
+import json
+from decimal import Decimal
+
+import pytest
+
+from rs_consistency.certificates.alarms import alarms, same_beside
+from rs_consistency.certificates.columns import ATTACK, CERTIFY, format_distance, make_rows
+from rs_consistency.certificates.proof import contradictions
+from rs_consistency.certificates.read import read_certificates, read_table
+from rs_consistency.certificates.selection import Selection
+from rs_consistency.certificates.write import CertificateFile
+
+SETTINGS = {"sigma": 0.5, "n": 1000, "alpha": 0.001, "seed": 0, "sampler": "float", "precision": "default"}
+ABOUT = {"dataset": "mnist", "split": "test", "data_digest": "d", "parameter_digest": "p"}
+CERTIFYING = {"n0": 100, "bound": "clopper_pearson", "tolerance": None}
+ATTACKING = {"copies": 4, "steps": 9, "restarts": 2}
+
+
+def write(path, schema, identity, rows):
+    file = CertificateFile(
+        path, schema=schema, identity={**SETTINGS, **ABOUT, **identity}, about={}, selection=Selection(len(rows))
+    )
+    file.append(rows)
+    file.finish()
+    file.close()
+    return read_table(path)
+
+
+def attacked(path, **changed):
+    columns = {
+        "idx": range(4),
+        "label": [1, 1, 2, 0],
+        "predict": [1, 1, 0, -1],
+        "radius": 0.0,
+        "time": 1.0,
+        "adversarial": [0, 2, -1, -1],
+        "distance": [0.7000001, 0.25, float("inf"), float("inf")],
+        "count": [600, 1000, 500, 0],
+        "count_runner_up": [400, 0, 500, 0],
+        "p_value": [1.4e-10, 2.0**-999, 1.0, 1.0],
+    }
+    return write(path, ATTACK, ATTACKING | changed, make_rows(**columns))
+
+
+def test_distances_are_written_rounded_up_and_read_back(tmp_path):
+    assert [format_distance(each) for each in (0.7, 0.7000001, 0.0, float("inf"))] == [
+        "0.700000",
+        "0.700001",
+        "0.000000",
+        "inf",
+    ]
+    table = attacked(tmp_path / "attacks.tsv")
+    assert [row["distance"] for row in table.rows.values()] == [
+        Decimal("0.700001"),
+        Decimal("0.250000"),
+        Decimal("inf"),
+        Decimal("inf"),
+    ]
+    assert [row["correct"] for row in table.rows.values()] == [1, 1, 0, 0]
+    assert read_certificates(table.path).mode == "attack"
+    for distance in ("-0.100000", "nan", "0.1", "Infinity"):
+        with pytest.raises(ValueError, match="damaged"):
+            ATTACK.parse(ATTACK.line(table.rows[0])[:-1].replace("0.700001", distance))
+
+
+def test_an_attack_must_follow_from_its_counts(tmp_path):
+    table = attacked(tmp_path / "attacks.tsv")
+    found = contradictions(table)
+    assert list(found) == [0] and found[0].startswith("p_value 1.4e-10, its counts give 2.7")
+    forged = {2: table.rows[2] | {"adversarial": 1, "distance": Decimal("0.300000")}}
+    assert contradictions(table._replace(rows=forged)) == {
+        2: "adversarial 1, its counts give -1, distance 0.300000, its counts give Infinity"
+    }
+    impossible = {1: table.rows[1] | {"count_runner_up": 1}}
+    assert contradictions(table._replace(rows=impossible)) == {1: "its counts cannot be with n=1000"}
+
+
+@pytest.mark.parametrize(
+    ("radius", "predict", "text"),
+    [
+        ("0.700001", 1, None),
+        ("0.700002", 1, "class 0 at distance 0.700001, inside the certified radius 0.700002 of class 1"),
+        ("0.100000", 2, "class 1 at the image, where class 2 is certified"),
+        ("0.000000", -1, None),
+    ],
+)
+def test_an_attack_inside_a_certified_radius_is_an_alarm(tmp_path, radius, predict, text):
+    attacks = attacked(tmp_path / "attacks.tsv").rows
+    certificates = {0: {"predict": predict, "radius": Decimal(radius)}, 9: {"predict": 1, "radius": Decimal(9)}}
+    assert alarms(certificates, attacks) == ({} if text is None else {0: text})
+
+
+def test_only_files_of_the_same_classifier_and_images_are_compared(tmp_path):
+    attacks = attacked(tmp_path / "attacks.tsv")
+    assert same_beside(attacks, CERTIFY) is None
+    line = {"idx": 0, "label": 1, "predict": 1, "radius": 0.5, "time": 1.0, "count0": 100, "count": 995}
+    line |= {"count_runner_up": 5, "selected": 1, "count_label": 995, "votes": 1000}
+    path = tmp_path / "certificates.tsv"
+    certificates = write(path, CERTIFY, CERTIFYING, make_rows(**{name: [value] for name, value in line.items()}))
+    assert same_beside(attacks, CERTIFY).rows == certificates.rows
+    assert same_beside(certificates, ATTACK).rows == attacks.rows
+    record = json.loads(path.with_suffix(".json").read_text())
+    for key in ("sigma", "parameter_digest", "data_digest"):
+        path.with_suffix(".json").write_text(json.dumps({**record, key: 0.25 if key == "sigma" else "x"}))
+        assert same_beside(attacks, CERTIFY) is None
