@@ -36,7 +36,7 @@ _BATCHES_PER_CALL_ELSEWHERE = 16
 # Row numbers are int32 on the devices: n0 + n and the 256 batches of a group must stay below 2**31 together.
 _MOST_VOTES = 2**29
 _LARGEST_BATCH = 2**20
-_STATEMENTS = (noise.Stream.CERTIFY, noise.Stream.PREDICT)  # streams whose votes prove something
+_STATEMENTS = (noise.Stream.CERTIFY, noise.Stream.PREDICT, noise.Stream.ATTACK)  # streams whose votes prove something
 
 
 class VoteSettings(NamedTuple):

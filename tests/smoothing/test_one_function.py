@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from rs_consistency import UserError, certify, decide, noise, predict
+from rs_consistency import UserError, attack, certify, decide, noise, predict
 from rs_consistency.smoothing.one_function import program_of
 from rs_consistency.smoothing.voter import Voter, pixels, scale_of, to_float
 from rs_consistency.smoothing.votes import VoteSettings
@@ -49,6 +49,7 @@ CALLS = {
     "certify": lambda fn, **more: certify(fn, IMAGES, n0=20, **ASKED, **more),
     "decide": lambda fn, **more: decide(fn, IMAGES, n0=20, radius=0.1, **ASKED, **more),
     "predict": lambda fn, **more: predict(fn, IMAGES, **ASKED, **more),
+    "attack": lambda fn, **more: attack(fn, IMAGES[:1], alpha=1e-9, **ASKED, **more),  # abstains: no search
 }
 
 
@@ -139,7 +140,7 @@ def test_the_error_of_the_sampler_is_in_every_statement(monkeypatch):
     """Take an error that is large enough to be seen: the true error changes no printed digit."""
     law = NoiseLaw(SIGMA, 0.01)
     monkeypatch.setattr(VoteSettings, "law", law)
-    certified, decided, predicted = (CALLS[call](model) for call in CALLS)
+    certified, decided, predicted = (CALLS[call](model) for call in ("certify", "decide", "predict"))
     selected = certified.counts0.argmax(axis=1)
     hits = np.take_along_axis(certified.counts, selected[:, None], axis=1)[:, 0]
     expected, without = (certify_votes(hits, 0, 300, alpha=0.001, sigma=SIGMA, slack=slack) for slack in (0.01, 0.0))
@@ -151,6 +152,8 @@ def test_the_error_of_the_sampler_is_in_every_statement(monkeypatch):
     counts = np.sort(predicted.counts, axis=1)
     np.testing.assert_array_equal(predicted.p_value, p_value_of(counts[:, -1], counts[:, -2], n=300, slack=0.01))
     assert (predicted.p_value == 1).all()  # 300 votes with an error of 0.01 each prove nothing
+    with pytest.raises(UserError, match="n=300: votes cannot prove a class .*; use a larger alpha, or sampler='float'"):
+        CALLS["attack"](model)
 
 
 def test_decide_tests_against_the_probability_with_the_error(monkeypatch):
