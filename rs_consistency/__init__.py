@@ -5,8 +5,8 @@
     result = rs_consistency.certify(apply_fn, images, sigma=0.5, num_classes=10)
     result.prediction, result.radius  # per image: the class, or ABSTAIN, and the l2 radius within which it holds
 
-`decide` answers for a single radius with fewer votes, `predict` returns the class alone, and a `SmoothedClassifier` has
-all three as methods.
+`decide` answers for a single radius with fewer votes, `predict` returns the class alone, and `attack` finds near images
+of another class. A `SmoothedClassifier` has all four as methods.
 """
 
 import importlib
@@ -17,6 +17,7 @@ from rs_consistency.statistics.bounds import ABSTAIN, certified_radius, lower_co
 
 if TYPE_CHECKING:
     from rs_consistency import attacks, data, losses, methods, models, noise
+    from rs_consistency.smoothing.attack import Attacks, attack
     from rs_consistency.smoothing.certify import Certification, certify
     from rs_consistency.smoothing.classifier import SmoothedClassifier
     from rs_consistency.smoothing.decide import decide
@@ -25,11 +26,13 @@ if TYPE_CHECKING:
 
 __all__ = [
     "ABSTAIN",
+    "Attacks",
     "Certification",
     "Decisions",
     "Prediction",
     "SmoothedClassifier",
     "UserError",
+    "attack",
     "attacks",
     "certified_radius",
     "certify",
@@ -45,10 +48,12 @@ __all__ = [
 
 # Everything that needs JAX is imported at its first use: analyze.py reads files without it.
 _HOMES = {
+    "Attacks": "smoothing.attack",
     "Certification": "smoothing.certify",
     "Decisions": "smoothing.pool",
     "Prediction": "smoothing.predict",
     "SmoothedClassifier": "smoothing.classifier",
+    "attack": "smoothing.attack",
     "certify": "smoothing.certify",
     "decide": "smoothing.decide",
     "predict": "smoothing.predict",

@@ -34,6 +34,7 @@ class Stream(IntEnum):
     PREDICT = 9
     REPORT = 10
     CHOOSE = 11
+    ATTACK = 12
 
 
 def stream_key(seed: int, stream: Stream) -> jax.Array:

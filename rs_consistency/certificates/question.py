@@ -154,7 +154,8 @@ def _check_can_answer(question: Question) -> None:
     elif schema is DECIDE:
         check_decisions(votes.n, radius=question.radius, alpha=alpha, **votes.law._asdict())
     else:
-        check_predictions(votes.n, alpha=alpha, tests=ATTACK_TESTS if schema is ATTACK else 1, slack=votes.law.slack)
+        tests = ATTACK_TESTS if schema is ATTACK else 1  # that share alpha
+        check_predictions(votes.n, alpha=alpha / tests, slack=votes.law.slack)
 
 
 def answer(

@@ -8,6 +8,7 @@ from numpy.typing import ArrayLike
 
 from rs_consistency.common.checks import LARGEST, number_above, whole_number
 from rs_consistency.common.errors import UserError
+from rs_consistency.smoothing.attack import Attacks, attack
 from rs_consistency.smoothing.certify import Certification, certify
 from rs_consistency.smoothing.decide import decide
 from rs_consistency.smoothing.pool import Decisions
@@ -19,9 +20,10 @@ class SmoothedClassifier:
 
     Source: Cohen, Rosenfeld, Kolter (ICML 2019).
 
-    Its methods are `rs_consistency.predict`, `certify` and `decide` with `apply_fn`, `sigma` and `num_classes` fixed.
-    They share guarantees, further arguments and errors with these functions. alpha is the error probability of one
-    statement about one image. Whoever predicts and certifies an image makes two statements, from independent votes.
+    Its methods are `rs_consistency.predict`, `certify`, `decide` and `attack` with `apply_fn`, `sigma` and
+    `num_classes` fixed. They share guarantees, further arguments and errors with these functions. alpha is the error
+    probability of one statement about one image. Whoever predicts and certifies an image makes two statements, from
+    independent votes.
 
     A linear classifier:
 
@@ -59,6 +61,10 @@ class SmoothedClassifier:
     def decide(self, images: ArrayLike, radius: float, **settings: Any) -> Decisions:
         """Decide whether images `[B, H, W, C]` are certified at a radius; see `rs_consistency.decide`."""
         return decide(self.apply_fn, images, radius=radius, **self._with_own(settings))
+
+    def attack(self, images: ArrayLike, **settings: Any) -> Attacks:
+        """Find the nearest images of another class to images `[B, H, W, C]`; see `rs_consistency.attack`."""
+        return attack(self.apply_fn, images, **self._with_own(settings))
 
     def _with_own(self, settings: dict[str, Any]) -> dict[str, Any]:
         """Return the settings of a call with sigma and num_classes; a `UserError` where it names a fixed argument."""

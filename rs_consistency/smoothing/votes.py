@@ -41,7 +41,7 @@ _BATCHES_PER_CALL_ELSEWHERE = 16
 _MOST_VOTES = 2**29
 _MOST_ROWS = 2**30  # of a group
 _LARGEST_BATCH = 2**20
-_STATEMENTS = (noise.Stream.CERTIFY, noise.Stream.PREDICT)  # streams whose votes prove something
+_STATEMENTS = (noise.Stream.CERTIFY, noise.Stream.PREDICT, noise.Stream.ATTACK)  # streams whose votes prove something
 
 
 class VoteSettings(NamedTuple):

@@ -43,14 +43,11 @@ def check_certificates(n: int, *, alpha: float, **settings: Any) -> None:
     _check("certify", n, alpha, fewest, enough=fewest is not None and n >= fewest)
 
 
-def check_predictions(n: int, *, alpha: float, tests: int = 1, slack: float = 0.0) -> None:
-    """Raise a `UserError` if n votes, all for one class, predict nothing in one of the tests that share alpha.
-
-    n and slack are as for `bounds.p_value_of`.
-    """
-    fewest = _fewest(p_value_of(_FEW, 0, n=_FEW, slack=slack) <= alpha / tests)
+def check_predictions(n: int, *, alpha: float, slack: float = 0.0) -> None:
+    """Raise a `UserError` if n votes, all for one class, predict nothing; arguments as for `bounds.p_value_of`."""
+    fewest = _fewest(p_value_of(_FEW, 0, n=_FEW, slack=slack) <= alpha)
     # The error of the sampler grows with the votes.
-    _check("predict", n, alpha, fewest, enough=bool(p_value_of(n, 0, n=n, slack=slack) <= alpha / tests))
+    _check("predict", n, alpha, fewest, enough=bool(p_value_of(n, 0, n=n, slack=slack) <= alpha))
 
 
 def check_decisions(n: int, *, radius: float, sigma: float, alpha: float, slack: float = 0.0) -> None:

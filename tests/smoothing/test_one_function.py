@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from rs_consistency import UserError, certify, decide, noise, predict
+from rs_consistency import UserError, attack, certify, decide, noise, predict
 from rs_consistency.smoothing.one_function import program_of
 from rs_consistency.smoothing.voter import Voter, pixels, scale_of, to_float
 from rs_consistency.smoothing.votes import VoteSettings
@@ -49,6 +49,7 @@ CALLS = {
     "certify": lambda fn, **more: certify(fn, IMAGES, n0=20, **ASKED, **more),
     "decide": lambda fn, **more: decide(fn, IMAGES, n0=20, radius=0.1, **ASKED, **more),
     "predict": lambda fn, **more: predict(fn, IMAGES, **ASKED, **more),
+    "attack": lambda fn, **more: attack(fn, IMAGES[:1], alpha=1e-9, **ASKED, **more),  # abstains: no search
 }
 
 
@@ -152,6 +153,9 @@ def test_the_error_of_the_sampler_is_in_every_statement(monkeypatch):
     np.testing.assert_array_equal(decided.decision, looked)
     counts = np.sort(predicted.counts, axis=1)
     np.testing.assert_array_equal(predicted.p_value, p_value_of(counts[:, -1], counts[:, -2], n=300, slack=1e-6))
+    monkeypatch.setattr(VoteSettings, "law", NoiseLaw(SIGMA, 0.01))
+    with pytest.raises(UserError, match=r"n=300 votes predict nothing .* use a larger alpha"):
+        CALLS["attack"](model)
 
 
 def test_decide_tests_against_the_probability_with_the_error(monkeypatch):
