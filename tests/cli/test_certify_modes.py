@@ -8,9 +8,9 @@ import jax
 import numpy as np
 import pytest
 
-from rs_consistency import certify, data, decide, noise, predict
+from rs_consistency import attack, certify, data, decide, noise, predict
 from rs_consistency.certificates.write import CertificateFile
-from rs_consistency.common.errors import EXIT_NOT_REPRODUCED
+from rs_consistency.common.errors import EXIT_CONTRADICTED, EXIT_NOT_REPRODUCED
 from rs_consistency.models import create_model
 from rs_consistency.statistics import bounds
 from tests.helpers import ROOT, count_lines, final_params, rows
@@ -139,6 +139,48 @@ def test_a_tolerance_takes_fewer_votes_through_interruption_shards_and_audit(pro
     assert program.status == EXIT_NOT_REPRODUCED and fault in program.out
 
 
+def test_an_attack_is_written_and_compared_with_the_certificates_beside_it(program, trained, classifier, tmp_path):
+    workdir = tmp_path / "run"
+    shutil.copytree(trained, workdir)
+    effort = {"copies": 4, "steps": 8, "restarts": 1}
+    command = ["cli.certify", f"--workdir={workdir}", "--skip=2", "--max=6", "--n=400", "--batch_size=128"]
+    attacking = [*command, "--attack", *(f"--{name}={value}" for name, value in effort.items())]
+    assert "400 on each of 3 to 6 images, 32 gradients" in program.succeeds(*attacking, "--dry_run").out
+    program.succeeds(*attacking)
+    assert "no certificates.tsv of this classifier lies beside" in program.err
+    apply_fn, images, indices = classifier
+    expected = attack(apply_fn, images[:6], indices=indices[:6], **SETTINGS | {"n": 400}, **effort)
+    found = table(workdir / "attacks.tsv")
+    assert list(map(int, found["predict"])) == expected.prediction.tolist()
+    assert list(map(int, found["adversarial"])) == expected.adversarial.tolist() and expected.adversarial.max() >= 0
+    distances = np.array(list(map(float, found["distance"])))
+    finite = np.isfinite(distances)
+    error = distances[finite] - expected.distance[finite]
+    assert ((error >= 0) & (error < 1e-6)).all()
+    assert (
+        f"{finite.sum()} adversarial images proven, median distance {np.median(distances[finite]):.4f}" in program.out
+    )
+    assert (
+        f"all {finite.sum()} claims in 6 lines are proven"
+        in program.succeeds("cli.analyze", workdir / "attacks.tsv", "--exact").out
+    )
+    program.succeeds(*command)
+    program.succeeds(*attacking)
+    assert program.out.endswith("6 certificates of certificates.tsv compared, 0 contradicted\n")
+    # A certificate that is too large is found out.
+    path, number = workdir / "certificates.tsv", int(np.flatnonzero(finite)[0])
+    lines = path.read_text().splitlines(keepends=True)
+    cells = lines[number + 1].split("\t")
+    lines[number + 1] = "\t".join([*cells[:2], found["predict"][number], "9.000000", *cells[4:]])
+    path.write_text("".join(lines))
+    program(*attacking)
+    assert (
+        program.status == EXIT_CONTRADICTED
+        and f"ALARM: image {2 * number}: class {found['adversarial'][number]}" in (program.out)
+    )
+    assert "verify=2: " in program.fails("cli.certify", f"--workdir={workdir}", "--attack", "--verify=2")
+
+
 def test_default_files_by_mode_and_shard(program, trained, tmp_path):
     workdir = tmp_path / "run"
     shutil.copytree(trained, workdir)
@@ -240,7 +282,11 @@ def test_another_dtype_is_another_function_and_recorded(program, trained, tmp_pa
         (["--mode=decide"], "mode=decide needs the radius to decide at: add --radius"),
         (["--mode=decide", "--radius=-1"], "radius=-1.0"),
         (["--mode=decide", "--radius=nan"], "radius=nan"),
-        (["--mode=vote"], "mode='vote' is unknown; use one of certify, decide, predict"),
+        (["--mode=vote"], "mode='vote' is unknown; use one of attack, certify, decide, predict"),
+        (["--attack", "--n=13"], "n=13 votes predict nothing at alpha=0.0002, even if all agree; use n=14"),
+        (["--attack", "--n0=9"], "n0=9: mode=attack selects no class"),
+        (["--attack", "--steps=0"], "steps=0: use a whole number of at least 1"),
+        (["--steps=9"], "steps=9: mode=certify has no use for it; leave it out, or use --mode=attack"),
         (["--radius=1"], "radius=1.0: mode=certify has no use for it"),
         (["--mode=predict", "--bound=two_class"], "bound=two_class: mode=predict has no use for it"),
         (["--mode=predict", "--n0=10"], "n0=10: mode=predict selects no class"),
