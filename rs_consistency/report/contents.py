@@ -119,9 +119,7 @@ def compare(subjects: Sequence[Subject]) -> tuple[list[Comparison], list[str]]:
         if mode == CERTIFY.name:
             certified.append(one)
         else:
-            apart.append(
-                f"{one.label} has no ACR, no curve and no comparison: mode={mode} certifies no radii of its own"
-            )
+            apart.append(f"{one.label} has no ACR, no curves and no images: its mode is {mode}, not {CERTIFY.name}")
     pairs = list(itertools.combinations(certified, 2))
     for one, other in progress_bar("comparing", len(pairs), unit="pair", brief=True, iterable=pairs):
         common, mine, theirs = np.intersect1d(one.certificates.idx, other.certificates.idx, return_indices=True)

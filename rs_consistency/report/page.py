@@ -66,7 +66,8 @@ def write_report(
     samples, readers, missing = _ask(subjects, data_dir) if ask_networks else ({}, {}, [])
     named = [{**summary, "path": one.label} for one, summary in zip(subjects, summaries, strict=True)]
     found = _tables(subjects, named, comparisons, samples)
-    drawn, pictures = _figures(subjects, comparisons, samples, readers, tables.are_compared(summaries)), {}
+    with_best = tables.are_compared(summaries)
+    drawn, pictures = _figures(subjects, comparisons, samples, readers, with_best), {}
     with progress_bar("drawing", len(drawn), unit="figure", brief=True) as bar:
         for name, draw in drawn.items():
             draw(folder / f"{name}.png")
@@ -88,6 +89,7 @@ def write_report(
         subjects=subjects,
         summaries=named,
         notes=tables.notes(named),
+        best=with_best,
         comparisons=comparisons,
         left_out=len(comparisons) - _MOST_PANELS,
         samples=samples,
@@ -144,6 +146,8 @@ def _ask(subjects: Sequence[Subject], data_dir: str) -> "tuple[dict[str, Samples
     """Return by label the answers of networks and the readers of images, and a line for each missing answer."""
     found, readers, missing, opened = {}, {}, [], {}
     for one in subjects:
+        if one.certificates.mode != CERTIFY.name:  # `compare` names it
+            continue
         lacks = f"no logit margins and no image strip of {one.label}"
         if not one.record:  # another program's file, whose reader expects no images
             missing.append(f"{lacks}: {one.path} has no record of certify.py")
@@ -187,13 +191,13 @@ def _figures(
     comparisons: Sequence[Comparison],
     samples: "dict[str, Samples]",
     readers: dict[str, _Reader],
-    are_compared: bool,
+    with_best: bool,
 ) -> dict[str, Callable[[Path], None]]:
     """Return the functions that draw the figures of a report as a PNG with a PDF beside it, by the files' names."""
     found: dict[str, Callable[[Path], None]] = {}
     if any(one.certificates.mode == CERTIFY.name for one in subjects):
         curves = {one.label: one.certificates for one in subjects}
-        found["certified_accuracy"] = partial(save_curves, curves, with_best=are_compared)
+        found["certified_accuracy"] = partial(save_curves, curves, with_best=with_best)
         found["acr"] = partial(figures.save_acr, subjects)
     if any(one.evidence for one in subjects):
         found["p_a"] = partial(save_p_a, {one.label: one.evidence for one in subjects})

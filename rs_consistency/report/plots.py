@@ -29,7 +29,7 @@ from matplotlib import pyplot as plt
 # Okabe and Ito's colours, told apart with any colour vision; line styles tell them apart in print.
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#56B4E9", "#E69F00", "#000000")
 STYLES = ("-", "--", "-.", ":")
-_TICKS = (0.01, 0.1, 0.3, 0.5, 0.7, 0.9, 0.99, 0.999, 0.9999, 0.99999, 0.9999999)  # as many as have space
+_TICKS = (0.01, 0.1, 0.3, 0.5, 0.7, 0.9, 0.99, 0.999, 0.9999, 0.999999, 0.99999999)  # as many as have space
 DPI = 200  # of a PNG
 _ROUNDING = 1e-9  # of a count that is whole but for rounding
 _LEGEND_WIDTH = 72  # characters
@@ -116,8 +116,8 @@ def save_curves(tables: Mapping[str, Certificates], path: Path, *, with_best: bo
             (len(radii) - np.searchsorted(radii, x, side="right")) / len(tables[label].radius)
             for label, radii in certified.items()
         ]
-        style = {"color": "black", "linewidth": 0.7}
-        axes.step(x, np.max(behind, axis=0), where="post", label="the best at each radius", **style)
+        beneath = {"color": "0.35", "alpha": 0.45, "linewidth": 5, "zorder": 1.5}  # the curves keep their colours
+        axes.step(x, np.max(behind, axis=0), where="post", label="the best at each radius", **beneath)
     axes.set(xlabel="l2 radius (bands: 95 % over images)", ylabel="certified accuracy", ylim=(0, 1.01))
     axes.set_xlim(left=0)
     axes.grid(alpha=0.3)
@@ -145,7 +145,8 @@ def save_p_a(evidences: Mapping[str, Evidence | None], path: Path) -> None:
     estimates = {label: votes / evidences[label].votes for label, (votes, _) in known.items()}
     smallest = min(estimate.min() for estimate in estimates.values())  # a lower bound is smaller, and not by much
     left = special.ndtri(np.clip(smallest, _LEFTMOST, 0.45)) - 0.15
-    right = max(ceilings) + 0.35
+    one_less = max(special.ndtri(1 - 1 / evidence.votes.max()) for evidence in evidences.values())
+    right = max(*ceilings, one_less) + 0.2
     for label, evidence in evidences.items():
         settings, estimate, style = evidence.settings, estimates[label], styles[label]
         hard, at_ceiling = np.mean(estimate < 0.5), np.mean(estimate == 1)
@@ -154,11 +155,9 @@ def save_p_a(evidences: Mapping[str, Evidence | None], path: Path) -> None:
         axes.plot(0, hard, marker="o", **marked)
         axes.plot(right, 1 - at_ceiling, marker="D", **marked)
         n = " to ".join(f"{votes:,}" for votes in np.unique([evidence.votes.min(), evidence.votes.max()]))
-        legend = f"{label}: hard {hard:.1%}, at the ceiling {at_ceiling:.1%}; n = {n}, alpha = {settings.alpha:.3g}"
-        legend += "" if settings.bound == "clopper_pearson" else f", {settings.bound}"
-        guessed = np.mean(~known[label][1])
-        legend += f"; p at most the drawn one for {guessed:.1%}" if guessed else ""
-        _ecdf(axes, lower_of_label(evidence), left, right, linewidth=1.8, label=plain(legend), **style)
+        legend = plain(f"{label}: hard {hard:.1%}, at the ceiling {at_ceiling:.1%}")
+        legend += f"\nn = {n}, alpha = {settings.alpha:.3g}, {settings.bound}"
+        _ecdf(axes, lower_of_label(evidence), left, right, linewidth=1.8, label=legend, **style)
     for each in ceilings:
         axes.axvline(each, color="0.4", linewidth=0.8, linestyle=":")
     axes.set(xlim=(left, right), ylim=(0, 1.01), ylabel="share of images with at most this p")
@@ -168,12 +167,14 @@ def save_p_a(evidences: Mapping[str, Evidence | None], path: Path) -> None:
     if all(evidence.settings.bound != "two_class" for evidence in evidences.values()):
         axes.axvspan(left, 0, color="0.93", zorder=0)
         explained, above = f"{explained}; shaded: no certificate", "radius / sigma"
-    marks = "circle: hard images, p < 1/2; diamond: images below the ceiling"
-    axes.set_xlabel(f"p of the true class\n{explained}\n{marks}")
+    explained += "\ncircle: hard images, p < 1/2; diamond: images below the ceiling"
+    if not all(known_votes.all() for _, known_votes in known.values()):
+        explained += "\nwhere another class was selected, p is at most the drawn one"
+    axes.set_xlabel(f"p of the true class\n{explained}")
     top = axes.secondary_xaxis("top", xlabel=above)
     top.set_xticks(np.arange(np.floor(right) + 1))  # to the left of 0 there is no radius
     axes.grid(alpha=0.3)
-    legend_below(figure, *axes.get_legend_handles_labels())
+    legend_below(figure, *axes.get_legend_handles_labels(), room=2)
     save(figure, path)
 
 
