@@ -20,7 +20,7 @@ the folder of these files, --match_images finds each image by its pixels, and co
 
     report.html              all of the following, in a single file
     certified_accuracy.png   curves with 95 % bands; all figures also as .pdf
-    acr.png, p_a.png         ACR with 95 % intervals; the distribution of p_A
+    acr.png, p_a.png         ACR with 95 % intervals; the distribution of p of the true class
     comparison.png           radii of two runs on the same images, and
     gained_lost.png          the images with the largest gains and losses
     training.png             training curves
