@@ -20,7 +20,7 @@ the folder of these files, --match_images finds each image by its pixels, and co
 
     report.html              all of the following, in a single file
     certified_accuracy.png   curves with 95 % bands; all figures also as .pdf
-    acr.png, p_a.png         ACR with 95 % intervals; the distribution of p_A
+    acr.png, p_a.png         ACR with 95 % intervals; the distribution of p of the true class
     comparison.png           radii of two runs on the same images, and
     gained_lost.png          the images with the largest gains and losses
     training.png             training curves
@@ -35,15 +35,18 @@ checkpoint and its dataset.
 
 import json
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
+from rs_consistency.certificates.columns import CERTIFY
 from rs_consistency.certificates.exact_lines import Proven, prove
 from rs_consistency.certificates.joint import DEFAULT_DELTA, joint_statement
-from rs_consistency.certificates.measures import DEFAULT_RADII, summarize, summarize_votes
+from rs_consistency.certificates.measures import DEFAULT_RADII, summarize
 from rs_consistency.certificates.proof import Evidence, load
-from rs_consistency.certificates.read import Certificates, certificate_files, standing
+from rs_consistency.certificates.read import Certificates, certificate_files, certificate_path, standing
+from rs_consistency.certificates.record import content_beside
 from rs_consistency.cli.common import Parser, entry_points, program_words, user_path
 from rs_consistency.common.checks import probability
 from rs_consistency.common.errors import UserError, note
@@ -102,7 +105,7 @@ def _main(argv: Sequence[str]) -> None:
     ]
     if args.match_images:
         loaded = _matched(args, loaded)
-    summaries = [_summary(args, *file) for file in zip(args.paths, loaded, proven, finished, strict=True)]
+    summaries = _summaries(args, loaded, proven, finished)
     print(_FORMATS[args.format](summaries), end="", flush=True)
     if args.exact and args.format in _WRITERS:
         for path, each in zip(args.paths, proven, strict=True):
@@ -112,26 +115,37 @@ def _main(argv: Sequence[str]) -> None:
     if args.output:
         _report(args, loaded, summaries)
         if args.format == "text":
-            print(f"\ncurves: {args.output / 'certified_accuracy.png'}")
+            print()
+            if any(table.mode == CERTIFY.name for table, _ in loaded):
+                print(f"curves: {args.output / 'certified_accuracy.png'}")
             if any(evidence for _, evidence in loaded):
                 print(f"p_A: {args.output / 'p_a.png'}")
             print(f"report: {args.output / 'report.html'}")
 
 
-def _summary(
-    args: Any, path: Path, file: tuple[Certificates, Evidence | None], proven: Proven | None, finished: bool | None
-) -> dict[str, Any]:
-    """Return the measures of a file, with proof and joint statement where they were asked for; see `read.standing`."""
-    table, evidence = file
-    summary = {**summarize(path, table, args.radii), "finished": finished, **summarize_votes(evidence)}
-    if proven:
-        summary["exact"] = proven.claims
-    if args.joint:
-        summary |= joint_statement(table, args.radii, alpha=evidence.settings.alpha, delta=args.delta)
-    return summary
-
-
 _Loaded = list[tuple[Certificates, Evidence | None]]
+
+
+def _summaries(
+    args: Any, loaded: _Loaded, proven: Sequence[Proven | None], finished: Sequence[bool | None]
+) -> list[dict[str, Any]]:
+    """Return the measures of all files, with proofs and joint statements where they were asked for."""
+    summaries = summarize(args.paths, loaded, [_record(path) for path in args.paths], args.radii)
+    for summary, (table, evidence), each, is_finished in zip(summaries, loaded, proven, finished, strict=True):
+        summary["finished"] = is_finished  # see `read.standing`
+        if each:
+            summary["exact"] = each.claims
+        if args.joint:
+            summary |= joint_statement(table, args.radii, alpha=evidence.settings.alpha, delta=args.delta)
+    return summaries
+
+
+def _record(path: Path) -> Mapping[str, Any]:
+    """Return the content of a file's record; {} for a file of another program, or with a damaged record."""
+    try:
+        return content_beside(certificate_path(path))
+    except UserError:
+        return {}
 
 
 def _matched(args: Any, loaded: _Loaded) -> _Loaded:
@@ -185,22 +199,24 @@ def _report(args: Any, loaded: _Loaded, summaries: list[dict[str, Any]]) -> None
     )
 
 
-def _tables(summaries: list[dict[str, Any]]) -> list[list[list[str]]]:
-    """Return the printed tables, each a header and rows."""
-    printed = [tables.measures(summaries)]
+def _printed(write: Callable[[formats.Cells], str], summaries: list[dict[str, Any]]) -> str:
+    """Return the printed tables, with the sentences below the first."""
+    parts = [write(tables.measures(summaries))]
+    if notes := tables.notes(summaries):
+        parts.append("".join(f"{line}\n" for line in notes))
     if any(summary["n"] for summary in summaries):
-        printed.append(tables.votes(summaries))
+        parts.append(write(tables.votes(summaries)))
     if "wrong_at_most" in summaries[0]:
-        printed.append(tables.joint(summaries))
-    return printed
+        parts.append(write(tables.joint(summaries)))
+    return "\n".join(parts)
 
 
 _WRITERS = {"text": formats.aligned, "markdown": formats.markdown}
 _FORMATS = {
     "json": lambda summaries: json.dumps(summaries, indent=2, allow_nan=False) + "\n",
-    "text": lambda summaries: "\n".join(map(formats.aligned, _tables(summaries))),
+    "text": partial(_printed, formats.aligned),
     "csv": formats.csv_text,
-    "markdown": lambda summaries: "\n".join(map(formats.markdown, _tables(summaries))),
+    "markdown": partial(_printed, formats.markdown),
 }
 
 main, run = entry_points(_main)

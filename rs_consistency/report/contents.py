@@ -7,6 +7,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from rs_consistency.certificates.columns import CERTIFY
 from rs_consistency.certificates.proof import Evidence
 from rs_consistency.certificates.read import Certificates, certificate_path, standing
 from rs_consistency.certificates.record import content_beside
@@ -30,7 +31,7 @@ class Subject(NamedTuple):
       config: of the training; empty where it is not known.
       metrics: a dictionary for each epoch; empty outside a run's folder.
       workdir: folder of the run around the file; None where there is none.
-      interval: 95 % bootstrap interval of the ACR over images; None for a single image.
+      interval: 95 % bootstrap interval of the ACR over images; None for a single image, and without an ACR.
       notes: errors of the files that could not be read, and whether the certificates are unfinished or changed since, a
         line each.
     """
@@ -104,14 +105,23 @@ def subject(label: str, path: Path, certificates: Certificates, evidence: Eviden
     elif isinstance(record.get("config"), dict):
         config = record["config"]
     radii = certificates.radius * certificates.correct
-    interval = bootstrap_interval(radii) if len(radii) > 1 else None
+    interval = bootstrap_interval(radii) if len(radii) > 1 and certificates.mode == CERTIFY.name else None
     return Subject(label, path, certificates, evidence, record, config, metrics, workdir, interval, notes)
 
 
 def compare(subjects: Sequence[Subject]) -> tuple[list[Comparison], list[str]]:
-    """Return the comparison of every two subjects on their common images, and a line for each two without one."""
-    found, apart = [], []
-    pairs = list(itertools.combinations(subjects, 2))
+    """Return the comparison of every two subjects on their common images, and a line for each two without one.
+
+    Only certificates are compared. A line names each subject of another mode.
+    """
+    found, apart, certified = [], [], []
+    for one in subjects:
+        mode = one.certificates.mode
+        if mode == CERTIFY.name:
+            certified.append(one)
+        else:
+            apart.append(f"{one.label} has no ACR, no curves and no images: its mode is {mode}, not {CERTIFY.name}")
+    pairs = list(itertools.combinations(certified, 2))
     for one, other in progress_bar("comparing", len(pairs), unit="pair", brief=True, iterable=pairs):
         common, mine, theirs = np.intersect1d(one.certificates.idx, other.certificates.idx, return_indices=True)
         labels = one.certificates.label[mine]

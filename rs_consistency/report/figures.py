@@ -8,6 +8,7 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.ticker import MaxNLocator
 
+from rs_consistency.certificates.columns import CERTIFY
 from rs_consistency.certificates.measures import acr
 from rs_consistency.report.contents import Comparison, Subject
 from rs_consistency.report.plots import COLOURS, legend_below, line_style, plain, plt, save
@@ -25,20 +26,21 @@ _BARS_WIDTH = 1.8  # in widths of a picture
 
 
 def save_acr(subjects: Sequence[Subject], path: Path) -> None:
-    """Draw the ACR of each subject with its 95 % interval over images."""
-    names = [plain(one.label, _NAME_WIDTH) for one in subjects]
+    """Draw the ACR of each subject with certificates, at least one, with its 95 % interval over images."""
+    drawn = [(place, one) for place, one in enumerate(subjects) if one.certificates.mode == CERTIFY.name]
+    names = [plain(one.label, _NAME_WIDTH) for _, one in drawn]
     row = max(0.5, 0.3 + 0.16 * max(name.count("\n") for name in names))  # inches
-    figure, axes = plt.subplots(figsize=(6.4, 1.2 + row * len(subjects)), layout="constrained")
-    for place, one in enumerate(subjects):
+    figure, axes = plt.subplots(figsize=(6.4, 1.2 + row * len(drawn)), layout="constrained")
+    for height, (place, one) in enumerate(drawn):
         value = acr(one.certificates)
         low, high = one.interval or (value, value)
         error = [[max(value - low, 0)], [max(high - value, 0)]]
         style = {"marker": _marker(place), "color": line_style(place)["color"], "capsize": 4}
-        axes.errorbar(value, place, xerr=error, **style)
+        axes.errorbar(value, height, xerr=error, **style)
         above = {"xytext": (0, 7), "textcoords": "offset points", "ha": "center", "fontsize": 9}
-        axes.annotate(f"{value:.4f}", (value, place), **above)
-    axes.set_yticks(range(len(subjects)), names)
-    axes.set(xlabel="average certified radius (bar: 95 %, bootstrap over images)", ylim=(len(subjects) - 0.5, -0.8))
+        axes.annotate(f"{value:.4f}", (value, height), **above)
+    axes.set_yticks(range(len(drawn)), names)
+    axes.set(xlabel="average certified radius (bar: 95 %, bootstrap over images)", ylim=(len(drawn) - 0.5, -0.8))
     axes.margins(x=0.15)
     axes.grid(axis="x", alpha=0.3)
     save(figure, path)

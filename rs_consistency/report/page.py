@@ -10,6 +10,7 @@ import jinja2
 import numpy as np
 from PIL import Image
 
+from rs_consistency.certificates.columns import CERTIFY
 from rs_consistency.common.errors import UserError, note
 from rs_consistency.common.files import write_text
 from rs_consistency.common.progress import progress_bar
@@ -52,7 +53,7 @@ def write_report(
 
     Args:
       subjects: from `contents.subject`, with different labels.
-      summaries: from `measures.summarize`, `measures.summarize_votes` and `joint.joint_statement`, one for each.
+      summaries: from `measures.summarize`, one for each, with those of `joint.joint_statement` where they are wanted.
       folder: an existing folder.
       recomputed: settings that the radii were recomputed with; empty for the radii of the files.
       ask_networks: restore networks and read datasets, for logit margins and images.
@@ -64,8 +65,9 @@ def write_report(
     comparisons, apart = compare(subjects)
     samples, readers, missing = _ask(subjects, data_dir) if ask_networks else ({}, {}, [])
     named = [{**summary, "path": one.label} for one, summary in zip(subjects, summaries, strict=True)]
-    found = _tables(subjects, named, comparisons)
-    drawn, pictures = _figures(subjects, comparisons, samples, readers), {}
+    found = _tables(subjects, named, comparisons, samples)
+    with_best = tables.are_compared(summaries)
+    drawn, pictures = _figures(subjects, comparisons, samples, readers, with_best), {}
     with progress_bar("drawing", len(drawn), unit="figure", brief=True) as bar:
         for name, draw in drawn.items():
             draw(folder / f"{name}.png")
@@ -86,6 +88,8 @@ def write_report(
     page = environment.get_template("report.html.jinja").render(
         subjects=subjects,
         summaries=named,
+        notes=tables.notes(named),
+        best=with_best,
         comparisons=comparisons,
         left_out=len(comparisons) - _MOST_PANELS,
         samples=samples,
@@ -142,6 +146,8 @@ def _ask(subjects: Sequence[Subject], data_dir: str) -> "tuple[dict[str, Samples
     """Return by label the answers of networks and the readers of images, and a line for each missing answer."""
     found, readers, missing, opened = {}, {}, [], {}
     for one in subjects:
+        if one.certificates.mode != CERTIFY.name:  # `compare` names it
+            continue
         lacks = f"no logit margins and no image strip of {one.label}"
         if not one.record:  # another program's file, whose reader expects no images
             missing.append(f"{lacks}: {one.path} has no record of certify.py")
@@ -161,14 +167,18 @@ def _ask(subjects: Sequence[Subject], data_dir: str) -> "tuple[dict[str, Samples
 
 
 def _tables(
-    subjects: Sequence[Subject], named: Sequence[dict[str, Any]], comparisons: Sequence[Comparison]
+    subjects: Sequence[Subject],
+    named: Sequence[dict[str, Any]],
+    comparisons: Sequence[Comparison],
+    samples: "dict[str, Samples]",
 ) -> dict[str, formats.Cells]:
     """Return the tables of a report by their names in `_TITLES`, with a run's label in the place of its path."""
     found = {"measures": tables.measures(named, [one.interval for one in subjects])}
     if "wrong_at_most" in named[0]:
         found["joint"] = tables.joint(named)
     if any(one.evidence for one in subjects):
-        found["votes"] = tables.votes(named)
+        clean = {label: float(np.mean(one.clean_margins >= 0)) for label, one in samples.items()}
+        found["votes"] = tables.votes(named, clean)
     for cells in found.values():
         cells[0][0] = "run"
     if comparisons:
@@ -181,12 +191,14 @@ def _figures(
     comparisons: Sequence[Comparison],
     samples: "dict[str, Samples]",
     readers: dict[str, _Reader],
+    with_best: bool,
 ) -> dict[str, Callable[[Path], None]]:
     """Return the functions that draw the figures of a report as a PNG with a PDF beside it, by the files' names."""
-    found = {
-        "certified_accuracy": partial(save_curves, {one.label: one.certificates for one in subjects}),
-        "acr": partial(figures.save_acr, subjects),
-    }
+    found: dict[str, Callable[[Path], None]] = {}
+    if any(one.certificates.mode == CERTIFY.name for one in subjects):
+        curves = {one.label: one.certificates for one in subjects}
+        found["certified_accuracy"] = partial(save_curves, curves, with_best=with_best)
+        found["acr"] = partial(figures.save_acr, subjects)
     if any(one.evidence for one in subjects):
         found["p_a"] = partial(save_p_a, {one.label: one.evidence for one in subjects})
     if comparisons:

@@ -1,9 +1,10 @@
 """The tables of analyze.py: cells made from summaries, comparisons and records; `report.formats` writes them."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
+from rs_consistency.certificates.columns import CERTIFY
 from rs_consistency.report.formats import cells
 
 if TYPE_CHECKING:  # slow to import for scipy.stats, which most tables do not need
@@ -27,26 +28,64 @@ _COMMIT_DIGITS = 12
 def measures(summaries: Sequence[dict[str, Any]], intervals: "Sequence[Interval | None]" = ()) -> list[list[str]]:
     """Return ACR, accuracy, abstention and certified accuracies, a line for each of `measures.summarize`.
 
-    The intervals are those of the ACR, None for a file without one. Without any, the column is left out.
+    The intervals are those of the ACR, None for a file without one. A column that is empty for all files is left out:
+    intervals, the ACR with the bound `two_class`, and the mode where all is certificates. The last line is that of the
+    best file at each radius, where `measures.best_at` knows it.
     """
-    return cells(
-        [
-            {
-                "path": summary["path"],
-                "images": str(summary["n_images"]),
-                "ACR": f"{summary['acr']:.4f}",
-                **({"95 % interval": _range(intervals[place], ".4f")} if intervals else {}),
-                "accuracy": f"{summary['accuracy']:.4f}",
-                "abstention": f"{summary['abstention']:.4f}",
-                **{f"r={radius}": f"{share:.3f}" for radius, share in summary["certified_accuracy"].items()},
-            }
-            for place, summary in enumerate(summaries)
-        ]
-    )
+    has_modes = any(summary["mode"] != CERTIFY.name for summary in summaries)
+    has_two = any(summary["acr_two_class"] is not None for summary in summaries)
+    lines = [
+        {
+            "path": summary["path"],
+            **({"mode": _mode(summary)} if has_modes else {}),
+            "images": str(summary["n_images"]),
+            "ACR": _number(summary["acr"]),
+            **({"95 % interval": _range(intervals[place], ".4f")} if intervals else {}),
+            **({"ACR two-class": _number(summary["acr_two_class"])} if has_two else {}),
+            "accuracy": _number(summary["accuracy"]),
+            "abstention": _number(summary["abstention"]),
+            **{f"r={radius}": _number(share, ".3f") for radius, share in summary["certified_accuracy"].items()},
+        }
+        for place, summary in enumerate(summaries)
+    ]
+    if are_compared(summaries):
+        compared = [summary for summary in summaries if summary["mode"] == CERTIFY.name]
+        known = {"path": "best", "images": str(compared[0]["n_images"])}
+        known["accuracy"] = _number(max(summary["accuracy"] for summary in compared))
+        for radius in compared[0]["best"]:
+            share = max(summary["certified_accuracy"][radius] for summary in compared)
+            known[f"r={radius}"] = _number(share, ".3f")
+        lines.append({name: known.get(name, "-") for name in lines[0]})
+    return cells(lines)
 
 
-def votes(summaries: Sequence[dict[str, Any]]) -> list[list[str]]:
-    """Return settings of the votes, ceiling and quantiles of p_A, a line for each file with counts."""
+def are_compared(summaries: Sequence[dict[str, Any]]) -> bool:
+    """Return whether the best file at each radius is known: all files of certificates are of the same images."""
+    return any(is_best is not None for summary in summaries for is_best in summary["best"].values())
+
+
+def notes(summaries: Sequence[dict[str, Any]]) -> list[str]:
+    """Return the sentences that belong below the table of `measures`."""
+    lines = []
+    for summary in summaries:
+        radii = ", ".join(radius for radius, is_best in summary["best"].items() if is_best)
+        if radii:
+            lines.append(f"best at r={radii}: {summary['path']}")
+    if any(summary["acr_two_class"] is not None for summary in summaries):
+        lines.append(
+            "ACR two-class: the same votes with the bound two_class. Quote one of the two ACRs, chosen before you look;"
+            " they are not valid together at alpha."
+        )
+    return lines
+
+
+def votes(summaries: Sequence[dict[str, Any]], clean_accuracies: Mapping[str, float] | None = None) -> list[list[str]]:
+    """Return settings, statistics and cost of the votes, a line for each file with counts.
+
+    The accuracies of networks on images without noise stand by the paths of the files; without any, the column is left
+    out.
+    """
+    clean = clean_accuracies or {}
     return cells(
         [
             {
@@ -55,10 +94,14 @@ def votes(summaries: Sequence[dict[str, Any]]) -> list[list[str]]:
                 "n": str(summary["n"]),
                 "alpha": f"{summary['alpha']:.4g}",
                 "bound": summary["bound"],
-                "ceiling": f"{summary['radius_ceiling']:.4f}",
-                "at ceiling": f"{summary['at_ceiling']:.4f}",
-                # The low quantiles: the others are close to 1.
-                **{f"p_A {float(share):.0%}": f"{p:.4f}" for share, p in list(summary["p_a"].items())[:3]},
+                "ceiling": _number(summary["radius_ceiling"]),
+                "at ceiling": _number(summary["at_ceiling"]),
+                "hard": _number(summary["hard"]),
+                **({"clean accuracy": _number(clean.get(summary["path"]))} if clean else {}),
+                "base accuracy": _number(summary["base_accuracy"]),
+                "ACR at n/10": _number(summary["acr_at_tenth"]),
+                "votes": str(summary["votes"]),
+                "seconds": _number(summary["seconds"], ".1f"),
             }
             for summary in summaries
             if summary["n"]
@@ -129,6 +172,16 @@ def _told(one: "Subject") -> dict[str, Any]:
     if isinstance(code, str):
         code = code[:_COMMIT_DIGITS] + (" (dirty)" if code.endswith("(dirty)") else "")
     return {"file": one.path, **recorded, **trained, "device": one.record.get("device"), "code": code}
+
+
+def _number(value: float | None, form: str = ".4f") -> str:
+    return "-" if value is None else f"{value:{form}}"
+
+
+def _mode(summary: dict[str, Any]) -> str:
+    """Return the mode of a file, of decisions with their radius."""
+    radius = summary["radius"]
+    return summary["mode"] if radius is None else f"{summary['mode']} at {radius:g}"
 
 
 def _range(interval: "Interval | None", form: str) -> str:

@@ -101,7 +101,7 @@ def test_another_alpha_by_hand(program, file):
     assert summary["radius_ceiling"] == pytest.approx(SIGMA * special.ndtri(0.05 ** (1 / N)), rel=1e-12)
     assert (summary["alpha"], summary["bound"], summary["n"], summary["sigma"]) == (0.05, "clopper_pearson", N, SIGMA)
     assert summary["at_ceiling"] == 2 / 12
-    assert summary["p_a"] == {"0.05": 0.0, "0.25": 0.48, "0.5": 0.56, "0.75": 0.99, "0.95": 1.0}
+    assert summary["p_true"] == {"0.05": 0.0, "0.25": 0.3, "0.5": 0.549, "0.75": 0.9, "0.95": 1.0}
 
 
 def test_two_classes_certify_what_one_half_cannot(file):
@@ -126,14 +126,15 @@ def test_bonferroni_bounds_the_error_of_the_whole_file(file):
 
 def test_the_tables_and_strict_json(program, file):
     command = ["cli.analyze", file, "--radii", 0, 0.5, "--alpha=0.012", "--bonferroni", "--joint", "--delta=0.01"]
-    measures, votes, joint = program.succeeds(*command).out.split("\n\n")
-    assert measures.splitlines()[0].split() == ["path", "images", "ACR", "accuracy", "abstention", "r=0", "r=0.5"]
+    measures, _, votes, joint = program.succeeds(*command).out.split("\n\n")
+    names = ["path", "images", "ACR", "ACR", "two-class", "accuracy", "abstention", "r=0", "r=0.5"]
+    assert measures.splitlines()[0].split() == names
     assert votes.splitlines()[1].split()[1:5] == ["0.5", "1000", "0.001", "clopper_pearson"]
     # 0.001 for each of 12: that all are true has probability 0.988 only.
     assert joint.splitlines()[1].split()[1:6] == ["these", "images", "0.01", "<=", "1"]
     assert joint.splitlines()[1].split()[6] == "0.416"  # 5 of 12, rounded down
     tables = program.succeeds(*command, "--format=markdown").out.split("\n\n")
-    assert [table.splitlines()[1].count("---:") for table in tables] == [6, 9, 5]
+    assert [table.splitlines()[1].count("---:") for table in (tables[0], *tables[2:])] == [7, 11, 5]
 
     def refuse(constant):
         raise AssertionError(f"{constant} is no JSON")

@@ -146,7 +146,7 @@ def test_the_tables_say_the_same_in_every_format(report):
     assert markdown.count("\n| --- |") == latex.count(r"\begin{tabular}") == latex.count(r"\end{tabular}") == 4
     acr = next(csv.DictReader(io.StringIO((report / "measures.csv").read_text())))["acr"]
     assert f"| whole | 15 | {float(acr):.4f} |" in markdown
-    assert rf"whole & 15 & {float(acr):.4f} & " in latex and r"95 \% interval" in latex and r"p\_A 5\%" in latex
+    assert rf"whole & 15 & {float(acr):.4f} & " in latex and r"95 \% interval" in latex and "ACR two-class" in latex
     assert "| method | gaussian | gaussian |" in markdown and "| sigma | 0.5 | 0.25 |" in markdown
 
 
@@ -165,7 +165,7 @@ def test_differences_are_those_of_the_files(report, two_runs):
     )
 
 
-def test_margins_and_votes_are_the_networks(two_runs):
+def test_margins_and_votes_are_the_networks(two_runs, report):
     from rs_consistency.report import samples
 
     one = of_file(two_runs / "whole", "whole")
@@ -181,6 +181,9 @@ def test_margins_and_votes_are_the_networks(two_runs):
     images, labels = split.images[table.idx] / np.float32(255), split.labels[table.idx]
     # Rounding in the folded network: logits here are of the order 1.
     np.testing.assert_allclose(asked.clean_margins, by_hand(images, labels), atol=1e-4)
+    clean = f"{np.mean(by_hand(images, labels) > 0):.4f}"
+    (line,) = [line for line in (report / "tables.md").read_text().splitlines() if line.startswith("| whole | 0.5 |")]
+    assert line.split(" | ")[8] == clean
     key = noise.stream_key(0, noise.Stream.REPORT)
     for copy in range(3):
         draws = np.asarray(grid_draws(key, table.idx, 1, copy, shape=(28, 28, 1), sigma=0.5)) / 255
@@ -375,6 +378,42 @@ def test_runs_keep_their_colour_where_a_file_has_no_counts(monkeypatch, two_runs
     plots.plt.close(saved[0])
 
 
+def test_marks_are_at_the_share_of_hard_images_and_of_images_below_the_ceiling(monkeypatch, two_runs):
+    from rs_consistency.certificates.proof import load
+
+    saved = []
+    monkeypatch.setattr(plots, "save", lambda figure, path: saved.append(figure))
+    evidence = load(two_runs / "half")[1]
+    plots.save_p_a({"run": evidence}, None)
+    shares = np.array([row["count_label"] / row["votes"] for row in evidence.rows])
+    marks = {line.get_marker(): line.get_ydata()[0] for line in saved[0].axes[0].lines if len(line.get_xdata()) == 1}
+    assert marks == {"o": np.mean(shares < 0.5), "D": 1 - np.mean(shares == 1)}
+    text = saved[0].legends[0].get_texts()[0].get_text()
+    assert text.startswith(
+        f"run: hard {np.mean(shares < 0.5):.1%}, at the ceiling {np.mean(shares == 1):.1%}\nn = 100,"
+    )
+    assert "is at most" not in saved[0].axes[0].get_xlabel()
+    older = [{name: value for name, value in row.items() if name != "count_label"} for row in evidence.rows]
+    plots.save_p_a({"run": evidence._replace(rows=older)}, None)
+    assert "another class was selected, p is at most" in saved[1].axes[0].get_xlabel()
+    for figure in saved:
+        plots.plt.close(figure)
+
+
+def test_the_best_curve_is_the_largest_at_each_radius(monkeypatch, tmp_path):
+    saved = []
+    monkeypatch.setattr(plots, "save", lambda figure, path: saved.append(figure))
+    radii = {"one": [1.5, 0.25, -2.0, 0.25], "two": [1.0, 1.0, 0.125, -0.5]}
+    tables = {name: of_file(field_file(tmp_path / name, each), name).certificates for name, each in radii.items()}
+    plots.save_curves({**tables, "three": tables["one"]._replace(mode="decide")}, None, with_best=True)
+    *curves, best = saved[0].axes[0].lines
+    assert len(curves) == 2 and best.get_label() == "the best at each radius"
+    # Behind each radius: 0, 0.125, 0.25, 1 and 1.5.
+    assert best.get_xdata().tolist() == [0, 0.125, 0.25, 1, 1.5]
+    assert best.get_ydata().tolist() == [3 / 4, 3 / 4, 2 / 4, 1 / 4, 0]
+    plots.plt.close(saved[0])
+
+
 def test_figures_for_one_comparison_and_for_many(tmp_path):
     many = [of_file(field_file(tmp_path / f"{i}.tsv", [0.5 + 0.1 * i, 1.0 - 0.1 * i]), f"run {i}") for i in range(4)]
     found, _ = compare(many)
@@ -403,7 +442,8 @@ def test_stored_pixels_keep_their_brightness_and_colour(monkeypatch, tmp_path, c
         of_file(field_file(tmp_path / f"{name}.tsv", radii), name)._replace(record=record)
         for name, radii in {"one": [1.0, 0.25], "two": [0.5, 0.5]}.items()  # image 0 gained, image 1 lost
     ]
-    page.write_report(subjects, [summarize(one.path, one.certificates) for one in subjects], tmp_path)
+    summaries = summarize([one.path for one in subjects], [(one.certificates, None) for one in subjects], [{}, {}])
+    page.write_report(subjects, summaries, tmp_path)
     found = [axes.images[0] for axes in drawn["gained_lost"].axes if axes.images]
     for image, pixels in zip(found, stored, strict=True):
         shown = image.to_rgba(image.get_array(), bytes=True)[..., :3]
