@@ -7,13 +7,15 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from rs_consistency.certificates.columns import CERTIFY
+from rs_consistency.certificates.alarms import alarms, same_beside
+from rs_consistency.certificates.columns import ATTACK, CERTIFY, FILES, Row
 from rs_consistency.certificates.proof import Evidence
-from rs_consistency.certificates.read import Certificates, certificate_path, standing
+from rs_consistency.certificates.read import Certificates, certificate_path, read_table, standing
 from rs_consistency.certificates.record import content_beside
 from rs_consistency.common.errors import UserError
 from rs_consistency.common.files import read_json
 from rs_consistency.common.progress import progress_bar
+from rs_consistency.statistics.bounds import ABSTAIN
 from rs_consistency.statistics.intervals import Interval, PairedDifference, bootstrap_interval, paired_difference
 
 _NAMED = 5  # images that gained most, and as many that lost most
@@ -31,6 +33,7 @@ class Subject(NamedTuple):
       config: of the training; empty where it is not known.
       metrics: a dictionary for each epoch; empty outside a run's folder.
       workdir: folder of the run around the file; None where there is none.
+      attacks: image number -> row of the `attacks.tsv` beside it, if that is about the same smoothed classifier.
       interval: 95 % bootstrap interval of the ACR over images; None for a single image, and without an ACR.
       notes: errors of the files that could not be read, and whether the certificates are unfinished or changed since, a
         line each.
@@ -44,6 +47,7 @@ class Subject(NamedTuple):
     config: dict[str, Any]
     metrics: list[dict[str, Any]]
     workdir: Path | None
+    attacks: dict[int, Row]
     interval: Interval | None
     notes: list[str]
 
@@ -53,6 +57,23 @@ class Subject(NamedTuple):
         for part in key.split("."):
             value = value.get(part) if isinstance(value, dict) else None
         return value
+
+    def attacked(self) -> list[tuple[float, float, str]]:
+        """Return certified radius, distance of the attack, and alarm or "", for each attacked image with a certificate.
+
+        The distance is infinite where no attack was proven.
+        """
+        table = self.certificates
+        certified = {
+            int(index): {"predict": int(predict), "radius": radius}
+            for index, predict, radius in zip(table.idx, table.predict, table.radius, strict=True)
+            if predict != ABSTAIN and index in self.attacks
+        }
+        found = {index: f"image {index}: {text}" for index, text in alarms(certified, self.attacks).items()}
+        return [
+            (float(row["radius"]), float(self.attacks[index]["distance"]), found.get(index, ""))
+            for index, row in certified.items()
+        ]
 
 
 class Comparison(NamedTuple):
@@ -106,7 +127,8 @@ def subject(label: str, path: Path, certificates: Certificates, evidence: Eviden
         config = record["config"]
     radii = certificates.radius * certificates.correct
     interval = bootstrap_interval(radii) if len(radii) > 1 and certificates.mode == CERTIFY.name else None
-    return Subject(label, path, certificates, evidence, record, config, metrics, workdir, interval, notes)
+    attacks = _read(file, notes, _attacks) if record and certificates.mode == CERTIFY.name else {}
+    return Subject(label, path, certificates, evidence, record, config, metrics, workdir, attacks, interval, notes)
 
 
 def compare(subjects: Sequence[Subject]) -> tuple[list[Comparison], list[str]]:
@@ -135,6 +157,14 @@ def compare(subjects: Sequence[Subject]) -> tuple[list[Comparison], list[str]]:
             radii = np.stack([table.radius[places] * table.correct[places] for table, places in tables])
             found.append(Comparison(one.label, other.label, paired_difference(*radii), common, labels, radii))
     return found, apart
+
+
+def _attacks(path: Path) -> dict[int, Row]:
+    """Return the rows of the attacks beside a certificate file, by image number."""
+    if not path.with_name(f"{FILES[ATTACK.name]}.tsv").is_file():
+        return {}
+    beside = same_beside(read_table(path), ATTACK)
+    return {} if beside is None else beside.rows
 
 
 def _read(path: Path, notes: list[str], read: Callable[[Path], Any] = read_json) -> Any:

@@ -104,6 +104,36 @@ def save_gained_lost(pictures: Sequence[tuple[Comparison, np.ndarray, np.ndarray
     save(figure, path)
 
 
+def save_attacks(subjects: Sequence[Subject], path: Path) -> None:
+    """Draw certified radius and distance of the attack of each attacked image, a panel for each run with attacks."""
+    panels_of = [(one.label, one.attacked()) for one in subjects if one.attacked()]
+    size = 6.4, 0.5 + 2.7 * len(panels_of)
+    figure, panels = plt.subplots(len(panels_of), 1, figsize=size, squeeze=False, sharey=True, layout="constrained")
+    for axes, (label, found) in zip(panels[:, 0], panels_of, strict=True):
+        radius, distance, alarm = (np.array(column) for column in zip(*sorted(found), strict=True))
+        place, proven, inside = np.arange(len(radius)), np.isfinite(distance), alarm != ""
+        axes.vlines(place[proven], radius[proven], distance[proven], color="0.75", linewidth=0.8)
+        style = {"linestyle": "none", "markersize": 4}
+        axes.plot(place, radius, marker="o", color=COLOURS[0], label="certified radius", **style)
+        good = proven & ~inside
+        axes.plot(
+            place[good], distance[good], marker="v", markerfacecolor="none", color=COLOURS[1], label="attack", **style
+        )
+        if inside.any():
+            about = {**style, "markersize": 8, "label": f"ALARM: {inside.sum()} attacks contradict a certificate"}
+            axes.plot(place[inside], np.where(proven, distance, 0)[inside], marker="X", color="red", **about)
+        title = f"{plain(label)}: {len(found)} images"
+        if (~proven).any():
+            title += f", {(~proven).sum()} without a proven attack"
+        axes.set(ylabel="l2 distance", ylim=(0, None))
+        axes.xaxis.get_major_locator().set_params(integer=True)
+        axes.grid(axis="y", alpha=0.3)
+        above = {"loc": "lower left", "bbox_to_anchor": (0, 1), "ncols": 3, "frameon": False, "alignment": "left"}
+        axes.legend(title=title, title_fontsize=10, fontsize=8, borderaxespad=0.2, handletextpad=0.3, **above)
+    panels[-1, 0].set_xlabel("images, by their certified radius")
+    save(figure, path)
+
+
 def save_training(subjects: Sequence[Subject], path: Path) -> None:
     """Draw loss and accuracy on noisy test images by epoch, a curve for each run's folder."""
     figure, panels = plt.subplots(1, 2, figsize=(7.4, 3.3), layout="constrained")

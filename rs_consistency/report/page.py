@@ -31,6 +31,7 @@ _TITLES = {  # of the tables, by their names in the template
     "joint": "Lower bounds of the certified accuracy, with probability 1 - delta each",
     "votes": "What the votes said",
     "compared": "ACR differences on common images, and the numbers of the images that gained and lost most",
+    "attacked": "Certificates and attacks on the same images",
     "settings": "How the files were made",
 }
 
@@ -97,6 +98,7 @@ def write_report(
         tables=found,
         pictures=pictures,
         recomputed=recomputed,
+        alarms=[f"{one.label}: {alarm}" for one in subjects for _, _, alarm in one.attacked() if alarm],
         missing=[*missing, *unread, *apart],
     )
     write_text(folder / PAGE, page)
@@ -183,6 +185,8 @@ def _tables(
         cells[0][0] = "run"
     if comparisons:
         found["compared"] = tables.compared(comparisons)
+    if attacked := tables.attacked(subjects):
+        found["attacked"] = attacked
     return found | {"settings": tables.settings(subjects)}
 
 
@@ -210,6 +214,8 @@ def _figures(
             pictured.append((one, *(read(one.images[places])[0] for places in (one.gained(), one.lost()))))
     if pictured:
         found["gained_lost"] = partial(figures.save_gained_lost, pictured)
+    if any(one.attacked() for one in subjects):
+        found["attacked"] = partial(figures.save_attacks, subjects)
     if any(one.metrics for one in subjects):
         found["training"] = partial(figures.save_training, subjects)
     if samples:

@@ -4,6 +4,8 @@ import math
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
+
 from rs_consistency.certificates.columns import CERTIFY
 from rs_consistency.report.formats import cells
 
@@ -146,6 +148,32 @@ def compared(comparisons: "Sequence[Comparison]") -> list[list[str]]:
             for one in comparisons
         ]
     )
+
+
+def attacked(subjects: "Sequence[Subject]") -> list[list[str]]:
+    """Return certified radii beside the distances of attacks, a line for each file with attacks beside it."""
+    lines = []
+    for one in subjects:
+        found = one.attacked()
+        if not found:
+            continue
+        radius, distance = np.array([each[:2] for each in found]).T
+        proven = np.isfinite(distance)
+        middle = {"radius": f"{np.median(radius[proven]):.4f}", "distance": f"{np.median(distance[proven]):.4f}"}
+        gaps = f"{np.median(distance[proven] - radius[proven]):.4f}"
+        if not proven.any():
+            middle, gaps = dict.fromkeys(middle, "-"), "-"
+        lines.append(
+            {
+                "run": one.label,
+                "certificates attacked": str(len(found)),
+                "attacks proven": str(proven.sum()),
+                **{f"median {name}": text for name, text in middle.items()},
+                "median gap": gaps,
+                "alarms": str(sum(alarm != "" for _, _, alarm in found)),
+            }
+        )
+    return cells(lines)
 
 
 def settings(subjects: "Sequence[Subject]") -> list[list[str]]:

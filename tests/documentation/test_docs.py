@@ -67,7 +67,7 @@ def run_command(line):
     if words[1] == "train.py":
         arguments += ["--config.num_epochs=1"]
     elif words[1] == "certify.py" and not any(word.startswith(("--verify", "--merge")) for word in arguments):
-        arguments += ["--n=50"]
+        arguments += ["--n=60"]  # enough to prove something with every setting of the pages
     elif words[1] == "reproduce.py":
         arguments += ["--epochs=1", "--images=4", "--n=50", "--config", "batch_size=1000"]
     try:
