@@ -3,14 +3,16 @@
 import json
 from decimal import Decimal
 
+import numpy as np
 import pytest
 
 from rs_consistency.certificates.alarms import alarms, same_beside
 from rs_consistency.certificates.columns import ATTACK, CERTIFY, format_distance, make_rows
-from rs_consistency.certificates.proof import contradictions
+from rs_consistency.certificates.proof import contradictions, load
 from rs_consistency.certificates.read import read_certificates, read_table
 from rs_consistency.certificates.selection import Selection
 from rs_consistency.certificates.write import CertificateFile
+from rs_consistency.report.contents import subject
 
 SETTINGS = {"sigma": 0.5, "n": 1000, "alpha": 0.001, "seed": 0, "sampler": "float", "precision": "default"}
 ABOUT = {"dataset": "mnist", "split": "test", "data_digest": "d", "parameter_digest": "p"}
@@ -92,13 +94,36 @@ def test_an_attack_inside_a_certified_radius_is_an_alarm(tmp_path, radius, predi
     assert alarms(certificates, attacks) == ({} if text is None else {0: text})
 
 
+def certified(path, radii):
+    count = np.full(4, 995)
+    columns = {"idx": range(4), "label": [1, 1, 2, 0], "predict": [1, 1, 0, 0], "radius": radii, "time": 1.0}
+    columns |= {"count0": 100, "count": count, "count_runner_up": 5, "selected": [1, 1, 0, 0]}
+    columns |= {"count_label": [995, 995, 5, 995], "votes": 1000}
+    return write(path, CERTIFY, CERTIFYING, make_rows(**columns))
+
+
+def test_the_report_draws_attacks_and_prints_alarms(program, tmp_path):
+    attacked(tmp_path / "attacks.tsv")
+    text = "image 0: class 0 at distance 0.700001, inside the certified radius 0.75 of class 1"
+    for radius, alarm in ((0.5, ""), (0.75, text)):
+        path = certified(tmp_path / "certificates.tsv", [radius, 0.125, 0.25, 0.375]).path
+        found = subject("run", path, *load(path)).attacked()
+        assert found == [(radius, 0.700001, alarm), (0.125, 0.25, ""), (0.25, np.inf, ""), (0.375, np.inf, "")]
+        if not alarm:
+            path.unlink()
+    report = tmp_path / "report"
+    program.succeeds("cli.analyze", path, f"--output={report}", "--no_network")
+    page = (report / "report.html").read_text()
+    assert "<strong>ALARM.</strong>" in page and f": {text}</p>" in page
+    assert "| 4 | 2 | 0.4375 | 0.4750 | 0.0375 | 1 |" in (report / "tables.md").read_text()
+    assert (report / "attacked.png").stat().st_size > 10_000
+
+
 def test_only_files_of_the_same_classifier_and_images_are_compared(tmp_path):
     attacks = attacked(tmp_path / "attacks.tsv")
     assert same_beside(attacks, CERTIFY) is None
-    line = {"idx": 0, "label": 1, "predict": 1, "radius": 0.5, "time": 1.0, "count0": 100, "count": 995}
-    line |= {"count_runner_up": 5, "selected": 1, "count_label": 995, "votes": 1000}
-    path = tmp_path / "certificates.tsv"
-    certificates = write(path, CERTIFY, CERTIFYING, make_rows(**{name: [value] for name, value in line.items()}))
+    certificates = certified(tmp_path / "certificates.tsv", [0.5, 0.4, 0.3, 0.2])
+    path = certificates.path
     assert same_beside(attacks, CERTIFY).rows == certificates.rows
     assert same_beside(certificates, ATTACK).rows == attacks.rows
     record = json.loads(path.with_suffix(".json").read_text())
