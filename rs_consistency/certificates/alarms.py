@@ -7,29 +7,40 @@ sum of both alphas for an image. Else the certificate, the attack or the machine
 """
 
 from collections.abc import Mapping
+from pathlib import Path
 
 from rs_consistency.certificates.columns import FILES, Row, Schema
+from rs_consistency.certificates.proof import contradictions
 from rs_consistency.certificates.read import Table, read_table
 from rs_consistency.certificates.record import record_path
+from rs_consistency.common.errors import UserError
 from rs_consistency.statistics.bounds import ABSTAIN
 
 # Keys of a record that say which smoothed classifier and which images a file is about.
-_ABOUT = ("sigma", "dataset", "split", "data_digest", "model", "dtype", "parameter_digest")
+_ABOUT = ("dataset", "split", "data_digest", "model", "dtype", "parameter_digest", "torch_input")
+_OF_VOTES = ("sigma", "sampler", "precision", "grid_steps", "image_shape")
 
 
-def same_beside(table: Table, schema: Schema) -> Table | None:
-    """Return the file of a mode, by its usual name, beside another file, if it is about the same classifier and images.
+def beside(path: Path, schema: Schema) -> Table | None:
+    """Return the file of a mode, by its usual name, in the folder of another file; None if there is none.
 
     Raises:
-      UserError: for a damaged file.
+      UserError: for a file that is damaged, was changed after it was finished, or does not follow from its counts.
     """
-    path = table.path.with_name(f"{FILES[schema.name]}.tsv")
-    if not (path.is_file() and record_path(path).is_file()):
+    other = path.with_name(f"{FILES[schema.name]}.tsv")
+    if not (other.is_file() and record_path(other).is_file()):
         return None
-    beside = read_table(path)
-    mine, theirs = (each.record.content for each in (table, beside))
-    same = beside.record.schema is schema and all(mine.get(key) == theirs.get(key) for key in _ABOUT)
-    return beside if same else None
+    found = read_table(other)
+    if found.changed:
+        raise UserError(f"{other} was changed after it was finished; restore it from a copy, or make it again")
+    for index, fault in contradictions(found).items():
+        raise UserError(f"{other}, image {index}: {fault}; make it again")
+    return found
+
+
+def differences(one: Table, other: Table) -> list[str]:
+    """Return "key: its value in one -> in the other" for each key by which two files are about other classifiers."""
+    return one.record.differences({key: other.record.content.get(key) for key in (*_ABOUT, *_OF_VOTES)})
 
 
 def alarms(certificates: Mapping[int, Row], attacks: Mapping[int, Row]) -> dict[int, str]:
@@ -52,7 +63,7 @@ def alarms(certificates: Mapping[int, Row], attacks: Mapping[int, Row]) -> dict[
             continue
         if attacked["predict"] != sure["predict"]:
             found[index] = f"class {attacked['predict']} at the image, where class {sure['predict']} is certified"
-        elif attacked["distance"] < sure["radius"]:
+        elif attacked["adversarial"] not in (ABSTAIN, sure["predict"]) and attacked["distance"] < sure["radius"]:
             found[index] = (
                 f"class {attacked['adversarial']} at distance {attacked['distance']}, inside the certified radius"
                 f" {sure['radius']} of class {sure['predict']}"

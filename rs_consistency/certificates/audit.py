@@ -21,7 +21,7 @@ from rs_consistency.common.checks import decimal_value, whole_number
 from rs_consistency.common.errors import UserError
 from rs_consistency.statistics.bounds import upper_confidence_bound
 
-_COUNTS = ("count0", "count", "count_runner_up", "votes")
+_COUNTS = ("count0", "count", "count_runner_up", "count_label", "votes")
 _ERROR = 0.05  # error probability of the statement about the lines that were not drawn
 
 

@@ -7,7 +7,7 @@
 | certify | the class `selected`, and the radius as it is printed | predict is not -1 |
 | decide | certified for the class `selected`, or not certified, at the radius of the record | it is not undecided |
 | predict | the class | predict is not -1 |
-| attack | the class at the adversarial image | adversarial is not -1 |
+| attack | the class at the adversarial image; neither its distance nor the class at the image | adversarial is not -1 |
 
 Other lines claim nothing. All numbers are exact: alpha and the radius of a decision are the decimal numbers that were
 given, Bonferroni divides alpha as a fraction, and sigma and the slack of the noise are float64 numbers. The votes
@@ -60,6 +60,8 @@ class Proven(NamedTuple):
         noise = "if float32 noise is taken for exact Gaussian noise"
         if self.settings.sampler == GRID:
             noise = f"with the sampler's error of {self.settings.law.slack:.2g} a vote included"
+        if self.settings.restarts is not None:
+            noise += "; distances, and the classes at the images themselves, are not in the votes of the file"
         return f"all {self.claims} claims in {self.lines} lines are proven in whole numbers, {noise}"
 
 
@@ -141,7 +143,8 @@ def _is_proven(schema: Schema, settings: Settings, row: Row, alpha: Fraction, dr
     law, count, predict, radius = settings.law, row["count"], row["predict"], row["radius"]
     if schema in (PREDICT, ATTACK):
         counts, level = (settings.n, count, row["count_runner_up"]), alpha / (1 if schema is PREDICT else ATTACK_TESTS)
-        return radius == 0 < count and proves_prediction(*counts, alpha=level, eps=law.slack)
+        other = schema is PREDICT or predict not in (ABSTAIN, row["adversarial"])
+        return other and radius == 0 < count and proves_prediction(*counts, alpha=level, eps=law.slack)
     if predict not in (ABSTAIN, row["selected"]):
         return False
     about = {"sigma": law.sigma, "alpha": alpha, "eps": law.slack}

@@ -43,7 +43,7 @@ def summarize(
     | key | meaning |
     |---|---|
     | `path` | as the user named it |
-    | `mode` | certify, decide or predict |
+    | `mode` | certify, decide, predict or attack |
     | `n_images` | |
     | `acr` | see `acr` |
     | `accuracy` | share of right classes, at any radius; of decisions, at their one radius |

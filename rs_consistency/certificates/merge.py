@@ -6,7 +6,7 @@ from pathlib import Path
 from rs_consistency.certificates.read import Table, read_table
 from rs_consistency.certificates.record import Record, record_path
 from rs_consistency.certificates.write import Progress, check_place, check_replaceable
-from rs_consistency.common.errors import UserError
+from rs_consistency.common.errors import UserError, note
 from rs_consistency.common.files import read_json, replace_atomically, write_json
 
 
@@ -14,8 +14,8 @@ def merge(paths: Sequence[Path], output: Path) -> Progress:
     """Merge the files of all shards, in any order, into the file and record that a single call would have made.
 
     Guarantee: the output has every image of the whole once, each line as the shard wrote it, and all were made with
-    the same settings, parameters and data. The shards' files are only read. A kill leaves at most a record without a
-    table, which the next call replaces.
+    the same settings, parameters and data. Columns that shards of an earlier version lack are left out, with a note.
+    The shards' files are only read. A kill leaves at most a record without a table, which the next call replaces.
 
     Raises:
       UserError: for files that are no shards of one certification (the differing settings are named), a shard given
@@ -32,7 +32,11 @@ def merge(paths: Sequence[Path], output: Path) -> Progress:
     for table in tables:
         _check_whole(table)
     rows = [row for table in tables for row in table.rows.values()]
-    content = tables[0].record.schema.text(rows).encode()
+    schema = tables[0].record.schema
+    content = schema.text(rows).encode()
+    added = set(schema.columns) - set(schema.older.columns)
+    if len({added <= row.keys() for row in rows}) > 1:
+        note(f"{output} has no columns {', '.join(sorted(added))}: shards of an earlier version lack them")
     record = _merged_record(tables, beside).finish(content)
     if output.exists() and output.read_bytes() != content:
         raise UserError(f"output={output} is there already with another content; choose another --output")

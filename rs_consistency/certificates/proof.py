@@ -157,8 +157,10 @@ def faults_of_counts(schema: Schema, settings: Settings, rows: Collection[Row]) 
     for row, votes in zip(rows, planned, strict=True):
         if not is_possible(schema, settings, row):
             found[row["idx"]] = impossible(settings)
-        elif schema is CERTIFY and row.get("votes", votes) != votes:
-            found[row["idx"]] = f"votes {row['votes']}, its selection asks for {votes}"
+        elif schema is CERTIFY and row.get("votes", settings.n) != votes:
+            found[row["idx"]] = f"votes {row.get('votes', settings.n)}, its selection asks for {votes}"
+        elif schema is ATTACK and row["adversarial"] != ABSTAIN and row["predict"] in (ABSTAIN, row["adversarial"]):
+            found[row["idx"]] = f"adversarial {row['adversarial']} is no other class than predict {row['predict']}"
         elif not _is_of_label(row):
             found[row["idx"]] = f"count_label {row['count_label']} contradicts its other counts"
     return found
@@ -270,8 +272,10 @@ def _check_claims(path: Path, rows: Sequence[Row], proven: Sequence[Row]) -> Non
 
 def _read_record(path: Path, schema: Schema | None) -> tuple[Record | None, str]:
     """Return the record that a file's counts need to prove radii; or None, and what is missing."""
-    if schema is not CERTIFY:
+    if schema is None:
         return None, f"has no columns {', '.join(CERTIFY.columns)}, as certify.py writes them"
+    if schema is not CERTIFY:
+        return None, f"is of mode={schema.name!r}, and only the counts of mode={CERTIFY.name!r} prove radii"
     file = unpacked_path(path)
     if file.suffix != ".tsv" or not record_path(file).is_file():
         return None, f"has no {file.with_suffix('.json').name} beside it that says how it was made"

@@ -1,4 +1,4 @@
-"""The question of certify.py about each image: a certificate, a decision at one radius, or a prediction."""
+"""The question of certify.py about each image: a certificate, a decision at one radius, a prediction, or an attack."""
 
 import functools
 import math
@@ -13,16 +13,16 @@ from rs_consistency import noise
 from rs_consistency.certificates.columns import ATTACK, CERTIFY, DECIDE, PREDICT, SCHEMAS, Row, Schema
 from rs_consistency.certificates.proof import planned_votes, rows_of_counts
 from rs_consistency.certificates.record import Settings
-from rs_consistency.common.checks import count, one_of, probability
+from rs_consistency.common.checks import one_of, probability
 from rs_consistency.common.errors import UserError
 from rs_consistency.data import DatasetInfo
-from rs_consistency.smoothing.attack import N_ATTACK, Attacks, Effort, attack_images
+from rs_consistency.smoothing.attack import N_ATTACK, Attacks, Effort, attack_images, check_effort
 from rs_consistency.smoothing.pool import LOOK_EVERY, Decisions, check_radius, decide_images, rows_in_blocks
 from rs_consistency.smoothing.voter import ApplyFn
 from rs_consistency.smoothing.votes import Votes, VoteSettings, count_votes
-from rs_consistency.statistics.allocation import pilot_votes
-from rs_consistency.statistics.bounds import ALPHA_SHARE, ATTACK_TESTS, BOUNDS, N0, N, most_of_others
-from rs_consistency.statistics.limits import check_certificates, check_decisions, check_predictions
+from rs_consistency.statistics.allocation import RULE, pilot_votes
+from rs_consistency.statistics.bounds import BOUNDS, N0, N, most_of_others, share_of
+from rs_consistency.statistics.limits import check_attacks, check_certificates, check_decisions, check_predictions
 from rs_consistency.statistics.rounded_gaussian import STEPS
 from rs_consistency.statistics.samplers import GRID
 
@@ -61,6 +61,8 @@ class Question(NamedTuple):
             settings |= {"grid_steps": STEPS, "image_shape": list(votes.image_shape)}
         if self.bound is not None:
             settings |= {"bound": self.bound, "tolerance": self.tolerance}
+        if self.tolerance is not None:
+            settings["tolerance_rule"] = RULE
         if self.alpha_share is not None:
             settings["alpha_share"] = self.alpha_share
         if self.radius is not None:
@@ -74,8 +76,8 @@ class Question(NamedTuple):
         n0, n = self.votes.n0, self.votes.n
         if self.effort is not None:
             gradients = math.prod(self.effort)
-            text = f"{n:,} on each of 3 to 6 images, {gradients:,} gradients"
-            return text, True, 6 * n + _VOTES_OF_A_GRADIENT * gradients
+            text = f"{n:,} on each of some 4 images, {gradients:,} gradients"
+            return text, False, 4 * n + _VOTES_OF_A_GRADIENT * gradients
         at_most = self.schema is DECIDE or self.tolerance is not None
         return f"{n0:,} + {'at most ' if at_most else ''}{n:,} an image", at_most, n0 + n
 
@@ -114,8 +116,9 @@ def make_question(
     one_of("mode", mode, SCHEMAS)
     schema = SCHEMAS[mode]
     efforts = {"copies": copies, "steps": steps, "restarts": restarts}
-    of_modes = [("bound", bound, CERTIFY), ("tolerance", tolerance, CERTIFY), ("radius", radius, DECIDE)]
-    for name, value, wanted in (*of_modes, *((*each, ATTACK) for each in efforts.items())):
+    certifying = {"bound": bound, "alpha_share": alpha_share, "tolerance": tolerance}
+    given = {CERTIFY: certifying, DECIDE: {"radius": radius}, ATTACK: efforts}
+    for name, value, wanted in ((*each, mode) for mode, values in given.items() for each in values.items()):
         if value is not None and schema is not wanted:
             raise UserError(f"{name}={value}: mode={mode} has no use for it; leave it out, or use --mode={wanted.name}")
     if schema in (PREDICT, ATTACK) and n0 is not None:
@@ -128,18 +131,14 @@ def make_question(
         bound = BOUNDS[0] if bound is None else bound
         one_of("bound", bound, BOUNDS)
         n0 = pilot_votes(n0, tolerance=tolerance, bound=bound)
-    if bound == "two_class":
-        alpha_share = probability("alpha_share", ALPHA_SHARE if alpha_share is None else alpha_share)
-    elif alpha_share is not None:
-        raise UserError(f"alpha_share={alpha_share}: only two bounds share alpha; add --bound=two_class")
+        alpha_share = share_of(alpha_share, bound=bound)
     if schema in (CERTIFY, DECIDE):
         votes |= {"n0": N0 if n0 is None else n0, "least_n0": 1}
     n = (N_ATTACK if schema is ATTACK else N) if n is None else n
     settings = VoteSettings.for_dataset(info, devices=devices, n=n, **votes)
     effort = None
     if schema is ATTACK:
-        given = {name: count(name, value) for name, value in efforts.items() if value is not None}
-        effort = Effort(**given)
+        effort = check_effort(**{name: value for name, value in efforts.items() if value is not None})
     question = Question(schema, settings, probability("alpha", alpha), bound, alpha_share, tolerance, radius, effort)
     _check_can_answer(question)
     return question
@@ -154,8 +153,7 @@ def _check_can_answer(question: Question) -> None:
     elif schema is DECIDE:
         check_decisions(votes.n, radius=question.radius, alpha=alpha, **votes.law._asdict())
     else:
-        tests = ATTACK_TESTS if schema is ATTACK else 1  # that share alpha
-        check_predictions(votes.n, alpha=alpha / tests, slack=votes.law.slack)
+        (check_attacks if schema is ATTACK else check_predictions)(votes.n, alpha=alpha, slack=votes.law.slack)
 
 
 def answer(

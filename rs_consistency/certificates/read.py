@@ -59,7 +59,7 @@ class Certificates(NamedTuple):
       radius: certified l2 radii, finite, float64.
       correct: 1 where predict is label, else 0.
       seconds: spent on each image, float64; NaN where the file has no time that can be read.
-      mode: certify, decide or predict. A file of another program is one of certificates if it has radii.
+      mode: certify, decide, predict or attack. A file of another program is one of certificates if it has radii.
     """
 
     idx: np.ndarray
@@ -247,7 +247,11 @@ def standing(path: Path) -> tuple[bool | None, str]:
 
 
 def _has_header(path: Path) -> bool:
-    first, *_ = _read_bytes(path, _HEADER).decode("utf-8-sig", errors="replace").splitlines() or [""]
+    """Return whether a file begins as a file of certificates does; a file that cannot be unpacked does not."""
+    try:
+        first, *_ = _read_bytes(path, _HEADER).decode("utf-8-sig", errors="replace").splitlines() or [""]
+    except UserError:
+        return False
     return not _missing(_names(first)[1])
 
 
@@ -295,7 +299,7 @@ def _parse_field(path: Path, names: Sequence[str], lines: Sequence[Sequence[str]
 def _whole(name: str, text: str) -> int:
     """Return the whole number of a cell; a ValueError where it has none."""
     number = float(_TRUTH.get(text.lower(), text) if name == "correct" else text)
-    if not number.is_integer() or abs(number) > MAX_INDEX:
+    if "_" in text or not number.is_integer() or abs(number) > MAX_INDEX:
         raise ValueError(text)
     return int(number)
 

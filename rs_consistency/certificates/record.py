@@ -33,6 +33,7 @@ from rs_consistency.common import checks
 from rs_consistency.common.checks import PRECISIONS
 from rs_consistency.common.errors import UserError
 from rs_consistency.common.files import read_json
+from rs_consistency.statistics.allocation import RULE
 from rs_consistency.statistics.bounds import BOUNDS
 from rs_consistency.statistics.rounded_gaussian import STEPS
 from rs_consistency.statistics.samplers import FLOAT, GRID, SAMPLERS, NoiseLaw, noise_law
@@ -47,12 +48,12 @@ class Settings(NamedTuple):
     """How votes were cast, and how rows follow from them. None where the mode has no such setting.
 
     `sigma` is the standard deviation of the noise and `alpha` the error probability of a line. `n0` votes select the
-    class and `n` measure, in mode decide at most so many. With a `tolerance` of the radius, they are at most n, see
-    `statistics.allocation`. The `seed` is that of the noise, and of the draws of the randomized `bound`; the bound
-    two_class has an `alpha_share`. A decision at the l2 `radius` looks at the votes after every `look_every`. An attack
-    takes `steps` from `restarts` points, with gradients of `copies` noisy copies. The `sampler` is that of the noise,
-    and `precision` that of the network's products in float32. `grid` noise has steps of 1 / `grid_steps`, and its error
-    depends on `image_shape`, (H, W, C).
+    class and `n` measure, in mode decide at most so many. With a `tolerance` of the radius, they are at most n, by the
+    `tolerance_rule` of `statistics.allocation`. The `seed` is that of the noise, and of the draws of the randomized
+    `bound`; the bound two_class has an `alpha_share`. A decision at the l2 `radius` looks at the votes after every
+    `look_every`. An attack takes `steps` from `restarts` points, with gradients of `copies` noisy copies. The `sampler`
+    is that of the noise, and `precision` that of the network's products in float32. `grid` noise has steps of 1 /
+    `grid_steps`, and its error depends on `image_shape`, (H, W, C).
     """
 
     sigma: float
@@ -63,6 +64,7 @@ class Settings(NamedTuple):
     bound: str | None = None
     alpha_share: float | None = None
     tolerance: float | None = None
+    tolerance_rule: int | None = None
     radius: float | None = None
     look_every: int | None = None
     copies: int | None = None
@@ -89,6 +91,7 @@ _CHECKS: dict[str, Callable[[str, Any], Any]] = {
     "bound": lambda name, value: checks.one_of(name, value, BOUNDS) or value,
     "alpha_share": checks.probability,
     "tolerance": partial(checks.number_above, limit=0.0),
+    "tolerance_rule": partial(checks.whole_number, at_least=RULE, at_most=RULE),
     "radius": partial(checks.number_from, at_least=0),
     "look_every": checks.count,
     "copies": checks.count,
@@ -152,13 +155,14 @@ class Record:
             _check_provenance(content)
             names = _list(content, "identity", str)
             of_bound = _OF_BOUND.get(str(content.get("bound")), {})
-            unnamed = {key: value for key, value in (_UNNAMED | of_bound).items() if key not in content}
+            unnamed = _UNNAMED | of_bound | ({"tolerance": None} if mode == CERTIFY.name else {})
+            unnamed = {key: value for key, value in unnamed.items() if key not in content}
             names, content = [*names, *unnamed], {**content, **unnamed}
             content["identity"] = names
             needed = ["sigma", "n", "alpha", "seed", *_OF_MODE[mode], *_UNNAMED]
             checks.one_of("sampler", content["sampler"], SAMPLERS)
             needed += [*_OF_SAMPLER[content["sampler"]], *of_bound]
-            needed += [] if content.get("tolerance") is None else ["tolerance"]
+            needed += [] if content.get("tolerance") is None else ["tolerance", "tolerance_rule"]
             missing = [] if "max" in content else ["max"]
             for name in dict.fromkeys(("mode", *needed, "skip", "split_size", "shard", *names)):
                 missing += [] if name in content and name in names else [name]

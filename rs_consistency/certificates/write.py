@@ -221,9 +221,11 @@ def _held(path: Path, content: bytes, wanted: Record) -> tuple[Record, dict[int,
     record = Record.read(beside)
     differing = record.differences(wanted.identity)
     if differing:
-        remedy, noise = "delete it", record.settings
-        if all(text.partition(":")[0] in OF_NOISE for text in differing):
-            remedy = f"continue it with --sampler={noise.sampler} --precision={noise.precision}"
+        remedy, keys, made = "delete it", {text.partition(":")[0] for text in differing}, record.settings
+        if keys <= {*OF_NOISE, "alpha_share"}:  # an earlier version had no choice
+            noise = f" --sampler={made.sampler} --precision={made.precision}" if keys & {*OF_NOISE} else ""
+            share = f" --alpha_share={made.alpha_share}" if "alpha_share" in keys else ""
+            remedy = f"continue it with{noise}{share}"
         raise UserError(
             f"{path} was made with other settings ({'; '.join(differing)}); choose another --output, or {remedy}"
         )

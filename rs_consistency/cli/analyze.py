@@ -23,14 +23,15 @@ the folder of these files, --match_images finds each image by its pixels, and co
     acr.png, p_a.png         ACR with 95 % intervals; the distribution of p of the true class
     comparison.png           radii of two runs on the same images, and
     gained_lost.png          the images with the largest gains and losses
+    attacked.png             certified radius and attack of each image
     training.png             training curves
     margins.png              logit margins of clean and noisy images
     images_1.png, ...        least and most robust images, noisy copies, votes; a figure for each run
     tables.md, tables.tex    the tables
     measures.csv, comparisons.csv, differences.csv: a line for each file, each two files, each of their common images
 
-as far as the files allow: training.png needs a run's folder, p_a.png counts, and margins.png and images_1.png a
-checkpoint and its dataset.
+as far as the files allow: training.png needs a run's folder, p_a.png counts, attacked.png an attacks.tsv beside the
+certificates, and margins.png and images_1.png a checkpoint and its dataset.
 """
 
 import json
@@ -98,7 +99,7 @@ def _main(argv: Sequence[str]) -> None:
     reading = progress_bar("reading", len(args.paths), unit="file", brief=True, iterable=args.paths)
     loaded = [load(path, **settings) for path in reading]
     finished, faults = zip(*map(standing, args.paths), strict=True)
-    for fault in filter(None, faults):
+    for fault in filter(None, () if args.output else faults):  # the report names them, too
         note(fault)
     proven = [
         prove(path, evidence) if args.exact else None for path, (_, evidence) in zip(args.paths, loaded, strict=True)

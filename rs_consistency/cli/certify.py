@@ -30,7 +30,7 @@ from ml_collections import ConfigDict
 
 from rs_consistency import data
 from rs_consistency.certificates import audit
-from rs_consistency.certificates.alarms import alarms, same_beside
+from rs_consistency.certificates.alarms import alarms, beside, differences
 from rs_consistency.certificates.columns import ATTACK, CERTIFY, DECIDE, FILES, SCHEMAS, Row
 from rs_consistency.certificates.merge import merge
 from rs_consistency.certificates.question import Question, make_question
@@ -69,6 +69,7 @@ _EXCLUSIVE = (
     *(("merge", other) for other in ("verify", "dry_run", "finished")),
     *(("finished", other) for other in ("verify", "torch_checkpoint")),
     *(("workdir", other) for other in ("config", "torch_input")),
+    ("attack", "mode"),
 )
 _NEEDED = (
     ("merge", "output", "--output=FILE.tsv"),
@@ -106,7 +107,8 @@ def _parser() -> Parser:
     add("--dtype", help=f"type that the model computes in: {', '.join(DTYPES)} (default: as in training)")
 
     add = parser.add_argument_group("question").add_argument
-    add("--mode", default=CERTIFY.name, help=f"{', '.join(SCHEMAS)} (default: %(default)s)")
+    add("--mode", help=f"{', '.join(SCHEMAS)} (default: {CERTIFY.name})")
+    add("--attack", action="store_true", help="the same as --mode=attack")
     add("--sigma", type=float, help="standard deviation of the noise (default: as in training)")
     add("--n0", type=whole, help=f"votes that select the class (default: {N0})")
     add("--n", type=whole, help=f"further votes; in mode decide at most so many (default: {N}; attack: {N_ATTACK})")
@@ -119,7 +121,6 @@ def _parser() -> Parser:
         help="of --mode=certify: fewer votes, at a loss of radius of at most so much on average",
     )
     add("--radius", type=float, help="of --mode=decide")
-    add("--attack", dest="mode", action="store_const", const=ATTACK.name, help="the same as --mode=attack")
     effort = Effort()
     add("--copies", type=whole, help=f"of --mode=attack: noisy copies in a step (default: {effort.copies})")
     add("--steps", type=whole, help=f"of --mode=attack: steps from a point (default: {effort.steps})")
@@ -161,6 +162,7 @@ def _main(argv: Sequence[str]) -> None:
     args.config = config
     args.command = shlex.join([*program_words("certify"), *argv])
     _check_flags(args)
+    args.mode = ATTACK.name if args.attack else args.mode or CERTIFY.name
     if args.merge:
         done = merge(args.merge, args.output)
         print(f"{args.output}: {done.images} images of {len(args.merge)} shards\nnext: {_analyze(args.output)}")
@@ -313,10 +315,12 @@ def _fill(file: CertificateFile, answers: Iterator[list[Row]]) -> None:
     done = file.progress.images
     if done:
         note(f"{file.path} holds {done} images already")
-    with progress_bar("certifying", done + len(file.remaining), initial=done) as bar:
+    with progress_bar(
+        "attacking" if file.schema is ATTACK else "certifying", done + len(file.remaining), initial=done
+    ) as bar:
         for rows in answers:
             file.append(rows)
-            if file.schema.name == CERTIFY.name:
+            if file.schema.name == CERTIFY.name:  # also of an earlier version
                 bar.set_postfix(ACR=f"{file.progress.acr:.4f}", refresh=False)
             bar.update(len(rows))
 
@@ -350,10 +354,12 @@ def _summary(file: CertificateFile, question: Question) -> str:
 
 def _compare_with_certificates(output: Path) -> None:
     """Print an alarm for each attack inside a certified radius of the file beside it, and exit with its status."""
-    attacks = read_table(output)
-    certificates = same_beside(attacks, CERTIFY)
+    attacks, certificates = read_table(output), beside(output, CERTIFY)
     if certificates is None:
-        note(f"no {FILES[CERTIFY.name]}.tsv of this classifier lies beside {output}: no certificate to compare with")
+        note(f"no {FILES[CERTIFY.name]}.tsv lies beside {output}: no certificate to compare with")
+        return
+    if differing := differences(certificates, attacks):
+        note(f"{certificates.path} is about another classifier ({'; '.join(differing)}): nothing to compare with")
         return
     both = attacks.rows.keys() & certificates.rows.keys()
     found = alarms(certificates.rows, attacks.rows)

@@ -2,13 +2,14 @@
 
 import itertools
 from collections.abc import Callable, Sequence
+from decimal import Decimal
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 
-from rs_consistency.certificates.alarms import alarms, same_beside
-from rs_consistency.certificates.columns import ATTACK, CERTIFY, FILES, Row
+from rs_consistency.certificates.alarms import alarms, beside, differences
+from rs_consistency.certificates.columns import ATTACK, CERTIFY, FILES, Row, format_radius
 from rs_consistency.certificates.proof import Evidence
 from rs_consistency.certificates.read import Certificates, certificate_path, read_table, standing
 from rs_consistency.certificates.record import content_beside
@@ -65,7 +66,7 @@ class Subject(NamedTuple):
         """
         table = self.certificates
         certified = {
-            int(index): {"predict": int(predict), "radius": radius}
+            int(index): {"predict": int(predict), "radius": Decimal(format_radius(radius))}
             for index, predict, radius in zip(table.idx, table.predict, table.radius, strict=True)
             if predict != ABSTAIN and index in self.attacks
         }
@@ -163,8 +164,8 @@ def _attacks(path: Path) -> dict[int, Row]:
     """Return the rows of the attacks beside a certificate file, by image number."""
     if not path.with_name(f"{FILES[ATTACK.name]}.tsv").is_file():
         return {}
-    beside = same_beside(read_table(path), ATTACK)
-    return {} if beside is None else beside.rows
+    attacks = beside(path, ATTACK)
+    return {} if attacks is None or differences(read_table(path), attacks) else attacks.rows
 
 
 def _read(path: Path, notes: list[str], read: Callable[[Path], Any] = read_json) -> Any:

@@ -21,9 +21,9 @@ from rs_consistency.devices.compiler import training_compiler_options
 from rs_consistency.smoothing.images import Task, join, prepare
 from rs_consistency.smoothing.predict import Prediction, conclude_prediction
 from rs_consistency.smoothing.voter import ApplyFn, to_float
-from rs_consistency.smoothing.votes import VoteSettings, count_votes
+from rs_consistency.smoothing.votes import VoteProgram, VoteSettings, count_votes, vote_program
 from rs_consistency.statistics.bounds import ABSTAIN, ALPHA, ATTACK_TESTS
-from rs_consistency.statistics.limits import check_predictions
+from rs_consistency.statistics.limits import check_attacks
 from rs_consistency.statistics.samplers import FLOAT, GRID
 
 # The defaults of the search. On ten images of the demo, twice the steps found distances 0.3 % smaller, and 12 restarts
@@ -31,7 +31,8 @@ from rs_consistency.statistics.samplers import FLOAT, GRID
 # nothing.
 COPIES, STEPS, RESTARTS = 16, 30, 8
 N_ATTACK = 10_000
-_GROUPS = 2  # of searches that run at a time, for each search of an image: what a kill loses
+_GROUPS = 2  # images in a group, in units of the searches at a time: a kill loses at most a group
+_MOST_EFFORT = 100_000  # copies, steps, restarts
 
 # Numbers that address the noise: whatever proves something has noise of its own.
 _SEARCH, _START, _REFINEMENT, _PREDICTION, _PROOF = range(5)  # and one more of the last for each further try
@@ -148,13 +149,12 @@ def attack(
     settings = {"sigma": sigma, "num_classes": num_classes, "n": n, "seed": seed, "batch_size": batch_size}
     settings |= {"sampler": sampler, "precision": precision}
     task = prepare(images, indices, devices, **settings)
-    check_predictions(task.settings.n, alpha=alpha / ATTACK_TESTS, slack=task.settings.law.slack)
-    effort = Effort(count("copies", copies), count("steps", steps), count("restarts", restarts))
+    check_attacks(task.settings.n, alpha=alpha, slack=task.settings.law.slack)
+    effort = check_effort(copies=copies, steps=steps, restarts=restarts)
     asked = (lambda _, batch: apply_fn(batch), (), task.images, task.indices)
     about = {"settings": task.settings, "devices": task.devices, "alpha": alpha, "effort": effort}
-    return join(
-        _none(task.images[:0], num_classes), attack_images(*asked, **about), "attacking", len(task.images), progress
-    )
+    none = _none(task.images[:0] if sampler == GRID else to_float(task.images[:0]), task.settings.num_classes)
+    return join(none, attack_images(*asked, **about), "attacking", len(task.images), progress)
 
 
 class Effort(NamedTuple):
@@ -163,6 +163,11 @@ class Effort(NamedTuple):
     copies: int = COPIES
     steps: int = STEPS
     restarts: int = RESTARTS
+
+
+def check_effort(**effort: Any) -> Effort:
+    """Return the effort with some of its fields; a `UserError` for one that is no number from 1 to 100,000."""
+    return Effort(**{name: count(name, value, at_most=_MOST_EFFORT) for name, value in effort.items()})
 
 
 def attack_images(
@@ -185,23 +190,30 @@ def attack_images(
     """
     if settings.sampler != GRID:
         images = to_float(images)
-    step = _compile(apply_fn, settings, effort, devices)
+    step, program = _compile(apply_fn, settings, effort, devices), vote_program(apply_fn, settings, devices)
     group = _GROUPS * _jobs_per_device(settings, effort, devices) * len(devices)
     for first in range(0, len(images), group):
         part = Task(images[first : first + group], indices[first : first + group], list(devices), settings)
-        yield _attack(apply_fn, variables, part, step, alpha=alpha, effort=effort)
+        yield _attack(apply_fn, variables, part, step, program, alpha=alpha, effort=effort)
 
 
 def _attack(
-    apply_fn: ApplyFn, variables: Any, task: Task, step: Callable[..., jax.Array], *, alpha: float, effort: Effort
+    apply_fn: ApplyFn,
+    variables: Any,
+    task: Task,
+    step: Callable[..., jax.Array],
+    program: VoteProgram,
+    *,
+    alpha: float,
+    effort: Effort,
 ) -> Attacks:
-    """Return attacks on the images of a task, by a step of `_compile`."""
+    """Return attacks on the images of a task, by a step of `_compile` and the votes of a program."""
     level = alpha / ATTACK_TESTS
     settings, images, indices = task.settings, task.images, task.indices
 
     def votes(images: np.ndarray, indices: np.ndarray, occasion: int, n: int = settings.n) -> np.ndarray:
         asked = {"settings": settings._replace(n=n), "devices": task.devices}
-        about = {"stream": noise.Stream.ATTACK, "occasion": (occasion,)}
+        about = {"stream": noise.Stream.ATTACK, "occasion": (occasion,), "program": program}
         groups = count_votes(apply_fn, variables, images, indices, **asked, **about)
         return np.concatenate([group.counts for group in groups])
 

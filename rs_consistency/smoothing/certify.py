@@ -15,11 +15,11 @@ from rs_consistency.statistics.allocation import pilot_votes, votes_for_toleranc
 from rs_consistency.statistics.bounds import (
     ABSTAIN,
     ALPHA,
-    ALPHA_SHARE,
     BOUNDS,
     N,
     certify_votes,
     most_of_others,
+    share_of,
 )
 from rs_consistency.statistics.limits import check_certificates
 from rs_consistency.statistics.samplers import GRID
@@ -51,7 +51,7 @@ def certify(
     n: int = N,
     alpha: float = ALPHA,
     bound: str = BOUNDS[0],
-    alpha_share: float = ALPHA_SHARE,
+    alpha_share: float | None = None,
     tolerance: float | None = None,
     seed: int = 0,
     sampler: str = GRID,
@@ -96,7 +96,7 @@ def certify(
       alpha: error probability of one image's statement, in (0, 1), at least 1e-100.
       bound: rule from votes to radius, one of `bounds.BOUNDS`: the published `clopper_pearson` described above,
         `two_class` or `randomized`. All have the same guarantee. Choose one before you see the votes.
-      alpha_share: share of alpha that bounds p_A, where `two_class` divides it between p_A and p_B.
+      alpha_share: share of alpha that bounds p_A, for `two_class`; None for 0.99.
       tolerance: largest loss of radius that you accept for fewer votes, in units of the images; None for n votes on
         every image. The n0 votes then also choose a number of further votes, at most n: the fewest whose expected
         radius is within the tolerance of that of n votes. The guarantee stays. See `statistics.allocation`.
@@ -119,7 +119,7 @@ def certify(
     """
     alpha = probability("alpha", alpha)
     one_of("bound", bound, BOUNDS)
-    shared = {"alpha": alpha, "bound": bound, "alpha_share": probability("alpha_share", alpha_share)}
+    shared = {"alpha": alpha, "bound": bound, "alpha_share": share_of(alpha_share, bound=bound)}
     n0 = pilot_votes(n0, tolerance=tolerance, bound=bound)
     settings = {"sigma": sigma, "num_classes": num_classes, "n0": n0, "n": n, "seed": seed, "batch_size": batch_size}
     settings |= {"sampler": sampler, "precision": precision}
@@ -143,13 +143,13 @@ def conclude(
     bound: str = BOUNDS[0],
     uniform: np.ndarray | None = None,
     slack: float = 0.0,
-    alpha_share: float = ALPHA_SHARE,
+    alpha_share: float | None = None,
 ) -> Certification:
     """Return predictions and radii from votes `[B, K]`; see `certify`, and `bounds.certify_votes` for the others."""
     selected = counts0.argmax(axis=1)
     for_selected = np.take_along_axis(counts, selected[:, None], axis=1)[:, 0]
     runner_up = most_of_others(counts, selected)
     votes = (for_selected, runner_up, counts.sum(axis=1))
-    settings = {"alpha": alpha, "sigma": sigma, "bound": bound, "alpha_share": alpha_share}
+    settings = {"alpha": alpha, "sigma": sigma, "bound": bound, "alpha_share": share_of(alpha_share, bound=bound)}
     proven = certify_votes(*votes, **settings, uniform=uniform, slack=slack)
     return Certification(np.where(proven.certified, selected, ABSTAIN), proven.radius, counts0, counts)

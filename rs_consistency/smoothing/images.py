@@ -54,7 +54,7 @@ def join(empty: _Group, groups: Iterable[_Group], desc: str, total: int, progres
 def prepare(
     images: ArrayLike, indices: ArrayLike | None, devices: Sequence[jax.Device] | None, *, sampler: str, **settings: Any
 ) -> Task:
-    """Check the arguments of `certify`, `decide` or `predict`; `settings` are those of `votes.vote_settings`."""
+    """Check the arguments of a function about images; `settings` are those of `votes.vote_settings`."""
     images = check_images(images, sampler)
     indices = check_indices(indices, len(images))
     devices = parallel.choose_devices() if devices is None else list(devices)

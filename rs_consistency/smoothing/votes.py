@@ -3,6 +3,7 @@
 import functools
 import math
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
 from typing import Any, NamedTuple, Self
 
 import jax
@@ -20,9 +21,9 @@ from rs_consistency.statistics.samplers import GRID, NoiseLaw, noise_law
 
 # Calls of the device for a group of images, at least: then the rows that its last call leaves unused are few.
 _CALLS_IN_GROUP = 16
-_PLANNED = (
-    10  # with a plan, a tenth of the n votes is expected at least: then few rows are left, and a kill loses little
-)
+# With a plan, a tenth of the n votes is expected on average, at least. A group should be so large that few rows are
+# unused, and so small that a kill loses little.
+_PLANNED = 10
 # Noisy images in a batch on a device, and their pixel values at most: the same on any number of devices, because the
 # last bits of logits depend on it. A CPU's devices get few: a layer's results then stay near the caches, and below the
 # size that glibc maps anew each time. On 2 cores LeNet counted 1.5 times as many votes a second with 2 x 64 as with
@@ -146,6 +147,30 @@ class Votes(NamedTuple):
     counts: np.ndarray
 
 
+@dataclass
+class VoteProgram:
+    """The compiled votes of a network, for several calls of `count_votes`; from `vote_program`.
+
+    Attributes:
+      voter: the network.
+      batches_per_call: batches in one call of the device.
+      compiled: the votes of one call; see `_compile`.
+      tested: whether `check_one_function` has accepted the network.
+    """
+
+    voter: Voter
+    batches_per_call: int
+    compiled: Callable[..., jax.Array]
+    tested: bool = False
+
+
+def vote_program(apply_fn: ApplyFn, settings: VoteSettings, devices: Sequence[jax.Device]) -> VoteProgram:
+    """Return the votes of a network as `count_votes` compiles them: it depends on no number of votes, nor on sigma."""
+    voter = settings.voter(apply_fn, devices[0].platform)
+    batches = _BATCHES_PER_CALL.get(devices[0].platform, _BATCHES_PER_CALL_ELSEWHERE)
+    return VoteProgram(voter, batches, _compile(voter, settings.rows_per_device, batches, devices))
+
+
 def count_votes(
     apply_fn: ApplyFn,
     variables: Any,
@@ -157,6 +182,7 @@ def count_votes(
     stream: noise.Stream = noise.Stream.CERTIFY,
     occasion: Sequence[int] = (),
     plan: Callable[[np.ndarray], np.ndarray] | None = None,
+    program: VoteProgram | None = None,
 ) -> Iterator[Votes]:
     """Yield the votes of the images, group after group, in order.
 
@@ -180,6 +206,7 @@ def count_votes(
       occasion: further numbers that address the noise, for a purpose with several occasions, such as epochs.
       plan: function from the largest counts `[G]` of the selection to numbers `[G]` of estimating votes, at most n. A
         group then selects first, and casts the others when all its numbers are known. None for n votes on each image.
+      program: from `vote_program`, with the same network, rows, sampler, precision and devices; None to compile here.
 
     Raises:
       UserError: when the model does not accept the images, does not give K logits, or gives NaN; when images do not fit
@@ -187,17 +214,16 @@ def count_votes(
     """
     num_classes, n0, n = settings.num_classes, settings.n0, settings.n
     per_device = settings.rows_per_device
-    voter = settings.voter(apply_fn, devices[0].platform)
+    program = vote_program(apply_fn, settings, devices) if program is None else program
+    voter = program.voter
     voter.check(variables, images.shape[1:], per_device)
-    batches_per_call = _BATCHES_PER_CALL.get(devices[0].platform, _BATCHES_PER_CALL_ELSEWHERE)
-    rows_per_call = per_device * len(devices) * batches_per_call
+    rows_per_call = per_device * len(devices) * program.batches_per_call
     expected = n0 + n if plan is None else n0 + -(-n // _PLANNED)
     group = min(max(len(images), 1), -(-_CALLS_IN_GROUP * rows_per_call // expected))
     group = min(group, max(1, _GROUP_VALUES // max(1, math.prod(images.shape[1:]))), _MOST_ROWS // (n0 + n))
-    compiled = _compile(voter, per_device, batches_per_call, devices)
     replicated = parallel.replicate(variables, devices)
     draws = settings.draws(stream, *occasion)
-    tested = settings.sampler != GRID or stream not in _STATEMENTS
+    to_test = settings.sampler == GRID and stream in _STATEMENTS
     rounds = [(n0, lambda most: n)] if plan is None else [(n0, lambda most: 0), (0, plan)]
     for first in range(0, len(images), group):
         num_real = min(group, len(images) - first)
@@ -210,8 +236,8 @@ def count_votes(
             numbers = np.int32(selecting), np.append(0, np.cumsum(lengths)).astype(np.int32)
             arrays = parallel.replicate((draws, *about_images, numbers), devices)
             for start in range(0, int(numbers[1][-1]), rows_per_call):
-                counts = compiled(counts, replicated, *arrays, np.int32(start))
-                if not tested:
+                counts = program.compiled(counts, replicated, *arrays, np.int32(start))
+                if to_test and not program.tested:
                     row = np.arange(min(rows_per_call, int(numbers[1][-1])), dtype=np.int32)
                     slot, phase, vote = _addresses(row, *numbers, np.searchsorted)
                     check_one_function(
@@ -225,7 +251,7 @@ def count_votes(
                         group_of=phase * group + slot,
                         counts=np.asarray(counts).reshape(2 * group, -1),
                     )
-                    tested = True
+                    program.tested = True
         totals = np.asarray(counts)[:, :num_real].astype(np.int64)
         nan = np.flatnonzero(totals[..., num_classes].any(axis=0))
         if len(nan):

@@ -40,6 +40,7 @@ from rs_consistency.statistics.bounds import upper_confidence_bound
 from rs_consistency.statistics.limits import fewest_votes
 
 N0 = 1000  # votes of a pilot that is worth its votes: docs/statistics.md has the measurement
+RULE = 1  # version of the rule, for records: another one gives other numbers for the same pilot
 # Probability that the pilot's upper bound of p_A is too low. At 0.05 the mean loss exceeds small tolerances by 8 %.
 _MISLED = 0.02
 _STEP = 16  # a step of the ladder is a 16th: at most 7 % more votes than needed

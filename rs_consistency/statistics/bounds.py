@@ -267,6 +267,19 @@ def radius_ceiling(n: ArrayLike, *, alpha: ArrayLike, bound: str = "clopper_pear
     return certify_votes(n, 0, n, alpha=alpha, bound=bound, uniform=1.0, **settings).radius
 
 
+def share_of(alpha_share: Any, *, bound: str) -> float | None:
+    """Return the checked share of alpha for p_A, by default `ALPHA_SHARE`, for `two_class`; None for another bound.
+
+    Raises:
+      UserError: for a share outside (0, 1), or with another bound.
+    """
+    if bound == "two_class":
+        return probability("alpha_share", ALPHA_SHARE if alpha_share is None else alpha_share)
+    if alpha_share is not None:
+        raise UserError(f"alpha_share={alpha_share}: bound={bound} does not share alpha; leave it out")
+    return None
+
+
 # A few units in the last place of a float64: above the rounding errors of ndtri and the product.
 _SHRINK = 1 - 2.0**-50
 

@@ -4,10 +4,12 @@ from collections.abc import Callable
 from typing import Any
 
 import numpy as np
+from numpy.typing import ArrayLike
 
+from rs_consistency.common.checks import SMALLEST_PROBABILITY, number_from
 from rs_consistency.common.errors import UserError
 from rs_consistency.statistics import sequential
-from rs_consistency.statistics.bounds import certify_votes, p_value_of
+from rs_consistency.statistics.bounds import ATTACK_TESTS, certify_votes, p_value_of
 
 _FEW = np.arange(1, 1001)  # for the smallest alpha, 1e-100, it takes some 340 votes
 _MOST = 2**29  # of a certification
@@ -40,14 +42,18 @@ def check_certificates(n: int, *, alpha: float, **settings: Any) -> None:
       rs_consistency.common.errors.UserError: n=9 votes certify nothing at alpha=0.001, even if all agree; use n=10
     """
     fewest = fewest_votes(alpha=alpha, **settings)
-    _check("certify", n, alpha, fewest, enough=fewest is not None and n >= fewest)
+    _check("certify nothing", n, alpha, fewest, enough=fewest is not None and n >= fewest)
 
 
 def check_predictions(n: int, *, alpha: float, slack: float = 0.0) -> None:
-    """Raise a `UserError` if n votes, all for one class, predict nothing; arguments as for `bounds.p_value_of`."""
-    fewest = _fewest(p_value_of(_FEW, 0, n=_FEW, slack=slack) <= alpha)
-    # The error of the sampler grows with the votes.
-    _check("predict", n, alpha, fewest, enough=bool(p_value_of(n, 0, n=n, slack=slack) <= alpha))
+    """Raise a `UserError` if n votes, all for one class, predict nothing; n and slack as for `bounds.p_value_of`."""
+    _check_test("predict nothing", n, alpha, 1, slack)
+
+
+def check_attacks(n: int, *, alpha: float, slack: float = 0.0) -> None:
+    """Raise a `UserError` if n votes, all for one class, prove no attack; n and slack as for `bounds.p_value_of`."""
+    number_from("alpha", alpha, at_least=ATTACK_TESTS * SMALLEST_PROBABILITY)
+    _check_test("prove no attack", n, alpha, ATTACK_TESTS, slack)
 
 
 def check_decisions(n: int, *, radius: float, sigma: float, alpha: float, slack: float = 0.0) -> None:
@@ -91,7 +97,16 @@ def _fewest(enough: np.ndarray) -> int | None:
     return int(_FEW[enough.argmax()]) if enough.any() else None
 
 
-def _check(verb: str, n: int, alpha: float, fewest: int | None, *, enough: bool) -> None:
+def _check_test(what: str, n: int, alpha: float, tests: int, slack: float) -> None:
+    """Raise unless n votes can pass one of the tests that share alpha."""
+
+    def enough(n: ArrayLike) -> np.ndarray:
+        return p_value_of(n, 0, n=n, slack=slack) <= alpha / tests
+
+    _check(what, n, alpha, _fewest(enough(_FEW)), enough=bool(enough(n)))  # the sampler's error grows with the votes
+
+
+def _check(what: str, n: int, alpha: float, fewest: int | None, *, enough: bool) -> None:
     if not enough:
         remedy = "a larger alpha" if fewest is None else f"n={fewest}"
-        raise UserError(f"n={n} votes {verb} nothing at alpha={alpha:g}, even if all agree; use {remedy}")
+        raise UserError(f"n={n} votes {what} at alpha={alpha:g}, even if all agree; use {remedy}")

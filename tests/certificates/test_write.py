@@ -201,6 +201,7 @@ def test_the_record_binds_the_table_when_it_is_finished(path):
     assert {key: record[key] for key in record["identity"]} == {
         "mode": "certify",
         **IDENTITY,
+        "tolerance": None,
         "skip": 2,
         "split_size": 20,
         "shard": None,

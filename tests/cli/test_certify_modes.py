@@ -145,9 +145,9 @@ def test_an_attack_is_written_and_compared_with_the_certificates_beside_it(progr
     effort = {"copies": 4, "steps": 8, "restarts": 1}
     command = ["cli.certify", f"--workdir={workdir}", "--skip=2", "--max=6", "--n=400", "--batch_size=128"]
     attacking = [*command, "--attack", *(f"--{name}={value}" for name, value in effort.items())]
-    assert "400 on each of 3 to 6 images, 32 gradients" in program.succeeds(*attacking, "--dry_run").out
+    assert "400 on each of some 4 images, 32 gradients" in program.succeeds(*attacking, "--dry_run").out
     program.succeeds(*attacking)
-    assert "no certificates.tsv of this classifier lies beside" in program.err
+    assert "no certificates.tsv lies beside" in program.err
     apply_fn, images, indices = classifier
     expected = attack(apply_fn, images[:6], indices=indices[:6], **SETTINGS | {"n": 400}, **effort)
     found = table(workdir / "attacks.tsv")
@@ -167,17 +167,19 @@ def test_an_attack_is_written_and_compared_with_the_certificates_beside_it(progr
     program.succeeds(*command)
     program.succeeds(*attacking)
     assert program.out.endswith("6 certificates of certificates.tsv compared, 0 contradicted\n")
-    # A certificate that is too large is found out.
-    path, number = workdir / "certificates.tsv", int(np.flatnonzero(finite)[0])
-    lines = path.read_text().splitlines(keepends=True)
-    cells = lines[number + 1].split("\t")
-    lines[number + 1] = "\t".join([*cells[:2], found["predict"][number], "9.000000", *cells[4:]])
-    path.write_text("".join(lines))
+    # A distance inside the certified radius, in a file that was not finished.
+    path, number = workdir / "attacks.tsv", int(np.flatnonzero(finite & (distances > 0.1))[0])
+    cell = found["distance"][number]
+    path.write_text(path.read_text().replace(cell, "0.000001"))
+    assert "was changed after it was finished" in program.fails(*attacking)
+    record = json.loads(path.with_suffix(".json").read_text())
+    del record["finished"]
+    path.with_suffix(".json").write_text(json.dumps(record))
     program(*attacking)
-    assert (
-        program.status == EXIT_CONTRADICTED
-        and f"ALARM: image {2 * number}: class {found['adversarial'][number]}" in (program.out)
+    alarm = (
+        f"ALARM: image {2 * number}: class {found['adversarial'][number]} at distance 0.000001, inside the certified"
     )
+    assert program.status == EXIT_CONTRADICTED and alarm in program.out
     assert "verify=2: " in program.fails("cli.certify", f"--workdir={workdir}", "--attack", "--verify=2")
 
 
@@ -277,13 +279,15 @@ def test_another_dtype_is_another_function_and_recorded(program, trained, tmp_pa
         (["--tolerance=0"], "tolerance=0.0: use a number greater than 0"),
         (["--tolerance=0.1", "--bound=two_class"], "tolerance=0.1: it leaves few votes to images that bound=two_class"),
         (["--mode=predict", "--tolerance=0.1"], "tolerance=0.1: mode=predict has no use for it"),
-        (["--alpha_share=0.9"], "alpha_share=0.9: only two bounds share alpha; add --bound=two_class"),
+        (["--alpha_share=0.9"], "alpha_share=0.9: bound=clopper_pearson does not share alpha; leave it out"),
+        (["--mode=predict", "--alpha_share=0.9"], "alpha_share=0.9: mode=predict has no use for it"),
+        (["--attack", "--mode=predict"], "--attack and --mode exclude each other; leave out one of them"),
         (["--bound=two_class", "--alpha_share=1"], "alpha_share=1.0: use a number in (0, 1)"),
         (["--mode=decide"], "mode=decide needs the radius to decide at: add --radius"),
         (["--mode=decide", "--radius=-1"], "radius=-1.0"),
         (["--mode=decide", "--radius=nan"], "radius=nan"),
         (["--mode=vote"], "mode='vote' is unknown; use one of attack, certify, decide, predict"),
-        (["--attack", "--n=13"], "n=13 votes predict nothing at alpha=0.0002, even if all agree; use n=14"),
+        (["--attack", "--n=13"], "n=13 votes prove no attack at alpha=0.001, even if all agree; use n=14"),
         (["--attack", "--n0=9"], "n0=9: mode=attack selects no class"),
         (["--attack", "--steps=0"], "steps=0: use a whole number of at least 1"),
         (["--steps=9"], "steps=9: mode=certify has no use for it; leave it out, or use --mode=attack"),
@@ -348,21 +352,25 @@ def test_flags_that_exclude_or_need_each_other(program, arguments, message):
 
 def test_samplers_do_not_mix_and_older_files_go_on(program, trained, certified, tmp_path):
     older = tmp_path / "older.tsv"
-    command = ["cli.certify", f"--workdir={trained}", *QUICK, f"--output={older}"]
-    program.succeeds(*command, "--sampler=float", "--precision=default", "--max=20")
+    command = ["cli.certify", f"--workdir={trained}", *QUICK, "--bound=two_class", f"--output={older}"]
+    as_before = ["--sampler=float", "--precision=default", "--alpha_share=0.5"]
+    program.succeeds(*command, *as_before, "--max=20")
     assert rows(older)[1:] != rows(certified)[1:21]
-    # A record of an older version does not name them.
+    # A file of an older version lacks two columns, and its record does not name them.
+    older.write_text("".join("\t".join(line.split("\t")[:-2]) + "\n" for line in older.read_text().splitlines()))
     path = older.with_suffix(".json")
     record = json.loads(path.read_text())
     program_of_older = record.pop("program")
     assert program_of_older["rows_per_device"] == 16 and "grid_steps" not in record
-    del record["sampler"], record["precision"], record["finished"]
-    record["identity"] = [name for name in record["identity"] if name not in ("sampler", "precision")]
+    del record["finished"]
+    for name in ("sampler", "precision", "tolerance", "alpha_share"):
+        del record[name]
+        record["identity"].remove(name)
     path.write_text(json.dumps(record))
     error = program.fails(*command)
     assert "sampler: 'float' -> 'grid'; precision: 'default' -> 'highest'" in error
-    assert "continue it with --sampler=float --precision=default" in error
-    program.succeeds(*command, "--sampler=float", "--precision=default")
+    assert "alpha_share: 0.5 -> 0.99" in error and f"continue it with {' '.join(as_before)}" in error
+    program.succeeds(*command, *as_before)
     assert len(rows(older)) == 31
     program.succeeds("cli.certify", f"--workdir={trained}", "--verify=30", f"--output={older}")
     assert "30 of 30 lines reproduce" in program.out

@@ -154,7 +154,7 @@ def test_the_error_of_the_sampler_is_in_every_statement(monkeypatch):
     counts = np.sort(predicted.counts, axis=1)
     np.testing.assert_array_equal(predicted.p_value, p_value_of(counts[:, -1], counts[:, -2], n=300, slack=1e-6))
     monkeypatch.setattr(VoteSettings, "law", NoiseLaw(SIGMA, 0.01))
-    with pytest.raises(UserError, match=r"n=300 votes predict nothing .* use a larger alpha"):
+    with pytest.raises(UserError, match=r"n=300 votes prove no attack .* use a larger alpha"):
         CALLS["attack"](model)
 
 

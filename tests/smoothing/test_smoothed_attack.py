@@ -89,7 +89,12 @@ def share_of_false_attacks(patch, module):
     """
     rng = np.random.default_rng(0)
 
-    def count_votes(apply_fn, variables, images, indices, *, settings, **others):
+    occasions = {}
+
+    def count_votes(apply_fn, variables, images, indices, *, settings, occasion, **others):
+        for index in indices:
+            assert occasion not in occasions.setdefault(index, set())  # fresh votes, each time
+            occasions[index].add(occasion)
         probability = special.ndtr((images.mean(axis=(1, 2, 3)) / 255 - 1.001) * np.sqrt(images[0].size) / SIGMA)
         ones = rng.binomial(settings.n, probability)
         yield Votes(np.zeros((len(images), 2), int), np.stack([settings.n - ones, ones], axis=1))
@@ -132,9 +137,11 @@ def test_a_false_attack_is_reported_with_probability_at_most_alpha(monkeypatch):
         ({"copies": 0}, "copies=0: use a whole number of at least 1"),
         ({"steps": 0}, "steps=0: use a whole number of at least 1"),
         ({"restarts": 1.5}, r"restarts=1\.5: use a whole number of at least 1"),
-        ({"n": 13}, r"n=13 votes predict nothing at alpha=0\.0002, even if all agree; use n=14"),
-        ({"alpha": 1e-12}, "n=20000 votes predict nothing at alpha=2e-13, even if all agree; use n=44"),
+        ({"n": 13}, r"n=13 votes prove no attack at alpha=0\.001, even if all agree; use n=14"),
+        ({"alpha": 1e-12}, "n=20000 votes prove no attack at alpha=1e-12, even if all agree; use n=44"),
         ({"sigma": 0}, "sigma=0: use a number greater than 0"),
+        ({"alpha": 1e-100, "sampler": "float"}, "alpha=1e-100: use a number of at least 5e-100"),
+        ({"copies": 10**9}, "copies=1000000000: use a whole number of at least 1 and at most 100000"),
     ],
 )
 def test_bad_settings(arguments, message):
