@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 
 from rs_consistency import attack, certify, data, decide, noise, predict
+from rs_consistency.certificates.question import make_question
 from rs_consistency.certificates.write import CertificateFile
 from rs_consistency.common.errors import EXIT_CONTRADICTED, EXIT_NOT_REPRODUCED
 from rs_consistency.models import create_model
@@ -109,12 +110,12 @@ def test_other_bounds_change_the_radii_of_the_same_votes(program, trained, certi
 
 
 def test_a_tolerance_takes_fewer_votes_through_interruption_shards_and_audit(program, trained, classifier, tmp_path):
-    command = ["cli.certify", f"--workdir={trained}", *QUICK, "--n=400", "--tolerance=0.1"]
+    command = ["cli.certify", f"--workdir={trained}", *QUICK, "--n=400", "--n0=100", "--max=12", "--tolerance=0.1"]
     whole, parts = tmp_path / "whole.tsv", [tmp_path / f"{i}.tsv" for i in (1, 2)]
-    program.succeeds(*command, f"--output={whole}", "--max=9")
+    program.succeeds(*command, f"--output={whole}", "--max=5")
     out = program.succeeds(*command, f"--output={whole}").out
     apply_fn, images, indices = classifier
-    expected = certify(apply_fn, images, indices=indices, **SETTINGS | {"n": 400}, tolerance=0.1)
+    expected = certify(apply_fn, images[:12], indices=indices[:12], **SETTINGS | {"n": 400, "n0": 100}, tolerance=0.1)
     found, cast = table(whole), expected.counts.sum(axis=1)
     assert list(map(int, found["votes"])) == cast.tolist() and len(set(cast)) > 3 and cast.max() <= 400
     assert list(map(int, found["predict"])) == expected.prediction.tolist()
@@ -124,8 +125,8 @@ def test_a_tolerance_takes_fewer_votes_through_interruption_shards_and_audit(pro
         program.succeeds(*command, f"--shard={i}/2", f"--output={path}", f"--num_devices={i}")
     program.succeeds("cli.certify", "--merge", *parts, f"--output={tmp_path / 'all.tsv'}")
     assert rows(tmp_path / "all.tsv") == rows(whole)
-    audit = ["cli.certify", f"--workdir={trained}", "--verify=30", f"--output={whole}"]
-    assert program.succeeds(*audit).out == "30 of 30 lines reproduce; all 30 are proven in whole numbers\n"
+    audit = ["cli.certify", f"--workdir={trained}", "--verify=12", f"--output={whole}"]
+    assert program.succeeds(*audit).out == "12 of 12 lines reproduce; all 12 are proven in whole numbers\n"
     assert "tolerance=0.2: verify takes the settings that the file names" in program.fails(*audit, "--tolerance=0.2")
     assert "tolerance: 0.1 -> None" in program.fails(*command[:-1], f"--output={whole}")
     # Votes that the selection did not ask for, as if they had been chosen by looking.
@@ -143,13 +144,16 @@ def test_an_attack_is_written_and_compared_with_the_certificates_beside_it(progr
     workdir = tmp_path / "run"
     shutil.copytree(trained, workdir)
     effort = {"copies": 4, "steps": 8, "restarts": 1}
-    command = ["cli.certify", f"--workdir={workdir}", "--skip=2", "--max=6", "--n=400", "--batch_size=128"]
+    command = ["cli.certify", f"--workdir={workdir}", "--skip=2", "--max=4", "--n=100", "--num_devices=1"]
     attacking = [*command, "--attack", *(f"--{name}={value}" for name, value in effort.items())]
-    assert "400 on each of some 4 images, 32 gradients" in program.succeeds(*attacking, "--dry_run").out
+    question = make_question(
+        "attack", info=data.dataset_info("mnist"), devices=jax.devices(), sigma=0.5, alpha=0.1, seed=0, **effort
+    )
+    assert question.cost() == ("10,000 on each of some 4 images, 32 gradients", False, 40_128)
     program.succeeds(*attacking)
     assert "no certificates.tsv lies beside" in program.err
     apply_fn, images, indices = classifier
-    expected = attack(apply_fn, images[:6], indices=indices[:6], **SETTINGS | {"n": 400}, **effort)
+    expected = attack(apply_fn, images[:4], indices=indices[:4], **SETTINGS, **effort, devices=jax.devices()[:1])
     found = table(workdir / "attacks.tsv")
     assert list(map(int, found["predict"])) == expected.prediction.tolist()
     assert list(map(int, found["adversarial"])) == expected.adversarial.tolist() and expected.adversarial.max() >= 0
@@ -161,12 +165,12 @@ def test_an_attack_is_written_and_compared_with_the_certificates_beside_it(progr
         f"{finite.sum()} adversarial images proven, median distance {np.median(distances[finite]):.4f}" in program.out
     )
     assert (
-        f"all {finite.sum()} claims in 6 lines are proven"
+        f"all {finite.sum()} claims in 4 lines are proven"
         in program.succeeds("cli.analyze", workdir / "attacks.tsv", "--exact").out
     )
     program.succeeds(*command)
     program.succeeds(*attacking)
-    assert program.out.endswith("6 certificates of certificates.tsv compared, 0 contradicted\n")
+    assert program.out.endswith("4 certificates of certificates.tsv compared, 0 contradicted\n")
     # A distance inside the certified radius, in a file that was not finished.
     path, number = workdir / "attacks.tsv", int(np.flatnonzero(finite & (distances > 0.1))[0])
     cell = found["distance"][number]
