@@ -31,6 +31,8 @@ COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#56B4E9", "#E69F00", "#0
 STYLES = ("-", "--", "-.", ":")
 _TICKS = (0.01, 0.1, 0.3, 0.5, 0.7, 0.9, 0.99, 0.999, 0.9999, 0.999999, 0.99999999)  # as many as have space
 DPI = 200  # of a PNG
+# Of a figure, with the settings of each; no date in it, so that the same figure is the same file.
+FORMATS = {"png": {"dpi": DPI}, "pdf": {"metadata": {"CreationDate": None}}}
 _ROUNDING = 1e-9  # of a count that is whole but for rounding
 _LEGEND_WIDTH = 72  # characters
 _ROW_INCHES = 0.21  # of a legend
@@ -45,14 +47,12 @@ def line_style(place: int) -> dict[str, Any]:
 
 def save(figure: Figure, path: Path) -> None:
     """Write a figure as the PNG of that path and as a PDF beside it, replace older files, and close the figure."""
-    # Fonts as they are, which journals ask for; no date, so that the same figure is the same file.
-    formats = {path: {"dpi": DPI}, path.with_suffix(".pdf"): {"metadata": {"CreationDate": None}}}
-    with plt.rc_context({"pdf.fonttype": 42}), warnings.catch_warnings():
+    with plt.rc_context({"pdf.fonttype": 42}), warnings.catch_warnings():  # fonts as they are, which journals ask for
         warnings.filterwarnings("ignore", r"Glyph .* missing from font", UserWarning)  # shown as a box
         try:
-            for target, settings in formats.items():
-                with replace_atomically(target) as temporary:
-                    figure.savefig(temporary, format=target.suffix[1:], **settings)
+            for name, settings in FORMATS.items():
+                with replace_atomically(path.with_suffix(f".{name}")) as temporary:
+                    figure.savefig(temporary, format=name, **settings)
         finally:
             plt.close(figure)
 

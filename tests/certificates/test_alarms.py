@@ -13,6 +13,7 @@ from rs_consistency.certificates.read import read_certificates, read_table
 from rs_consistency.certificates.selection import Selection
 from rs_consistency.certificates.write import CertificateFile
 from rs_consistency.common.errors import UserError
+from rs_consistency.report import plots
 from rs_consistency.report.contents import subject
 from rs_consistency.statistics.bounds import p_value_of
 
@@ -116,7 +117,8 @@ def certified(path, radii):
     return write(path, CERTIFY, CERTIFYING, make_rows(**columns))
 
 
-def test_the_report_draws_attacks_and_prints_alarms(program, tmp_path):
+def test_the_report_draws_attacks_and_prints_alarms(program, tmp_path, monkeypatch):
+    monkeypatch.delitem(plots.FORMATS, "pdf")
     attacked(tmp_path / "attacks.tsv")
     text = "image 0: class 0 at distance 0.700001, inside the certified radius 0.750000 of class 1"
     for radius, alarm in ((0.5, ""), (0.75, text)):

@@ -359,8 +359,8 @@ def one_step(config, num_examples=8, num_devices=2):
 
 
 # Smoothmix uses a model in every way that any method does, but for two passes in training mode: those are tried on
-# the model with batch statistics. Bottleneck blocks differ from basic blocks in nothing that a method can see.
-_QUICK = {"normalized": ALL_METHODS, "bottleneck8": ["gaussian"]}
+# the model with batch statistics. Other blocks differ from basic blocks in nothing that a method can see.
+_QUICK = {"normalized": ALL_METHODS, **{name: ["gaussian"] for name in ("bottleneck8", "wideresnet10_1", "densenet10")}}
 _COMBINATIONS = [
     pytest.param(method, model, marks=() if method in _QUICK.get(model, ["smoothmix"]) else pytest.mark.slow)
     for model in SMALL_MODELS
