@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from rs_consistency.certificates.alarms import alarms, beside, differences
-from rs_consistency.certificates.columns import ATTACK, CERTIFY, FILES, Row, format_radius
+from rs_consistency.certificates.columns import ATTACK, CERTIFY, Row, format_radius
 from rs_consistency.certificates.proof import Evidence
 from rs_consistency.certificates.read import Certificates, certificate_path, read_table, standing
 from rs_consistency.certificates.record import content_beside
@@ -162,8 +162,6 @@ def compare(subjects: Sequence[Subject]) -> tuple[list[Comparison], list[str]]:
 
 def _attacks(path: Path) -> dict[int, Row]:
     """Return the rows of the attacks beside a certificate file, by image number."""
-    if not path.with_name(f"{FILES[ATTACK.name]}.tsv").is_file():
-        return {}
     attacks = beside(path, ATTACK)
     return {} if attacks is None or differences(read_table(path), attacks) else attacks.rows
 
