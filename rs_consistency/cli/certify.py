@@ -5,6 +5,7 @@
 For every image: the class that the smoothed classifier predicts, and an l2 radius within which, with probability
 1 - alpha, no perturbation changes it. Writes certificates.tsv (a line per image) and certificates.json.
 
+    python certify.py --workdir=runs/mnist --tolerance=0.02               takes fewer votes, and loses little radius
     python certify.py --workdir=runs/mnist --mode=decide --radius=0.5     decides whether it is certified at one radius
     python certify.py --workdir=runs/mnist --mode=predict                 predicts the class, or abstains
     python certify.py --workdir=runs/mnist --attack                       finds a near image that gets another class
@@ -50,6 +51,7 @@ from rs_consistency.devices.host import fix_number_types, keep_compiled, keep_me
 from rs_consistency.models import DTYPES
 from rs_consistency.models.torch_checkpoints import INPUT_LAYERS
 from rs_consistency.smoothing.attack import N_ATTACK, Effort
+from rs_consistency.statistics import allocation
 from rs_consistency.statistics.bounds import ABSTAIN, ALPHA, ALPHA_SHARE, BOUNDS, N0, N
 from rs_consistency.statistics.samplers import GRID, SAMPLERS
 from rs_consistency.training.config import validate
@@ -110,7 +112,7 @@ def _parser() -> Parser:
     add("--mode", help=f"{', '.join(SCHEMAS)} (default: {CERTIFY.name})")
     add("--attack", action="store_true", help="the same as --mode=attack")
     add("--sigma", type=float, help="standard deviation of the noise (default: as in training)")
-    add("--n0", type=whole, help=f"votes that select the class (default: {N0})")
+    add("--n0", type=whole, help=f"votes that select the class (default: {N0}; with a tolerance {allocation.N0})")
     add("--n", type=whole, help=f"further votes; in mode decide at most so many (default: {N}; attack: {N_ATTACK})")
     add("--alpha", type=float, help=f"error probability of a certificate (default: {ALPHA})")
     add("--bound", help=f"of --mode=certify: {', '.join(BOUNDS)} (default: {BOUNDS[0]})")
@@ -118,7 +120,7 @@ def _parser() -> Parser:
     add(
         "--tolerance",
         type=float,
-        help="of --mode=certify: fewer votes, at a loss of radius of at most so much on average",
+        help="of --mode=certify: fewer votes, at a loss of l2 radius of at most this on average",
     )
     add("--radius", type=float, help="of --mode=decide")
     effort = Effort()
