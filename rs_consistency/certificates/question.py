@@ -16,8 +16,9 @@ from rs_consistency.certificates.record import Settings
 from rs_consistency.common.checks import one_of, probability
 from rs_consistency.common.errors import UserError
 from rs_consistency.data import DatasetInfo
-from rs_consistency.smoothing.attack import N_ATTACK, Attacks, Effort, attack_images, check_effort
+from rs_consistency.smoothing.attack import N_ATTACK, Attacks, attack_images
 from rs_consistency.smoothing.pool import LOOK_EVERY, Decisions, check_radius, decide_images, rows_in_blocks
+from rs_consistency.smoothing.search import Effort, check_effort
 from rs_consistency.smoothing.voter import ApplyFn
 from rs_consistency.smoothing.votes import Votes, VoteSettings, count_votes
 from rs_consistency.statistics.allocation import RULE, pilot_votes

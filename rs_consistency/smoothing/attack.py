@@ -1,50 +1,42 @@
 """An attack on a smoothed classifier: the nearest image found that it gives another class, proven by votes."""
 
-import functools
 import math
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple
 
 import jax
-import jax.numpy as jnp
 import numpy as np
-from jax.scipy.special import ndtri
 from numpy.typing import ArrayLike
 from scipy import special
 
-from rs_consistency import losses, noise
-from rs_consistency.attacks import copies as logits_of_copies
-from rs_consistency.attacks import l2_norm, unit
-from rs_consistency.common.checks import MAX_INDEX, PRECISIONS, count, probability
-from rs_consistency.devices import parallel
-from rs_consistency.devices.compiler import training_compiler_options
+from rs_consistency import noise
+from rs_consistency.common.checks import MAX_INDEX, PRECISIONS, probability
 from rs_consistency.smoothing.images import Task, join, prepare
 from rs_consistency.smoothing.predict import Prediction, conclude_prediction
+from rs_consistency.smoothing.search import (
+    COPIES,
+    RESTARTS,
+    STEPS,
+    Effort,
+    Occasion,
+    check_effort,
+    compile_step,
+    jobs_per_device,
+    norms_of,
+    search,
+)
 from rs_consistency.smoothing.voter import ApplyFn, to_float
 from rs_consistency.smoothing.votes import VoteProgram, VoteSettings, count_votes, vote_program
 from rs_consistency.statistics.bounds import ABSTAIN, ALPHA, ATTACK_TESTS
 from rs_consistency.statistics.limits import check_attacks
-from rs_consistency.statistics.samplers import FLOAT, GRID
+from rs_consistency.statistics.samplers import GRID
 
-# The defaults of the search. On ten images of the demo, twice the steps found distances 0.3 % smaller, and 12 restarts
-# 0.8 % smaller than 6; 64 copies found none smaller than 16. With the same copies in all steps, some searches found
-# nothing.
-COPIES, STEPS, RESTARTS = 16, 30, 8
 N_ATTACK = 10_000
 _GROUPS = 2  # images in a group, in units of the searches at a time: a kill loses at most a group
-_MOST_EFFORT = 100_000  # copies, steps, restarts
 
-# Numbers that address the noise: whatever proves something has noise of its own.
-_SEARCH, _START, _REFINEMENT, _PREDICTION, _PROOF = range(5)  # and one more of the last for each further try
-
-_START_NORM = 0.2  # of a random start, in sigmas
-_LEAST_NORM = 0.02  # of an iterate, in sigmas
-_DIRECTION_RATES = (1.0, 0.05)  # length of a step in units of the norm, first and last
-_NORM_RATES = (1.0, 0.1)  # share of the measured distance to the boundary by which the norm changes, first and last
 _SCALES = 7  # of the refinement
 _SPAN = 0.4  # of their norms around the distance that was found, in sigmas
 _SPARE = 1.8  # standard deviations of the votes by which a candidate should pass the test
-_GRADIENT_SHARE = 8  # a gradient keeps activations: an accelerator takes an eighth of the rows that it takes for votes
 
 
 class Attacks(NamedTuple):
@@ -157,19 +149,6 @@ def attack(
     return join(none, attack_images(*asked, **about), "attacking", len(task.images), progress)
 
 
-class Effort(NamedTuple):
-    """How long `attack` searches; see there."""
-
-    copies: int = COPIES
-    steps: int = STEPS
-    restarts: int = RESTARTS
-
-
-def check_effort(**effort: Any) -> Effort:
-    """Return the effort with some of its fields; a `UserError` for one that is no number from 1 to 100,000."""
-    return Effort(**{name: count(name, value, at_most=_MOST_EFFORT) for name, value in effort.items()})
-
-
 def attack_images(
     apply_fn: ApplyFn,
     variables: Any,
@@ -190,8 +169,8 @@ def attack_images(
     """
     if settings.sampler != GRID:
         images = to_float(images)
-    step, program = _compile(apply_fn, settings, effort, devices), vote_program(apply_fn, settings, devices)
-    group = _GROUPS * _jobs_per_device(settings, effort, devices) * len(devices)
+    step, program = compile_step(apply_fn, settings, effort, devices), vote_program(apply_fn, settings, devices)
+    group = _GROUPS * jobs_per_device(settings, effort, devices) * len(devices)
     for first in range(0, len(images), group):
         part = Task(images[first : first + group], indices[first : first + group], list(devices), settings)
         yield _attack(apply_fn, variables, part, step, program, alpha=alpha, effort=effort)
@@ -207,7 +186,7 @@ def _attack(
     alpha: float,
     effort: Effort,
 ) -> Attacks:
-    """Return attacks on the images of a task, by a step of `_compile` and the votes of a program."""
+    """Return attacks on the images of a task, by a step of `compile_step` and the votes of a program."""
     level = alpha / ATTACK_TESTS
     settings, images, indices = task.settings, task.images, task.indices
 
@@ -222,13 +201,13 @@ def _attack(
         return conclude_prediction(counts, alpha=level, slack=settings.law.slack)
 
     result = _none(images, settings.num_classes)
-    prediction = test(images, indices, _PREDICTION).prediction
+    prediction = test(images, indices, Occasion.PREDICTION).prediction
     result.prediction[:] = prediction
     left = np.flatnonzero(prediction != ABSTAIN) if settings.num_classes > 1 else np.zeros(0, np.int64)
     if not len(left):
         return result
     attacked = task._replace(images=images[left], indices=indices[left])
-    offsets, norms = _search(step, variables, attacked, prediction[left], effort)
+    offsets, norms = search(step, variables, attacked, prediction[left], effort)
     found = np.isfinite(norms)  # else every step led out of the box
     left, offsets, norms = left[found], offsets[found], norms[found]
     if not len(left):
@@ -240,14 +219,14 @@ def _attack(
     at_norms = np.stack([_moved(images[left], offsets, each) for each in tried])
     numbers = (indices[left] * _SCALES + np.arange(_SCALES)[:, None]) % (MAX_INDEX + 1)
     about = (at_norms.reshape(-1, *settings.image_shape), numbers.ravel())
-    counts = votes(*about, _REFINEMENT, n=-(-settings.n // _SCALES)).reshape(_SCALES, len(left), -1)
+    counts = votes(*about, Occasion.REFINEMENT, n=-(-settings.n // _SCALES)).reshape(_SCALES, len(left), -1)
     norms = _norms_to_prove(tried, counts, prediction[left], settings, level)
 
     for number in range(ATTACK_TESTS - 1):
         if not len(left):
             break
         candidates = _moved(images[left], offsets, norms)
-        tested = test(candidates, indices[left], _PROOF + number)
+        tested = test(candidates, indices[left], Occasion.PROOF + number)
         proven = (tested.prediction != ABSTAIN) & (tested.prediction != prediction[left])
         result.p_value[left], result.counts[left] = tested.p_value, tested.counts
         at = left[proven]
@@ -267,120 +246,10 @@ def _none(images: np.ndarray, num_classes: int) -> Attacks:
     return Attacks(np.full(number, ABSTAIN), np.full(number, ABSTAIN), nowhere, images.copy(), np.ones(number), counts)
 
 
-def _jobs_per_device(settings: VoteSettings, effort: Effort, devices: Sequence[jax.Device]) -> int:
-    """Return the number of searches that a device makes at a time."""
-    rows = settings.rows_per_device // (1 if devices[0].platform == "cpu" else _GRADIENT_SHARE)
-    return max(1, rows // effort.copies)
-
-
-def _search(
-    step: Callable[..., jax.Array], variables: Any, task: Task, classes: np.ndarray, effort: Effort
-) -> tuple[np.ndarray, np.ndarray]:
-    """Return for each image the smallest perturbation `[B, H, W, C]` of the restarts, and its norm `[B]`.
-
-    The norm is infinite where no restart could move.
-    """
-    settings, devices = task.settings, task.devices
-    group = _jobs_per_device(settings, effort, devices) * len(devices)
-    shared = parallel.replicate((variables, settings.draws(noise.Stream.ATTACK, _SEARCH)["key"]), devices)
-    start_key = settings.draws(noise.Stream.ATTACK, _START)["key"]
-    image, restart = np.divmod(np.arange(len(task.images) * effort.restarts), effort.restarts)
-    images = to_float(task.images)
-    best, norms = np.zeros_like(images), np.full(len(images), np.inf)
-    for first in range(0, len(image), group):
-        number = min(group, len(image) - first)
-        jobs = np.minimum(np.arange(first, first + group), len(image) - 1)  # the last group is padded
-        of, restarts = image[jobs], restart[jobs].astype(np.int32)
-        about = (images[of], classes[of].astype(np.int32), task.indices[of].astype(np.int32), restarts)
-        draws = noise.addressed_noise(start_key, about[2], restarts, shape=settings.image_shape)
-        starts = np.asarray(unit(draws)) * np.float32(_START_NORM * settings.sigma)
-        starts[restarts == 0] = 0
-        about = parallel.replicate(about, devices)
-        offsets = parallel.replicate(starts, devices)
-        for at in range(effort.steps):
-            offsets = step(offsets, *shared, *about, np.int32(at))
-        for place, offset in zip(of[:number], np.asarray(offsets), strict=False):
-            if 0 < _norms(offset) < norms[place]:
-                best[place], norms[place] = offset, _norms(offset)
-    return best, norms
-
-
-def _compile(
-    apply_fn: ApplyFn, settings: VoteSettings, effort: Effort, devices: Sequence[jax.Device]
-) -> Callable[..., jax.Array]:
-    """Compile a step of all searches that the devices make at a time."""
-    per_device = _jobs_per_device(settings, effort, devices)
-    voter = settings._replace(sampler=FLOAT).voter(apply_fn, devices[0].platform)  # the search is in real numbers
-    sigma, copies, steps = np.float32(settings.sigma), effort.copies, effort.steps
-
-    def step(
-        shard: jax.Array,
-        offsets: jax.Array,  # [J, H, W, C]
-        variables: Any,
-        key: jax.Array,
-        images: jax.Array,  # [J, H, W, C] in [0, 1]
-        classes: jax.Array,  # [J], the predictions to change
-        indices: jax.Array,  # [J]
-        restarts: jax.Array,  # [J]
-        number: jax.Array,  # of the step
-    ) -> jax.Array:
-        def mine(array: jax.Array) -> jax.Array:
-            return jax.lax.dynamic_slice_in_dim(array, shard * per_device, per_device)
-
-        def everyone(part: jax.Array) -> jax.Array:
-            whole = jnp.zeros((per_device * len(devices), *part.shape[1:]), part.dtype)
-            return parallel.sum_over_devices(jax.lax.dynamic_update_slice_in_dim(whole, part, shard * per_device, 0))
-
-        offset, image, own = mine(offsets), mine(images), jax.nn.one_hot(mine(classes), settings.num_classes) > 0
-        addresses = (jnp.repeat(mine(indices), copies), jnp.repeat(mine(restarts), copies))
-        numbers = jnp.tile(jnp.arange(copies, dtype=jnp.int32), per_device)
-        addresses = (*addresses, jnp.full_like(numbers, number), numbers)
-        draws = sigma * noise.addressed_noise(key, *addresses, shape=image.shape[1:])
-        draws = draws.reshape(per_device, copies, *image.shape[1:]).swapaxes(0, 1)
-
-        def loss(offset: jax.Array) -> tuple[jax.Array, jax.Array]:
-            logits = logits_of_copies(functools.partial(voter.logits, variables), image + offset, draws)
-            of_own, of_other = _own_and_best_other(losses.log_mean_softmax(logits), own)
-            return (of_other - of_own).sum(), logits
-
-        gradient, logits = jax.grad(loss, has_aux=True)(offset)
-        gradient = jnp.where(jnp.isfinite(gradient), gradient, 0)
-        votes = jax.nn.one_hot(logits.argmax(axis=-1), settings.num_classes)  # [M, J, K]
-        against = 1 - 2 * jnp.where(own[None], votes, 0).sum(axis=-1)  # 1 for another class, -1 for the prediction
-        estimate = (against[..., None, None, None] * draws).sum(axis=0)  # the gradient of the votes, up to a factor
-        direction = unit(jnp.where(l2_norm(gradient) > 0, gradient, estimate))
-        shares = _own_and_best_other((votes.sum(axis=0) + 0.5) / (copies + 1), own)
-        radius = sigma / 2 * (ndtri(shares[0]) - ndtri(shares[1]))  # negative for another class
-        norm = l2_norm(offset)[:, 0, 0, 0]
-
-        done = number.astype(jnp.float32) / max(1, steps - 1)
-        direction_rate, norm_rate = (a * (b / a) ** done for a, b in (_DIRECTION_RATES, _NORM_RATES))
-        length = jnp.maximum(norm + norm_rate * radius, _LEAST_NORM * sigma)
-        along = direction_rate * jnp.maximum(length, _START_NORM * sigma)
-        return everyone(_in_box(image, offset + along[:, None, None, None] * direction, length))
-
-    options = training_compiler_options(devices[0].platform, matrix_products=False)
-    return parallel.spread(step, devices=devices, donate=(0,), compiler_options=options)
-
-
-def _own_and_best_other(values: jax.Array, own: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """Return of values `[J, K]` the entry of the own class, and the largest of the others."""
-    return jnp.where(own, values, -jnp.inf).max(axis=-1), jnp.where(own, -jnp.inf, values).max(axis=-1)
-
-
-def _in_box(images: jax.Array, offsets: jax.Array, norms: jax.Array) -> jax.Array:
-    """Return the offsets scaled to norms `[J]` and clipped, in turn, so that the images stay in [0, 1]."""
-    for _ in range(3):
-        norm = l2_norm(offsets)
-        offsets = offsets * (norms[:, None, None, None] / jnp.where(norm > 0, norm, 1))
-        offsets = jnp.clip(images + offsets, 0, 1) - images
-    return offsets
-
-
 def _moved(images: np.ndarray, offsets: np.ndarray, norms: np.ndarray) -> np.ndarray:
     """Return images `[B, H, W, C]` moved along the offsets by norms `[B]`: uint8 of whole levels where they were."""
     levels = 255 if images.dtype == np.uint8 else 1
-    moved = images + levels * (norms / _norms(offsets))[:, None, None, None] * offsets
+    moved = images + levels * (norms / norms_of(offsets))[:, None, None, None] * offsets
     if levels > 1:
         moved = np.rint(moved)
     return np.clip(moved, 0, levels).astype(images.dtype)
@@ -389,13 +258,8 @@ def _moved(images: np.ndarray, offsets: np.ndarray, norms: np.ndarray) -> np.nda
 def _distances(images: np.ndarray, others: np.ndarray) -> np.ndarray:
     """Return l2 distances `[B]` in units where a pixel is in [0, 1], rounded up."""
     levels = 255 if images.dtype == np.uint8 else 1
-    distance = _norms(images.astype(np.float64) - others) / levels
+    distance = norms_of(images.astype(np.float64) - others) / levels
     return distance * (1 + (math.prod(images.shape[1:]) + 4) * 2.0**-52)  # more than all rounding errors
-
-
-def _norms(offsets: np.ndarray) -> np.ndarray:
-    """Return l2 norms over the last three axes, in float64."""
-    return np.sqrt(np.square(offsets, dtype=np.float64).sum(axis=(-3, -2, -1)))
 
 
 def _margins(

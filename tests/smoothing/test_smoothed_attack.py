@@ -101,7 +101,7 @@ def share_of_false_attacks(patch, module):
 
     patch.setattr(module, "count_votes", count_votes)
     patch.setattr(
-        module, "_search", lambda step, variables, task, *_: (np.ones(task.images.shape), np.ones(len(task.images)))
+        module, "search", lambda step, variables, task, *_: (np.ones(task.images.shape), np.ones(len(task.images)))
     )
     found = attack(linear, np.full((TRIALS, *SHAPE), 200, np.uint8), sigma=SIGMA, num_classes=2, n=49, alpha=0.05)
     assert (found.prediction == 0).all()
