@@ -12,13 +12,13 @@ from pathlib import Path
 from rs_consistency.certificates.columns import FILES, Row, Schema
 from rs_consistency.certificates.proof import contradictions
 from rs_consistency.certificates.read import Table, read_table
-from rs_consistency.certificates.record import record_path
+from rs_consistency.certificates.record import Record, record_path
 from rs_consistency.common.errors import UserError
 from rs_consistency.statistics.bounds import ABSTAIN
 
 # Keys of a record that say which smoothed classifier and which images a file is about.
-_ABOUT = ("dataset", "split", "data_digest", "model", "dtype", "parameter_digest", "torch_input")
-_OF_VOTES = ("sigma", "sampler", "precision", "grid_steps", "image_shape")
+_OF_NETWORK = ("model", "dtype", "parameter_digest", "torch_input", "precision")
+_ABOUT = ("dataset", "split", "data_digest", *_OF_NETWORK, "sigma", "sampler", "grid_steps", "image_shape")
 
 
 def beside(path: Path, schema: Schema) -> Table | None:
@@ -38,9 +38,9 @@ def beside(path: Path, schema: Schema) -> Table | None:
     return found
 
 
-def differences(one: Table, other: Table) -> list[str]:
+def differences(one: Record, other: Record) -> list[str]:
     """Return "key: its value in one -> in the other" for each key by which two files are about other classifiers."""
-    return one.record.differences({key: other.record.content.get(key) for key in (*_ABOUT, *_OF_VOTES)})
+    return one.differences({key: other.content.get(key) for key in _ABOUT})
 
 
 def alarms(certificates: Mapping[int, Row], attacks: Mapping[int, Row]) -> dict[int, str]:

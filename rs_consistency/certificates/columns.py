@@ -56,9 +56,8 @@ WORDS = {  # a decision -> its word in a file
 }
 _RADIUS_UNIT = Decimal("0.000001")
 _WHOLE = "0|[1-9][0-9]{0,17}"  # fits into int64
-_READERS: dict[
-    str, tuple[re.Pattern[str], Callable[[str], Any]]
-] = {  # column -> texts of its cells, type of its values
+# Column -> texts of its cells, and the type of its values.
+_READERS: dict[str, tuple[re.Pattern[str], Callable[[str], Any]]] = {
     "predict": (re.compile(f"-1|{_WHOLE}"), int),
     "radius": (re.compile(rf"({_WHOLE})\.[0-9]{{6}}"), Decimal),
     "adversarial": (re.compile(f"-1|{_WHOLE}"), int),

@@ -114,7 +114,7 @@ def _main(argv: Sequence[str]) -> None:
     if args.match_images and args.format in _WRITERS:
         _print_comparisons(args, loaded)
     if args.output:
-        _report(args, loaded, summaries)
+        _report(args, loaded, faults, summaries)
         if args.format == "text":
             print()
             if any(table.mode == CERTIFY.name for table, _ in loaded):
@@ -172,15 +172,16 @@ def _print_comparisons(args: Any, loaded: _Loaded) -> None:
         print("\n" + _WRITERS[args.format](tables.compared(found)), end="", flush=True)
 
 
-def _report(args: Any, loaded: _Loaded, summaries: list[dict[str, Any]]) -> None:
-    """Write the report about the files."""
+def _report(args: Any, loaded: _Loaded, faults: Sequence[str], summaries: list[dict[str, Any]]) -> None:
+    """Write the report about the files; the faults are from `read.standing`."""
     from rs_consistency.report.contents import subject
     from rs_consistency.report.page import write_report
     from rs_consistency.report.plots import short_labels  # matplotlib is slow to import
 
     args.output.mkdir(parents=True, exist_ok=True)
     labels = short_labels(args.paths)
-    subjects = [subject(label, path, *file) for label, path, file in zip(labels, args.paths, loaded, strict=True)]
+    files = zip(labels, args.paths, loaded, faults, strict=True)
+    subjects = [subject(label, path, *file, fault) for label, path, file, fault in files]
     asked = {"alpha": args.alpha, "bound": args.bound}
     recomputed = [f"{name} = {value}" for name, value in asked.items() if value is not None]
     if args.bonferroni:

@@ -50,7 +50,8 @@ from rs_consistency.devices import parallel
 from rs_consistency.devices.host import fix_number_types, keep_compiled, keep_memory, use_cores
 from rs_consistency.models import DTYPES
 from rs_consistency.models.torch_checkpoints import INPUT_LAYERS
-from rs_consistency.smoothing.attack import N_ATTACK, Effort
+from rs_consistency.smoothing.attack import N_ATTACK
+from rs_consistency.smoothing.search import Effort
 from rs_consistency.statistics import allocation
 from rs_consistency.statistics.bounds import ABSTAIN, ALPHA, ALPHA_SHARE, BOUNDS, N0, N
 from rs_consistency.statistics.samplers import GRID, SAMPLERS
@@ -360,7 +361,7 @@ def _compare_with_certificates(output: Path) -> None:
     if certificates is None:
         note(f"no {FILES[CERTIFY.name]}.tsv lies beside {output}: no certificate to compare with")
         return
-    if differing := differences(certificates, attacks):
+    if differing := differences(certificates.record, attacks.record):
         note(f"{certificates.path} is about another classifier ({'; '.join(differing)}): nothing to compare with")
         return
     both = attacks.rows.keys() & certificates.rows.keys()

@@ -11,8 +11,8 @@ import numpy as np
 from rs_consistency.certificates.alarms import alarms, beside, differences
 from rs_consistency.certificates.columns import ATTACK, CERTIFY, Row, format_radius
 from rs_consistency.certificates.proof import Evidence
-from rs_consistency.certificates.read import Certificates, certificate_path, read_table, standing
-from rs_consistency.certificates.record import content_beside
+from rs_consistency.certificates.read import Certificates, certificate_path
+from rs_consistency.certificates.record import Record, content_beside, record_path, unpacked_path
 from rs_consistency.common.errors import UserError
 from rs_consistency.common.files import read_json
 from rs_consistency.common.progress import progress_bar
@@ -109,15 +109,14 @@ class Comparison(NamedTuple):
         return [int(place) for place in self.order()[::-1][:_NAMED] if self.radii[0, place] < self.radii[1, place]]
 
 
-def subject(label: str, path: Path, certificates: Certificates, evidence: Evidence | None) -> Subject:
+def subject(label: str, path: Path, certificates: Certificates, evidence: Evidence | None, fault: str = "") -> Subject:
     """Read the files beside a certificate file. A file that is missing or damaged leaves its field empty.
 
-    Only a record of certify.py counts as a record: another program's file may have any file beside it.
+    Only a record of certify.py counts as a record: another program's file may have any file beside it. The fault of the
+    file itself is from `read.standing`.
     """
-    file, notes, metrics = certificate_path(path), [], []
+    file, notes, metrics = certificate_path(path), [fault] if fault else [], []
     record = _read(file, notes, content_beside)
-    if record and (fault := standing(path)[1]):
-        notes.append(fault)
     config = _read(file.parent / "config.json", notes)
     workdir = file.parent if config else None
     if workdir:
@@ -163,7 +162,9 @@ def compare(subjects: Sequence[Subject]) -> tuple[list[Comparison], list[str]]:
 def _attacks(path: Path) -> dict[int, Row]:
     """Return the rows of the attacks beside a certificate file, by image number."""
     attacks = beside(path, ATTACK)
-    return {} if attacks is None or differences(read_table(path), attacks) else attacks.rows
+    if attacks is None or differences(Record.read(record_path(unpacked_path(path))), attacks.record):
+        return {}
+    return attacks.rows
 
 
 def _read(path: Path, notes: list[str], read: Callable[[Path], Any] = read_json) -> Any:

@@ -139,12 +139,13 @@ def test_only_files_of_the_same_classifier_and_images_are_compared(tmp_path):
     attacks = attacked(tmp_path / "attacks.tsv")
     assert beside(attacks.path, CERTIFY) is None
     certificates = certified(tmp_path / "certificates.tsv", [0.5, 0.4, 0.3, 0.2])
-    assert beside(certificates.path, ATTACK).rows == attacks.rows and not differences(certificates, attacks)
+    assert beside(certificates.path, ATTACK).rows == attacks.rows
+    assert not differences(certificates.record, attacks.record)
     record = json.loads(attacks.path.with_suffix(".json").read_text())
     other = {"sigma": 0.25, "parameter_digest": "x", "data_digest": "x", "precision": "highest", "torch_input": "none"}
     for key, value in other.items():
         attacks.path.with_suffix(".json").write_text(json.dumps({**record, key: value}))
-        assert len(differences(certificates, beside(certificates.path, ATTACK))) == 1
+        assert len(differences(certificates.record, beside(certificates.path, ATTACK).record)) == 1
     attacks.path.with_suffix(".json").write_text(json.dumps(record))
     lines = attacks.path.read_text()
     attacks.path.write_text(lines.replace("0.250000\t1000", "0.200000\t1000"))
