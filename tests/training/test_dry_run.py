@@ -14,7 +14,7 @@ from rs_consistency.smoothing.speed import measure_votes
 from rs_consistency.smoothing.votes import vote_settings
 from rs_consistency.training import dry_run
 from rs_consistency.training.session import Session
-from tests.helpers import TINY, TOY
+from tests.helpers import TOY
 
 
 @pytest.fixture(autouse=True)
@@ -28,9 +28,9 @@ def everything_in(folder):
 
 
 def test_training_is_planned_without_a_trace_of_it(program, tmp_path):
-    out = program.succeeds("cli.train", *TINY, f"--workdir={tmp_path / 'run'}", "--dry_run").out
+    out = program.succeeds("cli.train", *TOY, f"--workdir={tmp_path / 'run'}", "--dry_run").out
     assert "200 training and 60 test images; a step takes 32 examples x 2 noisy copies of 28 x 28 x 1" in out
-    assert "lenet, 431,080 parameters, float32" in out and "new; 14 of 14 steps to do" in out
+    assert "linear, 7,850 parameters, float32" in out and "new; 14 of 14 steps to do" in out
     assert float(re.search(r"speed: ([\d,]+) noisy", out)[1].replace(",", "")) > 0
     assert "devices: 8 x cpu" in out and "time: about 0:" in out
     assert not list(tmp_path.iterdir())
