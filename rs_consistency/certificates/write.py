@@ -64,7 +64,7 @@ class CertificateFile:
         """
         self.path, self.schema = path, schema
         self._record = _new_record(path, schema, identity, selection, **about)
-        self._wanted = set(selection.indices().tolist())
+        self._wanted = set(selection.images)
         new, content = not path.exists(), b""
         self._file = _open_locked(path)
         try:
@@ -119,7 +119,7 @@ class CertificateFile:
         ordered = self.schema.text(parse_own(self.path, content, self.schema).values()).encode()
         if ordered != content:
             self._replace(ordered)
-        if self._record.finished is None and self.done == set(self._record.selection.indices().tolist()):
+        if self._record.finished is None and self.done == set(self._record.selection.images):
             self._record = self._record.finish(ordered)
             self._write_record()
 
@@ -133,7 +133,7 @@ class CertificateFile:
         if self.done <= self._wanted:  # else the file is to hold more than this call asks for
             selection = mine.selection
             content["max"] = selection.most
-        if recorded.is_changed(table) or not self.done.issuperset(selection.indices().tolist()):
+        if recorded.change(table) or not self.done.issuperset(selection.images):
             content.pop("finished", None)
         if not self.done >= self._wanted:
             here = {key: mine.content[key] for key in PROVENANCE if key in mine.content}
@@ -231,11 +231,9 @@ def _held(path: Path, content: bytes, wanted: Record) -> tuple[Record, dict[int,
         )
     rows = parse_own(path, whole, record.schema, record.selection, ordered=record.finished is not None)
     # A finished table may have lost its last lines, which are made again.
-    if record.is_changed(whole) and len(rows) >= record.content["finished"]["images"]:
-        raise UserError(
-            f"{path} was changed after it was finished (its SHA-256 is not the one in {beside.name});"
-            " restore it from a copy, or delete it"
-        )
+    change = record.change(whole)
+    if change and len(rows) >= record.content["finished"]["images"]:
+        raise UserError(f"{path} was changed after it was finished ({change}); restore it from a copy, or delete it")
     return record, rows
 
 

@@ -16,7 +16,8 @@ from scipy import stats
 
 from rs_consistency import data, noise
 from rs_consistency.certificates.measures import summarize
-from rs_consistency.certificates.read import Certificates, read_certificates
+from rs_consistency.certificates.proof import load
+from rs_consistency.certificates.read import Certificates
 from rs_consistency.models import create_model
 from rs_consistency.report import figures, formats, plots
 from rs_consistency.report.contents import compare, subject
@@ -39,7 +40,7 @@ def field_file(path, radii, *, labels=None, indices=None):
 
 
 def of_file(path, label):
-    return subject(label, path, read_certificates(path), None)
+    return subject(label, path, load(path)[0], None)
 
 
 class Page(html.parser.HTMLParser):
@@ -139,7 +140,7 @@ def test_a_report_of_two_runs(report, two_runs):
     assert "computed again" not in page.text and "linear" in page.text and "clopper_pearson" in page.text
     measured = list(csv.DictReader(io.StringIO((report / "measures.csv").read_text())))
     for line, name in zip(measured, ("whole", "half"), strict=True):
-        table = read_certificates(two_runs / name)
+        table = load(two_runs / name)[0]
         radii = table.radius * table.correct
         assert (line["run"], float(line["acr"])) == (name, radii.mean())
         expected = stats.bootstrap((radii,), np.mean, method="percentile", n_resamples=10_000, rng=7)
@@ -159,7 +160,7 @@ def test_the_tables_say_the_same_in_every_format(report):
 
 
 def test_differences_are_those_of_the_files(report, two_runs):
-    first, second = (read_certificates(two_runs / name) for name in ("whole", "half"))
+    first, second = (load(two_runs / name)[0] for name in ("whole", "half"))
     difference = first.radius * first.correct - second.radius * second.correct
     (line,) = csv.DictReader(io.StringIO((report / "comparisons.csv").read_text()))
     assert float(line["mean"]) == pytest.approx(difference.mean())
