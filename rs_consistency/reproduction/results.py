@@ -162,8 +162,10 @@ def read_results(folder: Path) -> list[Result]:
                 whole_number("epochs", made["epochs"], at_least=0),
                 tuple(_text("deviations", each) for each in made["deviations"]),
             )
+            for call in made.get("calls", []):
+                _text("program", call["program"])
             for call in (*made.get("calls", []), made.get("certified_with", {}), *made.get("continued_with", [])):
-                for name in ("program", "device", "processor", "git_commit"):
+                for name in ("device", "processor", "git_commit"):
                     _text(name, call.get(name, ""), optional=True)
         except KeyError as error:
             raise UserError(f"{path} lacks {error}; run reproduce.py again for this cell") from None

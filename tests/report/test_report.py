@@ -319,7 +319,7 @@ def test_labels_are_shown_as_they_are(program, tmp_path):
     assert 'a"b&c/f.tsv (2)' in page.text
     assert "<script" not in page.source and 'a"b' not in page.source
     markdown, latex = ((tmp_path / "out" / f"tables.{kind}").read_text() for kind in ("md", "tex"))
-    assert r"| _hidden\|$x$_%{}^~\/f.tsv | 2 |" in markdown
+    assert r"| \_hidden\|\$x\$\_%{}^\~\\/f.tsv | 2 |" in markdown and "<script" not in markdown.replace(r"\<", "")
     assert r"\_hidden\textbar{}\$x\$\_\%\{\}\textasciicircum{}\textasciitilde{}\textbackslash{}/f.tsv & 2" in latex
 
 
