@@ -2,6 +2,8 @@
 
 import json
 import shutil
+from contextlib import contextmanager
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -15,6 +17,7 @@ from rs_consistency.certificates.record import Settings
 from rs_consistency.certificates.selection import Selection, Shard, parse_shard
 from rs_consistency.certificates.write import CertificateFile
 from rs_consistency.common.errors import UserError
+from rs_consistency.common.files import replace_atomically
 from rs_consistency.smoothing.votes import Votes
 from tests.helpers import rows
 
@@ -244,6 +247,19 @@ def test_an_output_with_another_content_is_left_alone(shards, output, tmp_path):
     refused(shards, tmp_path / "all.txt", "the name must end in .tsv")
     (tmp_path / "link.tsv").symlink_to(shards[2])
     refused(shards, tmp_path / "link.tsv", "is one of the files to merge")
+
+
+@pytest.mark.parametrize("change", [Path.unlink, lambda path: path.write_text("mine")])
+def test_an_output_that_another_process_takes_away_is_no_success(shards, output, monkeypatch, change):
+    @contextmanager
+    def replaced(path):
+        with replace_atomically(path) as temporary:
+            yield temporary
+        change(path)
+
+    monkeypatch.setattr("rs_consistency.certificates.merge.replace_atomically", replaced)
+    with pytest.raises(UserError, match=r"output=.*all\.tsv or all\.json was replaced by another process meanwhile"):
+        merge(shards, output)
 
 
 def test_a_kill_during_a_merge_leaves_nothing_half(shards, output, tmp_path, monkeypatch):

@@ -5,6 +5,7 @@ import csv
 import html.parser
 import io
 import json
+import re
 import shutil
 import subprocess
 import sys
@@ -306,6 +307,41 @@ def test_what_is_missing_of_a_run_is_one_note(program, two_runs, tmp_path, monke
     assert message in page.text and "What is missing" in page.text
     of_training = set() if damage in ("metrics", "elsewhere") else {"training"}
     assert set(figures_of(tmp_path / "out")) == {"acr", "certified_accuracy", "p_a"} | of_training
+
+
+HOSTILE = [
+    "a|b",
+    "*a* _b_ `c`",
+    "<img src=x onerror=alert(1)>",
+    "[x](javascript:alert(1)) ![y](z)",
+    "a\nb\r\n| 1 | 2 |",
+    "\x1b[2J\x1b]0;title\x07",
+    "\u202etxt.exe\u2028",
+    "\udcff",
+    "=cmd|' /C calc'!A0",
+    "@SUM(1)",
+    "-1+1",
+    '"a",b',
+    "\\|$\\|&lt;~~x~~",
+]
+
+
+@pytest.mark.parametrize("name", HOSTILE)
+def test_no_name_is_markup_a_formula_or_a_command(name):
+    table = [["run", "ACR"], [name, "1.0"]]
+    written = [formats.aligned(table), formats.markdown(table), formats.latex(table), formats.markdown_text(name)]
+    written += [formats.csv_text([{"run": name, "acr": -1.0}])]
+    for text in written:
+        assert all(line.isprintable() for line in text.split("\n"))
+        text.encode()
+    text, markdown, latex, _, csv_text = written
+    assert len(text.splitlines()) == 2 and len(markdown.splitlines()) == 3 and len(latex.splitlines()) == 7
+    (cell, last) = re.fullmatch(r"\| (.*) \| (1\.0) \|", markdown.splitlines()[2]).groups()
+    plain = re.sub(r"\\(.)", "", cell)  # without the escaped characters nothing is left of any markup
+    assert last == "1.0" and not set(plain) & set("|*`<>[]\\~&$") and not re.search(r"\b_|_\b|^_|_$| _|_ ", plain)
+    assert re.sub(r"\\(.)", r"\1", cell) == formats.plain_text(name)  # and it is all there
+    header, row = csv.reader(io.StringIO(csv_text))
+    assert header == ["run", "acr"] and row[1] == "-1.0" and not row[0].startswith(("=", "+", "-", "@"))
 
 
 def test_labels_are_shown_as_they_are(program, tmp_path):
