@@ -29,7 +29,8 @@ from pathlib import Path
 import numpy as np
 from scipy import special
 
-from rs_consistency.certificates.read import read_certificates, read_rows
+from rs_consistency.certificates.proof import load
+from rs_consistency.certificates.read import read_rows
 from rs_consistency.statistics import allocation
 from rs_consistency.statistics.allocation import votes_for_tolerance
 from rs_consistency.statistics.bounds import ALPHA, N0, N, lower_confidence_bound
@@ -213,7 +214,7 @@ def _populations(published: Path) -> Iterator[tuple[str, float, np.ndarray, np.n
     rng = np.random.default_rng(0)
     imagenet = published / "imagenet_resnet50_consistency_sigma0.50.tsv"
     if imagenet.is_file():
-        rows = read_certificates(imagenet)
+        rows = load(imagenet)[0]
         p = np.where(rows.predict >= 0, _share_of(rows.radius / 0.5), rng.uniform(0.2, 0.5, len(rows.radius)))
         yield "ImageNet consistency 0.50", 0.5, p, rows.correct == 1
     for method, accuracy in _LIKE_CIFAR10.items():

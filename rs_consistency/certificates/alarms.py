@@ -32,7 +32,9 @@ def beside(path: Path, schema: Schema) -> Table | None:
         return None
     found = read_table(other)
     if found.changed:
-        raise UserError(f"{other} was changed after it was finished; restore it from a copy, or make it again")
+        raise UserError(
+            f"{other} was changed after it was finished: {found.changed}; restore it from a copy, or make it again"
+        )
     for index, fault in contradictions(found).items():
         raise UserError(f"{other}, image {index}: {fault}; make it again")
     return found

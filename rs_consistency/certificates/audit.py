@@ -11,6 +11,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
+from numpy.typing import ArrayLike
 
 from rs_consistency.certificates.columns import Row
 from rs_consistency.certificates.exact_lines import unproven
@@ -102,13 +103,22 @@ def check_binding(table: Table, given: Mapping[str, Any]) -> None:
         )
 
 
-def compare(table: Table, redrawn: Sequence[Row], here: Mapping[str, Any]) -> Report:
+def compare(
+    table: Table,
+    redrawn: Sequence[Row],
+    here: Mapping[str, Any],
+    *,
+    labels: ArrayLike | None = None,
+    num_classes: int | None = None,
+) -> Report:
     """Compare lines with those drawn again, and every line of the file with its own counts, which must prove it, too.
 
     Args:
       table: the file; `check_binding` accepts model and data.
       redrawn: fresh rows of some of its images, from `question.answer`; their time is ignored.
       here: the `PROVENANCE` of the fresh rows.
+      labels: `[N]`, true classes of the images in the order of the lines; None where they are not known.
+      num_classes: number of classes; None where it is not known.
     """
     record, largest = table.record, 0
     settings, problems = record.settings, contradictions(table)
@@ -116,6 +126,14 @@ def compare(table: Table, redrawn: Sequence[Row], here: Mapping[str, Any]) -> Re
     for index, text in faults.items():
         if problems.get(index) != text:  # counts that cannot be
             problems[index] = f"{problems[index]}; {text}" if index in problems else text
+    drawn = {fresh["idx"] for fresh in redrawn}
+    for row, label in zip(table.rows.values(), _listed(labels, len(table.rows)), strict=True):
+        index, classes = row["idx"], {name: row[name] for name in ("predict", "selected", "adversarial") if name in row}
+        texts = [f"{name} {value} is no class" for name, value in classes.items() if value >= (num_classes or math.inf)]
+        if label not in (None, row["label"]) and index not in drawn:
+            texts.append(f"label {row['label']}, in the dataset {label}")
+        if texts:
+            problems[index] = "; ".join([*filter(None, [problems.get(index)]), *texts])
     for fresh in redrawn:
         index, old = fresh["idx"], table.rows[fresh["idx"]]
         names = [name for name in old if name != "time" and old[name] != fresh[name]]
@@ -123,7 +141,7 @@ def compare(table: Table, redrawn: Sequence[Row], here: Mapping[str, Any]) -> Re
             text = ", ".join(f"{name} {old[name]}, drawn again {fresh[name]}" for name in names)
             problems[index] = f"{problems[index]}; {text}" if index in problems else text
         largest = max([largest, *(abs(old[name] - fresh[name]) for name in names if name in _COUNTS)])
-    changed = f"{table.path} was changed after it was finished: its SHA-256 is not the one in {record.path.name}"
+    changed = f"{table.path} was changed after it was finished: {table.changed}"
     return Report(
         drawn=len(redrawn),
         reproduced=sum(fresh["idx"] not in problems for fresh in redrawn),
@@ -136,6 +154,10 @@ def compare(table: Table, redrawn: Sequence[Row], here: Mapping[str, Any]) -> Re
     )
 
 
+def _listed(labels: ArrayLike | None, size: int) -> list[int | None]:
+    return [None] * size if labels is None else np.asarray(labels).tolist()
+
+
 def _notes(table: Table, here: Mapping[str, Any]) -> list[str]:
     notes = []
     others = [entry for entry in table.record.provenances() if differing_provenance(here, entry)]
@@ -146,7 +168,7 @@ def _notes(table: Table, here: Mapping[str, Any]) -> list[str]:
             " rounding can decide near-ties between classes differently, or change the last digit of a radius"
         )
     if table.missing:
-        size = len(table.missing) + len(table.rows)
+        size = table.missing + len(table.rows)
         notes.append(f"the file is not finished: it holds {len(table.rows)} of {size} images")
     return notes
 

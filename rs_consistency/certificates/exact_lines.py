@@ -25,7 +25,7 @@ import numpy as np
 from rs_consistency.certificates.columns import ATTACK, CERTIFY, DECIDE, PREDICT, WORDS, Row, Schema
 from rs_consistency.certificates.proof import Evidence, impossible, is_possible, uniform_draws
 from rs_consistency.certificates.read import certificate_path, read_rows
-from rs_consistency.certificates.record import Record, Settings, content_beside
+from rs_consistency.certificates.record import Settings
 from rs_consistency.common.checks import decimal_value
 from rs_consistency.common.errors import UserError
 from rs_consistency.common.progress import progress_bar
@@ -161,15 +161,8 @@ def _is_proven(schema: Schema, settings: Settings, row: Row, alpha: Fraction, dr
 
 def _read(path: Path) -> tuple[Schema, Settings, list[Row], Fraction]:
     """Return the lines of a file with a record, their settings and alpha."""
-    file = certificate_path(path)
-    schema, rows = read_rows(file)
-    content = {} if schema is None else content_beside(file)
-    if not content:
+    table = read_rows(certificate_path(path))[2]
+    if table is None:
         raise UserError(f"{path} is no file of certify.py with its record beside it; leave out --exact, or this file")
-    record = Record.from_json(file, content)
-    if record.schema is not schema:
-        mode = record.schema.name
-        raise UserError(
-            f"{path} has the columns of mode={schema.name!r}, but was made with mode={mode!r}; certify again"
-        )
-    return schema, record.settings, list(rows.values()), decimal_value(record.settings.alpha)
+    settings = table.record.settings
+    return table.record.schema, settings, list(table.rows.values()), decimal_value(settings.alpha)

@@ -19,6 +19,7 @@ from rs_consistency.statistics.bounds import ABSTAIN, ALPHA_SHARE, Certified, ce
 DEFAULT_RADII = (0.0, 0.25, 0.5, 0.75, 1.0, 1.25, 1.5, 1.75, 2.0, 2.25, 2.5)
 QUANTILES = (0.05, 0.25, 0.5, 0.75, 0.95)
 _FEWER = 10  # votes for each vote in `acr_at_tenth`
+_MOST_DRAWN = 10**9 - 1  # votes for a class that NumPy draws from
 _RECOMPUTED = 20_000  # lines in `acr_at_tenth`: chance moves the mean by about 1e-4 of itself
 
 
@@ -137,9 +138,10 @@ def acr_at_tenth(evidence: Evidence) -> float | None:
 
     A tenth of an image's votes, drawn without replacement, holds a hypergeometric number of votes for the selected
     class. The mean is over such draws, always the same. The bound `two_class` depends on the most votes for another
-    class as well, which the counts do not tell of a part of the votes: None.
+    class as well, which the counts do not tell of a part of the votes: None. So is it for more votes than NumPy draws
+    from.
     """
-    if evidence.settings.bound == "two_class":
+    if evidence.settings.bound == "two_class" or evidence.votes.max() > _MOST_DRAWN:
         return None
     fewer, right = np.maximum(evidence.votes // _FEWER, 1), _is_right(evidence)
     shape = -(-_RECOMPUTED // len(right)), len(right)

@@ -1,8 +1,10 @@
 """The merger of the files of all shards into one certificate file."""
 
+import itertools
 from collections.abc import Sequence
 from pathlib import Path
 
+from rs_consistency.certificates.proof import check_table
 from rs_consistency.certificates.read import Table, read_table
 from rs_consistency.certificates.record import Record, record_path
 from rs_consistency.certificates.write import Progress, check_place, check_replaceable
@@ -19,8 +21,8 @@ def merge(paths: Sequence[Path], output: Path) -> Progress:
 
     Raises:
       UserError: for files that are no shards of one certification (the differing settings are named), a shard given
-        twice or missing, an image twice or missing, a damaged or changed file, or an output that is there already with
-        another content.
+        twice or missing, an image twice or missing, a damaged or changed file, a line that claims more than its counts
+        prove, or an output that is there already with another content, or is replaced meanwhile.
     """
     beside = record_path(output)
     check_place(output)
@@ -46,6 +48,9 @@ def merge(paths: Sequence[Path], output: Path) -> Progress:
         write_json(beside, record.to_json())
         with replace_atomically(output) as temporary:
             temporary.write_bytes(content)
+        there = record.to_json()
+    if not output.exists() or output.read_bytes() != content or read_json(beside) != there:
+        raise UserError(f"output={output} or {beside.name} was replaced by another process meanwhile; merge again")
     return Progress().plus(rows)
 
 
@@ -70,32 +75,28 @@ def _sorted_shards(tables: Sequence[Table]) -> list[Table]:
             other = by_index[shard.index].path
             raise UserError(f"{other} and {table.path} are both shard {shard}; give each shard once")
         by_index[shard.index] = table
-    missing = [f"{index}/{count}" for index in range(1, count + 1) if index not in by_index]
-    if missing:
-        more = f" and {len(missing) - 8} more" if len(missing) > 8 else ""
+    missing = (f"{index}/{count}" for index in range(1, count + 1) if index not in by_index)
+    named, number = list(itertools.islice(missing, 8)), count - len(by_index)  # `count` may be any number
+    if named:
+        more = f" and {number - 8} more" if number > 8 else ""
         raise UserError(
-            f"shard {', '.join(missing[:8])}{more} is missing; make it with certify.py --shard={missing[0]},"
-            " and give its file, too"
+            f"shard {', '.join(named)}{more} is missing; make it with certify.py --shard={named[0]}, and give its"
+            " file, too"
         )
     return [by_index[index] for index in sorted(by_index)]
 
 
 def _check_whole(table: Table) -> None:
-    """Raise a `UserError` when an image of the shard is missing, or the file was changed."""
-    record, path, missing = table.record, table.path, table.missing
-    if missing:
+    """Raise a `UserError` when an image of the shard is missing, the file was changed, or counts contradict a line."""
+    record, path, images = table.record, table.path, table.record.selection.images
+    if table.missing:
         settings = f"python certify.py with its settings and --shard={record.selection.shard}"
+        such = next(index for index in images if index not in table.rows)
         raise UserError(
-            f"{path} lacks {len(missing)} of {len(missing) + len(table.rows)} images, such as {missing[0]};"
+            f"{path} lacks {table.missing} of {len(images)} images, such as {such};"
             f" continue it: {record.content.get('command', settings)}"
         )
-    if table.changed:
-        raise UserError(
-            f"{path} was changed after it was finished (its SHA-256 is not the one in {record.path.name});"
-            " restore it from a copy, or certify the shard again"
-        )
-    if len(table.rows) > len(record.selection.indices()):
-        raise UserError(f"{path} has images beyond max={record.selection.most}; certify the shard again")
+    check_table(table, path)
 
 
 def _merged_record(tables: Sequence[Table], path: Path) -> Record:

@@ -14,7 +14,7 @@ import numpy as np
 
 from rs_consistency.certificates.columns import ATTACK, CERTIFY, DECIDE, PREDICT, WORDS, Row, Schema, make_rows
 from rs_consistency.certificates.read import Certificates, Table, certificate_path, read_rows, to_columns
-from rs_consistency.certificates.record import Record, Settings, record_path, unpacked_path
+from rs_consistency.certificates.record import Settings, unpacked_path
 from rs_consistency.common import checks
 from rs_consistency.common.checks import decimal_value
 from rs_consistency.common.errors import UserError
@@ -24,7 +24,7 @@ from rs_consistency.statistics.bounds import ABSTAIN, ALPHA_SHARE, ATTACK_TESTS,
 
 _MORE_VOTES = "none before more votes"  # a decision that was not reached when the votes ended
 # One unit of the last written digit: another version of SciPy may have computed the quantile a little differently.
-_RADIUS_TOLERANCE = Decimal("0.000001")
+_ROUNDING = Decimal("0.000001")
 
 
 class Evidence(NamedTuple):
@@ -57,9 +57,10 @@ def load(
 ) -> tuple[Certificates, Evidence | None]:
     """Read a certificate file, and recompute it from its counts if asked to.
 
-    Without alpha, bound and bonferroni, the lines are those of the file. If it has counts and its record, a line that
-    claims more than its counts prove is an error; a line that claims less stays. With any of the three, predictions and
-    radii are recomputed, whatever the file says. With the file's own alpha and bound they are the written ones.
+    Without alpha, bound and bonferroni, the lines are those of the file. If it has counts and its record, in whatever
+    mode, a line that claims more than its counts prove is an error; a line that claims less stays. With any of the
+    three, predictions and radii are recomputed, whatever the file says. With the file's own alpha and bound they are
+    the written ones. A file that was changed after it was finished is an error in either case.
 
     Guarantee: that of `bounds.certify_votes` at the new alpha, for an alpha and a bound that were not chosen by looking
     at the counts. Whoever takes the best of several errs with a probability of up to the sum of their alphas.
@@ -77,7 +78,7 @@ def load(
 
     Raises:
       UserError: for a file that `read_rows` refuses, a damaged record, counts that contradict it, a claim that they do
-        not prove, and counts that are needed and missing.
+        not prove, a change since the file was finished, and counts that are needed and missing.
     """
     if alpha is not None:
         alpha = checks.probability("alpha", alpha)
@@ -85,16 +86,16 @@ def load(
         checks.one_of("bound", bound, BOUNDS)
     recompute = alpha is not None or bound is not None or bonferroni
     file = certificate_path(path)
-    schema, by_index = read_rows(file)
+    schema, by_index, own = read_rows(file)
     table = to_columns(file, schema, by_index)
-    record, missing = _read_record(file, schema)
-    if record is None:
+    if own is not None:
+        check_table(own, path, claims=not recompute)
+    if own is None or schema is not CERTIFY:
         if recompute or need_counts:
+            missing = _missing_proof(file, schema)
             raise UserError(f"{path} {missing}; leave out --alpha, --bound, --bonferroni and --joint, or this file")
         return table, None
-    settings, rows = record.settings, list(by_index.values())
-    for index, fault in faults_of_counts(CERTIFY, settings, rows).items():
-        raise UserError(f"{path}, image {index}: {fault}; certify again")
+    settings, rows = own.record.settings, list(by_index.values())
     each = decimal_value(settings.alpha if alpha is None else alpha) / (len(rows) if bonferroni else 1)
     if bound not in (None, settings.bound):
         settings = settings._replace(bound=bound, alpha_share=ALPHA_SHARE if bound == "two_class" else None)
@@ -102,11 +103,36 @@ def load(
     proven, lower = _certificates(settings, _columns(rows))
     if recompute:
         rows, table = proven, to_columns(file, schema, {row["idx"]: row for row in proven})
-    else:
-        _check_claims(path, rows, proven)
     columns = _columns(rows)
     votes = np.broadcast_to(columns.get("votes", settings.n), len(rows))
     return table, Evidence(settings, each, rows, columns["count"], votes, lower)
+
+
+def check_table(table: Table, path: Path, *, claims: bool = True) -> None:
+    """Check a file of this program, of any mode, as far as it can be checked without its network and images.
+
+    Args:
+      table: the file.
+      path: for messages.
+      claims: whether the lines must follow from their counts; the counts must be possible in any case.
+
+    Raises:
+      UserError: for the first line whose counts are impossible with the settings of the record, or that claims more
+        than they prove; or for a file that was changed after it was finished.
+    """
+    schema, settings, rows = table.record.schema, table.record.settings, list(table.rows.values())
+    for index, fault in faults_of_counts(schema, settings, rows).items():
+        raise UserError(f"{path}, image {index}: {fault}; certify again")
+    if claims and rows:
+        for row, right in zip(rows, rows_of_counts(schema, settings, _columns(rows)), strict=True):
+            fault = _excess(schema, row, right)
+            if fault:
+                remedy = ", or recompute with --alpha" if schema is CERTIFY and not table.changed else ""
+                raise UserError(f"{path}, image {row['idx']}: {fault}; certify again{remedy}")
+    if table.changed:
+        raise UserError(
+            f"{path} was changed after it was finished: {table.changed}; restore it from a copy, or certify again"
+        )
 
 
 def contradictions(table: Table) -> dict[int, str]:
@@ -161,19 +187,24 @@ def faults_of_counts(schema: Schema, settings: Settings, rows: Collection[Row]) 
             found[row["idx"]] = f"votes {row.get('votes', settings.n)}, its selection asks for {votes}"
         elif schema is ATTACK and row["adversarial"] != ABSTAIN and row["predict"] in (ABSTAIN, row["adversarial"]):
             found[row["idx"]] = f"adversarial {row['adversarial']} is no other class than predict {row['predict']}"
-        elif not _is_of_label(row):
+        elif not _is_of_label(row, votes):
             found[row["idx"]] = f"count_label {row['count_label']} contradicts its other counts"
     return found
 
 
-def _is_of_label(row: Row) -> bool:
-    """Return whether the votes for the label, where they are known, agree with the other counts."""
+def _is_of_label(row: Row, votes: int) -> bool:
+    """Return whether the votes for the label, where they are known, agree with the other counts, of so many votes."""
     if "count_label" not in row:
         return True
-    chosen, votes = row.get("selected", row["predict"]), row["count_label"]
-    if row["label"] == chosen:
-        return votes == row["count"]
-    return votes <= (row["count"] if chosen == ABSTAIN else row["count_runner_up"])
+    chosen, count, runner_up, own = (
+        row.get("selected", row["predict"]),
+        row["count"],
+        row["count_runner_up"],
+        row["count_label"],
+    )
+    if row["label"] == chosen or (chosen == ABSTAIN and own == count):
+        return own == count
+    return own == runner_up or (own < runner_up and count + runner_up + own <= votes)
 
 
 def planned_votes(settings: Settings, count0: np.ndarray) -> np.ndarray:
@@ -187,10 +218,10 @@ def is_possible(schema: Schema, settings: Settings, row: Row) -> bool:
     n, count = settings.n, row["count"]
     if schema is DECIDE:
         looked = row["votes"] == n or (0 < row["votes"] < n and row["votes"] % settings.look_every == 0)
-        return row["count0"] <= settings.n0 and count <= row["votes"] and looked
+        return 1 <= row["count0"] <= settings.n0 and count <= row["votes"] and looked
     runner_up, votes = row["count_runner_up"], row.get("votes", n)
     if schema is CERTIFY:
-        good = row["count0"] <= settings.n0 and (votes == n if settings.tolerance is None else 1 <= votes <= n)
+        good = 1 <= row["count0"] <= settings.n0 and (votes == n if settings.tolerance is None else 1 <= votes <= n)
     else:
         good = runner_up <= count
     least = 0 if schema is ATTACK else 1  # without an adversarial image there are no votes
@@ -258,29 +289,39 @@ def _columns(rows: Sequence[Row]) -> dict[str, np.ndarray]:
     return {name: np.array([row[name] for row in rows]) for name in rows[0]}
 
 
-def _check_claims(path: Path, rows: Sequence[Row], proven: Sequence[Row]) -> None:
-    """Raise a `UserError` for the first line that claims more than its counts prove."""
-    for row, right in zip(rows, proven, strict=True):
-        claimed, predict = row["predict"], right["predict"]
-        if claimed not in (ABSTAIN, predict) or row["radius"] > right["radius"] + _RADIUS_TOLERANCE:
-            proves = "no certificate" if predict == ABSTAIN else f"class {predict}, radius {right['radius']}"
-            raise UserError(
-                f"{path}, image {row['idx']}: predict={claimed}, radius={row['radius']} do not follow from the counts,"
-                f" which prove {proves}; certify again, or recompute with --alpha"
-            )
+def _excess(schema: Schema, row: Row, right: Row) -> str:
+    """Return the fault of a row that claims more than the row from its counts, "" for none. It may claim less."""
+    claims, undecided = row["predict"] != ABSTAIN, WORDS[sequential.UNDECIDED]
+    if schema is DECIDE:
+        claims = claims and row["decision"] == WORDS[sequential.CERTIFIED]
+    # A claim is of a class and a radius: a row without it has neither.
+    predict, radius = (right["predict"], right["radius"]) if claims else (ABSTAIN, Decimal(0))
+    if row["predict"] not in (ABSTAIN, predict) or row["radius"] > radius + (_ROUNDING if schema is CERTIFY else 0):
+        found = _named(row, "predict", "radius", *(["decision"] if schema is DECIDE else []))
+        proves = "no certificate" if schema is CERTIFY else "no class"
+        if right["predict"] != ABSTAIN:
+            proves = f"class {right['predict']}, radius {right['radius']}"
+        return f"{found} do not follow from the counts, which prove {proves}"
+    excess = {
+        "decision": lambda: row["decision"] not in (undecided, right["decision"]),
+        "p_value": lambda: row["p_value"] < right["p_value"],
+        "adversarial": lambda: row["adversarial"] not in (ABSTAIN, right["adversarial"]),
+        "distance": lambda: row["distance"] < (right["distance"] if row["adversarial"] != ABSTAIN else Decimal("inf")),
+    }
+    names = [name for name, exceeds in excess.items() if name in row and exceeds()]
+    if not names:
+        return ""
+    return f"{_named(row, *names)} does not follow from the counts, which give {_named(right, *names)}"
 
 
-def _read_record(path: Path, schema: Schema | None) -> tuple[Record | None, str]:
-    """Return the record that a file's counts need to prove radii; or None, and what is missing."""
+def _named(row: Row, *names: str) -> str:
+    return ", ".join(f"{name}={row[name]}" for name in names)
+
+
+def _missing_proof(path: Path, schema: Schema | None) -> str:
+    """Return which of the things a file lacks that prove radii."""
     if schema is None:
-        return None, f"has no columns {', '.join(CERTIFY.columns)}, as certify.py writes them"
+        return f"has no columns {', '.join(CERTIFY.columns)}, as certify.py writes them"
     if schema is not CERTIFY:
-        return None, f"is of mode={schema.name!r}, and only the counts of mode={CERTIFY.name!r} prove radii"
-    file = unpacked_path(path)
-    if file.suffix != ".tsv" or not record_path(file).is_file():
-        return None, f"has no {file.with_suffix('.json').name} beside it that says how it was made"
-    record = Record.read(record_path(file))
-    if record.schema is not CERTIFY:
-        mode = record.schema.name
-        return None, f"was made with mode={mode!r}, and only the counts of mode={CERTIFY.name!r} prove radii"
-    return record, ""
+        return f"is of mode={schema.name!r}, and only the counts of mode={CERTIFY.name!r} prove radii"
+    return f"has no {unpacked_path(path).with_suffix('.json').name} beside it that says how it was made"

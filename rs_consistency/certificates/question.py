@@ -131,7 +131,7 @@ def make_question(
     elif schema is CERTIFY:
         bound = BOUNDS[0] if bound is None else bound
         one_of("bound", bound, BOUNDS)
-        n0 = pilot_votes(n0, tolerance=tolerance, bound=bound)
+        n0 = pilot_votes(n0, tolerance=tolerance, bound=bound, n=n)
         alpha_share = share_of(alpha_share, bound=bound)
     if schema in (CERTIFY, DECIDE):
         votes |= {"n0": N0 if n0 is None else n0, "least_n0": 1}

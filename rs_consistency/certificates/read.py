@@ -10,7 +10,7 @@ import math
 import zlib
 from collections.abc import Sequence
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -29,24 +29,24 @@ _HEADER = 4096  # bytes that hold the first line of every certificate file
 
 
 class Table(NamedTuple):
-    """A file of this program, with its record.
+    """A file of this program, with its record, whose images it holds.
 
     Attributes:
       path: of the `.tsv`.
       record: content of the `.json`.
       rows: image number -> row, in the order of the lines; see `Schema.parse`.
-      changed: whether the `.tsv` was changed after it was finished.
+      changed: how the `.tsv` contradicts the record since it was finished, "" if it does not.
     """
 
     path: Path
     record: Record
     rows: dict[int, Row]
-    changed: bool
+    changed: str
 
     @property
-    def missing(self) -> list[int]:
-        """The images that it is to hold and does not."""
-        return [index for index in self.record.selection.indices().tolist() if index not in self.rows]
+    def missing(self) -> int:
+        """The number of images that it is to hold and does not."""
+        return len(self.record.selection.images) - len(self.rows)
 
 
 class Certificates(NamedTuple):
@@ -83,28 +83,24 @@ def read_table(path: Path) -> Table:
     if not beside.is_file():
         raise UserError(f"{path} has no {beside.name} that says how it was made; give a file of certify.py")
     record, content = Record.read(beside), _read_bytes(path)
-    rows = parse_own(path, content[: content.rfind(b"\n") + 1], record.schema, record.selection)
-    return Table(path, record, rows, record.is_changed(content))
+    return _table(path, content, content[: content.rfind(b"\n") + 1], record)
 
 
-def read_certificates(path: Path) -> Certificates:
-    """Read the columns of any program's file, or of a workdir's; errors as for `read_rows` and `to_columns`."""
-    path = certificate_path(path)
-    return to_columns(path, *read_rows(path))
-
-
-def read_rows(path: Path) -> tuple[Schema | None, dict[int, Row]]:
+def read_rows(path: Path) -> tuple[Schema | None, dict[int, Row], Table | None]:
     """Read the rows of any program's file; also of a file that gzip packed.
 
-    A file with the counts of a schema is one of this program's, and is read strictly. Other files need the columns of
-    the field; their rows hold these alone, without `time` and `radius` where the file has none.
+    A file with the counts of a schema is one of this program's, and is read strictly, by its record where there is one.
+    Other files need the columns of the field; their rows hold these alone, without `time` and `radius` where the file
+    has none.
 
     Returns:
-      The schema, None for a file of another program, and image number -> row, at least one.
+      The schema, None for a file of another program; image number -> row, at least one; and the rows with their record,
+      None where there is none.
 
     Raises:
       UserError: naming the file and the line: a column is missing, a value is no number, a line is cut off or not one
-        that this program writes, an image appears twice, or there is no line at all.
+        that this program writes, an image appears twice, or there is no line at all. Or the record is damaged, or is
+        the record of other images or of other columns.
     """
     content = _read_bytes(path)
     text = content.decode("utf-8-sig", errors="replace")
@@ -119,11 +115,27 @@ def read_rows(path: Path) -> tuple[Schema | None, dict[int, Row]]:
         raise UserError(f"{path} has no images yet; certify some, or leave it out")
     schemas = [schema for schema in SCHEMAS.values() if set(schema.older.columns) <= set(names)]
     schema = max(schemas, key=lambda schema: len(schema.older.columns), default=None)
+    beside = unpacked_path(path).with_suffix(".json")
     if schema is None:
-        return None, _parse_field(path, names, [line.split(separator) for line in lines])
+        if _recorded(path):
+            raise UserError(f"{path} lacks the counts that its record {beside.name} is about; restore it from a copy")
+        return None, _parse_field(path, names, [line.split(separator) for line in lines]), None
     if not text.endswith("\n"):
         raise UserError(f"{path}: the last line is cut off; run certify.py again to complete it")
-    return schema, parse_own(path, content, schema)
+    if not beside.is_file() or beside == path:
+        return schema, parse_own(path, content, schema), None
+    record = Record.read(beside)
+    if record.schema is not schema:
+        raise UserError(
+            f"{path} has the columns of mode={schema.name!r}, and {beside.name} is the record of"
+            f" mode={record.schema.name!r}; restore them from a copy"
+        )
+    table = _table(path, content, content, record)
+    return schema, table.rows, table
+
+
+def _table(path: Path, content: bytes, lines: bytes, record: Record) -> Table:
+    return Table(path, record, parse_own(path, lines, record.schema, record.selection), record.change(content))
 
 
 def parse_own(
@@ -131,7 +143,7 @@ def parse_own(
 ) -> dict[int, Row]:
     """Return the rows of whole lines of this program, by image number; the path is for messages.
 
-    Only images of the selection, whatever its limit, may be there, and if `ordered`, only the first ones, in its order.
+    Only images of the selection may be there, and if `ordered`, only the first ones, in its order.
 
     Raises:
       UserError: naming the first line that this program did not write.
@@ -140,18 +152,17 @@ def parse_own(
     written = schema.of_header(header + "\n")
     if written is None:
         raise UserError(f"{path} has the columns {header!r}, not those of this program; use another file")
-    order = selection.admitted().tolist() if selection else []
-    admitted, rows = set(order), dict[int, Row]()
+    asked, rows = selection.images if selection else range(MAX_INDEX + 1), dict[int, Row]()
     for number, line in enumerate(lines):
         try:
             row = written.parse(line)
             index = row["idx"]
             if index in rows:
                 raise ValueError(f"image {index} for the second time, first in line {list(rows).index(index) + 2}")
-            if selection and index not in admitted:
+            if index not in asked:
                 raise ValueError(f"image {index} is none of those asked for")
-            if ordered and index != order[number]:
-                raise ValueError(f"image {order[number]} is missing")
+            if ordered and index != asked[number]:
+                raise ValueError(f"image {asked[number]} is missing")
         except ValueError as error:
             raise UserError(
                 f"{path}, line {number + 2}, is not what this program wrote ({line[:60]!r}: {error}); delete the"
@@ -220,39 +231,45 @@ def certificate_files(path: Path) -> list[Path]:
 
 
 def standing(path: Path) -> tuple[bool | None, str]:
-    """Return whether a file of this program is finished and as it was then, and the fault, "" for none.
+    """Return whether a file of this program, which `proof.load` read, is finished, and a sentence about it, or "".
 
-    Of a packed file the unpacked content counts. The answer is None for a file of another program, and where the file
-    beside it is no record.
+    Of a packed file the unpacked content counts. The answer is None for a file of another program, and where there is
+    no record.
     """
     file = certificate_path(path)
-    try:
-        content = content_beside(file)
-    except UserError:
-        content = {}  # any other program's file may have any file beside it
-    if not content:
-        return None, ""
-    record, table = Record.from_json(file, content), _read_bytes(file)
-    if record.finished is None:
-        done, wanted = table.count(b"\n") - 1, len(record.selection.indices())
+    content = _recorded(file)
+    if content:
+        record = Record.from_json(file, content)
+        done, wanted = _read_bytes(file).count(b"\n") - 1, len(record.selection.images)
+        if record.finished is not None:
+            return True, ""
         fault = f"is not finished: {done} of {wanted} images; certify.py with the same settings completes it"
-    elif record.is_changed(table):
-        fault = (
-            "was changed after it was finished: its SHA-256 is not the one in its record; restore it from a copy, or"
-            " certify again"
-        )
-    else:
-        return True, ""
-    return False, f"{path} {fault}"
+        return False, f"{path} {fault}"
+    names = _names(_first_line(file))[1]
+    if any(set(schema.older.columns) <= set(names) for schema in SCHEMAS.values()):
+        beside = unpacked_path(file).with_suffix(".json").name
+        return None, f"{path} has no {beside} beside it: nothing shows that its lines follow from its counts"
+    return None, ""
+
+
+def _recorded(path: Path) -> dict[str, Any]:
+    """Return the content of the record beside a file; {} where the file beside it is no record, or damaged."""
+    try:
+        return content_beside(path)
+    except UserError:
+        return {}  # any other program's file may have any file beside it
 
 
 def _has_header(path: Path) -> bool:
     """Return whether a file begins as a file of certificates does; a file that cannot be unpacked does not."""
     try:
-        first, *_ = _read_bytes(path, _HEADER).decode("utf-8-sig", errors="replace").splitlines() or [""]
+        return not _missing(_names(_first_line(path))[1])
     except UserError:
         return False
-    return not _missing(_names(first)[1])
+
+
+def _first_line(path: Path) -> str:
+    return next(iter(_read_bytes(path, _HEADER).decode("utf-8-sig", errors="replace").splitlines()), "")
 
 
 def _names(header: str) -> tuple[str, list[str]]:

@@ -30,10 +30,10 @@ from typing import Any, NamedTuple, Self
 from rs_consistency.certificates.columns import ATTACK, CERTIFY, DECIDE, PREDICT, SCHEMAS, Schema
 from rs_consistency.certificates.selection import Selection, parse_shard
 from rs_consistency.common import checks
-from rs_consistency.common.checks import PRECISIONS
+from rs_consistency.common.checks import MAX_INDEX, PRECISIONS
 from rs_consistency.common.errors import UserError
 from rs_consistency.common.files import read_json
-from rs_consistency.statistics.allocation import RULE
+from rs_consistency.statistics.allocation import RULE, check_tolerated
 from rs_consistency.statistics.bounds import BOUNDS
 from rs_consistency.statistics.rounded_gaussian import STEPS
 from rs_consistency.statistics.samplers import FLOAT, GRID, SAMPLERS, NoiseLaw, noise_law
@@ -42,6 +42,9 @@ from rs_consistency.statistics.samplers import FLOAT, GRID, SAMPLERS, NoiseLaw, 
 PROVENANCE = ("device", "versions", "code_version", "code_digest", "git_commit", "program")
 OF_NOISE = ("sampler", "precision", "grid_steps", "image_shape")  # keys by which an older file differs from a new one
 _CHANGES_VOTES = ("device", "code_digest", "program")  # beside the versions
+# Keys of the network and the images: where a record has them, its identity names them, or files would not be compared.
+_BINDING = ("dataset", "split", "data_digest", "model", "dtype", "checkpoint_step", "parameter_digest")
+_BINDING_OF_TORCH = ("torch_checkpoint_sha256", "torch_input")
 
 
 class Settings(NamedTuple):
@@ -164,24 +167,29 @@ class Record:
             needed += [*_OF_SAMPLER[content["sampler"]], *of_bound]
             needed += [] if content.get("tolerance") is None else ["tolerance", "tolerance_rule"]
             missing = [] if "max" in content else ["max"]
-            for name in dict.fromkeys(("mode", *needed, "skip", "split_size", "shard", *names)):
+            known = [name for name in (*Settings._fields, *_BINDING, *_BINDING_OF_TORCH) if name in content]
+            needed_names = ("mode", *needed, "skip", "split_size", "shard", "parameter_digest", *known, *names)
+            for name in dict.fromkeys(needed_names):
                 missing += [] if name in content and name in names else [name]
             if missing:
                 raise UserError(f"it lacks {', '.join(missing)}")
-            numbers = ("split_size", "skip", "max")
-            split_size, skip, most = (checks.whole_number(name, content[name], at_least=1) for name in numbers)
+            split_size = checks.whole_number("split_size", content["split_size"], at_least=1, at_most=MAX_INDEX + 1)
+            skip, most = (checks.whole_number(name, content[name], at_least=1) for name in ("skip", "max"))
             shard = None if content["shard"] is None else parse_shard(content["shard"])
             settings = Settings(**{name: _CHECKS[name](name, content[name]) for name in needed})
             _ = settings.law  # a sigma that the sampler cannot have
-            return cls(
-                path,
-                SCHEMAS[mode],
-                settings,
-                Selection(split_size, skip, most, shard),
-                {name: content[name] for name in names},
-                _finished(content),
-                dict(content),
-            )
+            if settings.tolerance is not None:
+                check_tolerated(settings.n)
+            selection = Selection(split_size, skip, most, shard)
+            finished, asked = _finished(content), len(selection.images)
+            if finished and finished["images"] != asked:
+                raise UserError(
+                    f"finished names {finished['images']} images, and skip, split_size, shard and max {asked}"
+                )
+            _check_shards(content, names)
+            digest = finished and finished["sha256"]
+            identity = {name: content[name] for name in names}
+            return cls(path, SCHEMAS[mode], settings, selection, identity, digest, dict(content))
         except UserError as error:
             raise UserError(f"{path} is damaged: {error}; restore it from a copy") from None
 
@@ -195,9 +203,26 @@ class Record:
         entry = {"at": at, "images": table.count(b"\n") - 1, "sha256": _sha256(table)}
         return self.from_json(self.path, {**self.content, "finished": entry})
 
-    def is_changed(self, table: bytes) -> bool:
-        """Return whether the table was finished, and is another one now."""
-        return self.finished not in (None, _sha256(table))
+    def change(self, table: bytes) -> str:
+        """Return how the content of a finished table contradicts its record, "" if it does not.
+
+        A merged table is compared with the digests of the shards' tables, too, unless it lacks columns that they had.
+        """
+        if self.finished is None:
+            return ""
+        if self.finished != _sha256(table):
+            return f"its SHA-256 is not the one in {self.path.name}"
+        header, *lines = table.splitlines(keepends=True)
+        wanted = self.content["finished"]["images"]
+        if len(lines) != wanted:
+            return f"it holds {len(lines)} images, and {self.path.name} says {wanted}"
+        shards = self.content.get("shards", []) if header == self.schema.header.encode() else []
+        for place, part in enumerate(shards):
+            finished, own = _finished(part), lines[place :: len(shards)]  # behind those of the shard, later ones may be
+            images = finished["images"] if finished else len(own) + 1
+            if images <= len(own) and finished["sha256"] != _sha256(header + b"".join(own[:images])):
+                return f"its lines of shard {part['shard']} do not have the SHA-256 in {self.path.name}"
+        return ""
 
     def differences(self, wanted: Mapping[str, Any]) -> list[str]:
         """Return "key: recorded -> wanted" for each wanted key with another value in the record, or none."""
@@ -250,8 +275,13 @@ def differing_provenance(here: Mapping[str, Any], there: Mapping[str, Any]) -> l
 def _check_provenance(content: Mapping[str, Any]) -> None:
     for part in (content, *_list(content, "shards", dict)):
         for entry in (part, *_list(part, "continued_with", dict)):
+            for name in ("device", "code_version", "code_digest", "git_commit", "command"):
+                if not isinstance(entry.get(name), str | None):
+                    raise UserError(f"{name}={entry[name]!r} is no text")
             if not isinstance(entry.get("versions", {}), dict):
                 raise UserError(f"versions={entry['versions']!r} is no JSON object")
+            if not isinstance(entry.get("config"), dict | None):
+                raise UserError(f"config={entry['config']!r} is no JSON object")
             if "program" in entry:
                 program = entry["program"]
                 if not isinstance(program, dict):
@@ -272,13 +302,25 @@ def _shape(name: str, value: Any) -> list[int]:
     return [checks.count(name, size, at_most=2**15) for size in value]
 
 
-def _finished(content: Mapping[str, Any]) -> str | None:
+def _finished(content: Mapping[str, Any]) -> dict[str, Any] | None:
+    """Return the checked entry of a table that was finished, with `images` and `sha256`; None for another table."""
     if "finished" not in content:
         return None
     entry = content["finished"]
     if isinstance(entry, dict) and isinstance(entry.get("images"), int) and isinstance(entry.get("sha256"), str):
-        return entry["sha256"]
+        return entry
     raise UserError(f"finished={entry!r} lacks images and sha256")
+
+
+def _check_shards(content: Mapping[str, Any], identity: Sequence[str]) -> None:
+    """Raise a `UserError` where the shards of a merged file are not each shard once, or contradict the identity."""
+    shards = content.get("shards", [])
+    for number, part in enumerate(shards, 1):
+        own = [name for name in identity if name in part and name != "shard"]
+        if part.get("shard") != f"{number}/{len(shards)}" or content["shard"] is not None or own:
+            about = f"with {own[0]}={part[own[0]]!r}" if own else f"as part of shard {content['shard']!r}"
+            raise UserError(f"shards: number {number} of {len(shards)} is shard {part.get('shard')!r} {about}")
+        _finished(part)
 
 
 def _sha256(content: bytes) -> str:

@@ -1,6 +1,7 @@
 """The images of a split that a certificate file is about, and their division among several machines."""
 
 import re
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -25,8 +26,8 @@ class Shard(NamedTuple):
         """The ending of its file's name."""
         return f"-{self.index}-of-{self.count}"
 
-    def part(self, indices: np.ndarray) -> np.ndarray:
-        """Return its share of the images `[B]`: every count-th, so that each shard is a fair sample and takes as long.
+    def part(self, indices: Sequence[int]) -> Sequence[int]:
+        """Return its share of the images: every count-th, so that each shard is a fair sample and takes as long.
 
         The shares of all shards are disjoint and make up the whole. More images at the end only add to a share.
         """
@@ -66,22 +67,22 @@ class Selection(NamedTuple):
         size = -(-self.split_size // self.skip)
         return size if self.most is None else min(size, self.most)
 
-    def indices(self) -> np.ndarray:
-        """Return the image numbers, int64, ascending.
+    @property
+    def images(self) -> range:
+        """The image numbers, ascending: a range, whose memory does not grow with a number that a record claims.
 
-        Raises:
-          UserError: for a shard without any.
+        A shard without any raises a `UserError`.
         """
-        whole = np.arange(self.size) * self.skip
+        whole = range(0, self.size * self.skip, self.skip)
         if self.shard is None:
             return whole
         if self.shard.index > len(whole):
             raise UserError(f"shard={self.shard}: there are only {len(whole)} images; use at most so many shards")
         return self.shard.part(whole)
 
-    def admitted(self) -> np.ndarray:
-        """Return the image numbers without the limit `most`, which can be raised later; `indices` come first."""
-        return self._replace(most=None).indices()
+    def indices(self) -> np.ndarray:
+        """Return the `images` as an array, int64."""
+        return np.array(self.images, np.int64)
 
     def identity(self) -> dict[str, Any]:
         """Return its part of a record's identity: all but `most`."""

@@ -1,6 +1,7 @@
 """The source of answers: the network of a run or of a PyTorch checkpoint, and the images of its dataset."""
 
 import hashlib
+import json
 import math
 import platform
 from collections.abc import Collection, Iterator, Sequence
@@ -16,6 +17,7 @@ from ml_collections import ConfigDict
 from rs_consistency import data
 from rs_consistency.certificates.columns import Row
 from rs_consistency.certificates.question import Question, answer
+from rs_consistency.certificates.record import Record
 from rs_consistency.certificates.selection import Selection
 from rs_consistency.common.errors import UserError
 from rs_consistency.common.progress import duration, size
@@ -29,9 +31,11 @@ from rs_consistency.smoothing.speed import measure_votes
 from rs_consistency.smoothing.voter import ApplyFn
 from rs_consistency.training import runs
 from rs_consistency.training.checkpoints import digest
+from rs_consistency.training.config import PLACE_KEYS, flatten
 from rs_consistency.training.step import make_model
 
 _VALUES_AT_ONCE = 2**28  # pixel values of the images that are read at once: 1,783 of 224 x 224 x 3
+_FOLDERS = ("catrs.teacher", "init_from")  # in a configuration: their names alone, since folders move
 _PACKAGES = ("rs-consistency", "jax", "jaxlib", "flax", "numpy", "scipy")  # whose versions are recorded
 
 
@@ -101,11 +105,42 @@ class Source:
 
     def answers(self, question: Question, indices: np.ndarray) -> Iterator[list[Row]]:
         """Yield the rows of images `[B]`, which are read a part at a time."""
-        at_once = max(1, _VALUES_AT_ONCE // math.prod(data.dataset_info(self.config.dataset.name).image_shape))
-        for first in range(0, len(indices), at_once):
-            part = indices[first : first + at_once]
+        for part in self._parts(indices):
             images, labels = self.split.read(part)
             yield from answer(question, self.apply_fn, self.variables, images, part, labels, devices=self.devices)
+
+    def labels(self, indices: np.ndarray) -> np.ndarray:
+        """Return the true classes `[B]` of images `[B]`, at least one, which are read a part at a time."""
+        return np.concatenate([self.split.read(part)[1] for part in self._parts(indices)])
+
+    def check_config(self, record: Record) -> None:
+        """Raise a `UserError` where a record names a setting of the training that is not the one here.
+
+        Places of the training may differ. A record of an earlier version may lack settings.
+        """
+        mine = flatten(json.loads(json.dumps(self._config(record.settings.sigma))))
+        for part in (record.content, *record.content.get("shards", [])):
+            named = flatten(part.get("config") or {})
+            for key in sorted((named.keys() & mine.keys()) - PLACE_KEYS):
+                named_here, here = (
+                    Path(str(value)).name if key in _FOLDERS else value for value in (named[key], mine[key])
+                )
+                if named_here != here:
+                    raise UserError(
+                        f"{record.path} names another training (config.{key}: {named_here!r} -> {here!r}); give the"
+                        " workdir that it names, or restore it from a copy"
+                    )
+
+    def _config(self, sigma: float) -> dict[str, Any]:
+        """Return the configuration as far as it is known, for a record of votes at a sigma."""
+        config = self.config.to_dict()
+        if self.step is None:
+            return {"model": config["model"], "dataset": {"name": config["dataset"]["name"]}, "sigma": sigma}
+        return config
+
+    def _parts(self, indices: np.ndarray) -> Iterator[np.ndarray]:
+        at_once = max(1, _VALUES_AT_ONCE // math.prod(data.dataset_info(self.config.dataset.name).image_shape))
+        return (indices[first : first + at_once] for first in range(0, len(indices), at_once))
 
     def about(self, question: Question) -> dict[str, Any]:
         """Return the origin of answers to a question, for the record: device, versions, code, program, configuration.
@@ -113,9 +148,7 @@ class Source:
         A configuration beside a PyTorch checkpoint is recorded only as far as it was used, with the sigma of the votes:
         how that network was trained is not known.
         """
-        config, votes = self.config.to_dict(), question.votes
-        if self.step is None:
-            config = {"model": config["model"], "dataset": {"name": config["dataset"]["name"]}, "sigma": votes.sigma}
+        votes = question.votes
         voter = votes.voter(self.apply_fn, self.devices[0].platform)
         return {
             "device": parallel.describe(self.devices),
@@ -126,7 +159,7 @@ class Source:
             ),
             "sampler_error": votes.law.slack,
             "started": datetime.now(UTC).isoformat(timespec="seconds"),
-            "config": config,
+            "config": self._config(votes.sigma),
         }
 
 

@@ -1,6 +1,7 @@
 """The writer of certificate files: line by line, through kills, alone in a file; see `certificates.record`."""
 
 import contextlib
+import json
 import os
 import stat
 from collections.abc import Iterable, Mapping, Sequence
@@ -64,7 +65,7 @@ class CertificateFile:
         """
         self.path, self.schema = path, schema
         self._record = _new_record(path, schema, identity, selection, **about)
-        self._wanted = set(selection.indices().tolist())
+        self._wanted = set(selection.images)
         new, content = not path.exists(), b""
         self._file = _open_locked(path)
         try:
@@ -99,7 +100,9 @@ class CertificateFile:
 
         Raises:
           ValueError: for an image that it holds already or is not to hold, or a value that a column cannot hold.
+          UserError: when another process removed or replaced the file.
         """
+        self._check_place()
         lines = [self.schema.line(row) for row in rows]
         parsed = [self.schema.parse(line[:-1]) for line in lines]
         new = [row["idx"] for row in parsed]
@@ -113,19 +116,44 @@ class CertificateFile:
         """Put the lines in the order of idx. When every image is there, record that with the digest of the table.
 
         A kill leaves the old table or the new one; the next call finishes again.
+
+        Raises:
+          UserError: when another process removed or replaced the file or its record.
         """
+        self._check_place()
         self._file.seek(0)
         content = self._file.read()
         ordered = self.schema.text(parse_own(self.path, content, self.schema).values()).encode()
         if ordered != content:
             self._replace(ordered)
-        if self._record.finished is None and self.done == set(self._record.selection.indices().tolist()):
+        self._check_record()
+        if self._record.finished is None and self.done == set(self._record.selection.images):
             self._record = self._record.finish(ordered)
             self._write_record()
+        self._check_place()
 
     def close(self) -> None:
         """Close the file and give up the lock."""
         self._file.close()
+
+    def _check_place(self) -> None:
+        """Raise a `UserError` when the path names another file than the open one: lines would go nowhere."""
+        if not (self.path.exists() and os.path.samestat(os.fstat(self._file.fileno()), self.path.stat())):
+            raise UserError(
+                f"output={self.path} was removed or replaced by another process while it was written; run the same"
+                " command again for the images that are lost"
+            )
+
+    def _check_record(self) -> None:
+        """Write the record anew where it was removed; raise a `UserError` where another process replaced it."""
+        path, content = self._record.path, json.loads(json.dumps(self._record.to_json()))
+        if not path.exists():
+            self._write_record()
+        elif Record.read(path).to_json() != content:
+            raise UserError(
+                f"{path} was replaced by another process while {self.path.name} was written; move both away, and run"
+                " the same command again"
+            )
 
     def _go_on(self, recorded: Record, table: bytes) -> None:
         """Bring the record of a table up to date before lines are added."""
@@ -133,7 +161,7 @@ class CertificateFile:
         if self.done <= self._wanted:  # else the file is to hold more than this call asks for
             selection = mine.selection
             content["max"] = selection.most
-        if recorded.is_changed(table) or not self.done.issuperset(selection.indices().tolist()):
+        if recorded.change(table) or not self.done.issuperset(selection.images):
             content.pop("finished", None)
         if not self.done >= self._wanted:
             here = {key: mine.content[key] for key in PROVENANCE if key in mine.content}
@@ -231,11 +259,9 @@ def _held(path: Path, content: bytes, wanted: Record) -> tuple[Record, dict[int,
         )
     rows = parse_own(path, whole, record.schema, record.selection, ordered=record.finished is not None)
     # A finished table may have lost its last lines, which are made again.
-    if record.is_changed(whole) and len(rows) >= record.content["finished"]["images"]:
-        raise UserError(
-            f"{path} was changed after it was finished (its SHA-256 is not the one in {beside.name});"
-            " restore it from a copy, or delete it"
-        )
+    change = record.change(whole)
+    if change and len(rows) >= record.content["finished"]["images"]:
+        raise UserError(f"{path} was changed after it was finished ({change}); restore it from a copy, or delete it")
     return record, rows
 
 

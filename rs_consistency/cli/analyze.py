@@ -36,7 +36,7 @@ certificates, and margins.png and images_1.png a checkpoint and its dataset.
 
 import json
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -110,7 +110,7 @@ def _main(argv: Sequence[str]) -> None:
     print(_FORMATS[args.format](summaries), end="", flush=True)
     if args.exact and args.format in _WRITERS:
         for path, each in zip(args.paths, proven, strict=True):
-            print(f"\n{path}: {each.text()}", flush=True)
+            print(f"\n{_TEXTS[args.format](str(path))}: {each.text()}", flush=True)
     if args.match_images and args.format in _WRITERS:
         _print_comparisons(args, loaded)
     if args.output:
@@ -201,11 +201,12 @@ def _report(args: Any, loaded: _Loaded, faults: Sequence[str], summaries: list[d
     )
 
 
-def _printed(write: Callable[[formats.Cells], str], summaries: list[dict[str, Any]]) -> str:
-    """Return the printed tables, with the sentences below the first."""
+def _printed(name: str, summaries: list[dict[str, Any]]) -> str:
+    """Return the printed tables in a format, with the sentences below the first."""
+    write = _WRITERS[name]
     parts = [write(tables.measures(summaries))]
     if notes := tables.notes(summaries):
-        parts.append("".join(f"{line}\n" for line in notes))
+        parts.append("".join(f"{_TEXTS[name](line)}\n" for line in notes))
     if any(summary["n"] for summary in summaries):
         parts.append(write(tables.votes(summaries)))
     if "wrong_at_most" in summaries[0]:
@@ -214,11 +215,12 @@ def _printed(write: Callable[[formats.Cells], str], summaries: list[dict[str, An
 
 
 _WRITERS = {"text": formats.aligned, "markdown": formats.markdown}
+_TEXTS = {"text": formats.plain_text, "markdown": formats.markdown_text}
 _FORMATS = {
     "json": lambda summaries: json.dumps(summaries, indent=2, allow_nan=False) + "\n",
-    "text": partial(_printed, formats.aligned),
+    "text": partial(_printed, "text"),
     "csv": formats.csv_text,
-    "markdown": partial(_printed, formats.markdown),
+    "markdown": partial(_printed, "markdown"),
 }
 
 main, run = entry_points(_main)

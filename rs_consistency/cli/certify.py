@@ -396,13 +396,15 @@ def _verify(args: Any) -> None:
     settings["batch_size"] = args.batch_size or _recorded_batch_size(table.record, devices)
     question = make_question(table.record.schema.name, **settings, info=info, devices=devices)
     source = _read_source(args, config, recorded.get("split", "test"), devices)
-    audit.check_binding(table, {**question.identity(), **source.binding})
+    audit.check_binding(table, {**question.identity(), **source.binding, "split_size": len(source.split)})
+    source.check_config(table.record)
+    truth = {"labels": source.labels(np.array([*table.rows])), "num_classes": info.num_classes}
     redrawn: list[Row] = []
     with progress_bar("drawing again", len(chosen)) as bar:
         for rows in source.answers(question, chosen):
             redrawn += rows
             bar.update(len(rows))
-    report = audit.compare(table, redrawn, source.about(question))
+    report = audit.compare(table, redrawn, source.about(question), **truth)
     print(report.text())
     if not report.ok:
         raise SystemExit(EXIT_NOT_REPRODUCED)

@@ -2,15 +2,21 @@
 
 A table is a list of lines of cells. The first line is the header. The first column holds names and is aligned to the
 left, the others to the right.
+
+Cells may hold names of folders, which hold any character: each function writes them as text of its own kind, in which
+nothing is markup, a formula, or a command for the terminal.
 """
 
 import csv
 import io
+import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 Cells = Sequence[Sequence[str]]
 
+_MARKDOWN = re.compile(r"[\\`*\[\]<>|~&$]|(?<![^\W_])_|_(?![^\W_])")  # inside of words, _ means itself
+_FORMULA = ("=", "+", "-", "@")  # with which a spreadsheet takes a text for a formula
 _LATEX = str.maketrans(
     {
         "\\": r"\textbackslash{}",
@@ -31,6 +37,7 @@ def cells(records: Sequence[Mapping[str, str]]) -> list[list[str]]:
 
 def aligned(cells: Cells) -> str:
     """Return a table for a terminal, which ends with a newline."""
+    cells = [list(map(plain_text, line)) for line in cells]
     widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
     lines = []
     for first, *rest in cells:
@@ -41,9 +48,20 @@ def aligned(cells: Cells) -> str:
 
 def markdown(cells: Cells) -> str:
     """Return a Markdown table, which ends with a newline."""
-    header, *rest = ([_one_line(cell).replace("|", r"\|") for cell in line] for line in cells)
+    header, *rest = (list(map(markdown_text, line)) for line in cells)
     lines = [header, ["---", *("---:" for _ in header[1:])], *rest]
     return "".join(f"| {' | '.join(line)} |\n" for line in lines)
+
+
+def markdown_text(text: str) -> str:
+    r"""Return Markdown that shows the text as it is.
+
+    Example:
+      >>> from rs_consistency.report.formats import markdown_text
+      >>> print(markdown_text("runs/a_b/*<i>"))
+      runs/a_b/\*\<i\>
+    """
+    return _MARKDOWN.sub(r"\\\g<0>", plain_text(text))
 
 
 def latex(cells: Cells) -> str:
@@ -56,20 +74,21 @@ def latex(cells: Cells) -> str:
 
 def latex_text(text: str) -> str:
     """Return LaTeX that prints the text as it is; `+-` becomes the sign."""
-    return _one_line(text).translate(_LATEX).replace("+-", r"$\pm$")
+    return plain_text(text).translate(_LATEX).replace("+-", r"$\pm$")
 
 
 def csv_text(records: Sequence[Mapping[str, Any]]) -> str:
     """Return records with the same keys as CSV, in full precision.
 
-    A map in a record becomes a column `NAME_KEY` for each of its keys. None becomes an empty cell.
+    A map in a record becomes a column `NAME_KEY` for each of its keys. None becomes an empty cell. A text that a
+    spreadsheet would take for a formula gets a quote in front.
     """
     flat = []
     for record in records:
         row: dict[str, Any] = {}
         for name, value in record.items():
             row |= {f"{name}_{key}": one for key, one in value.items()} if isinstance(value, dict) else {name: value}
-        flat.append(row)
+        flat.append({name: _csv_cell(value) for name, value in row.items()})
     buffer = io.StringIO()
     writer = csv.DictWriter(buffer, flat[0].keys() if flat else (), lineterminator="\n")
     writer.writeheader()
@@ -77,5 +96,24 @@ def csv_text(records: Sequence[Mapping[str, Any]]) -> str:
     return buffer.getvalue()
 
 
-def _one_line(text: str) -> str:
-    return " ".join(text.split())
+def plain_text(text: str) -> str:
+    r"""Return the text in one line, with characters that cannot be printed as escapes, such as those of a terminal.
+
+    Example:
+      >>> from rs_consistency.report.formats import plain_text
+      >>> print(plain_text("a\n b\x1b[2J"))
+      a b\x1b[2J
+    """
+    line = " ".join(text.split())
+    return line if line.isprintable() else "".join(one if one.isprintable() else _escaped(one) for one in line)
+
+
+def _escaped(character: str) -> str:
+    return character.encode("unicode_escape", "backslashreplace").decode()
+
+
+def _csv_cell(value: Any) -> Any:
+    if not isinstance(value, str):
+        return value
+    text = plain_text(value)
+    return f"'{text}" if text.startswith(_FORMULA) else text

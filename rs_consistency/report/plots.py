@@ -21,6 +21,7 @@ from rs_consistency.certificates.proof import Evidence
 from rs_consistency.certificates.read import Certificates
 from rs_consistency.certificates.record import unpacked_path
 from rs_consistency.common.files import replace_atomically
+from rs_consistency.report.formats import plain_text
 from rs_consistency.statistics.intervals import binomial_interval
 
 matplotlib.use("Agg")  # no screen needed
@@ -200,7 +201,7 @@ def short_labels(paths: Sequence[Path]) -> list[str]:
     shared = Path(os.path.commonpath([str(path.absolute().parent) for path in short]))
     labels: list[str] = []
     for path in short:
-        label = str(path.absolute().relative_to(shared)).encode("utf-8", "backslashreplace").decode()
+        label = plain_text(str(path.absolute().relative_to(shared)))
         copies = [label, *(f"{label} ({number})" for number in range(2, len(short) + 1))]
         labels.append(next(name for name in copies if name not in labels))
     return labels

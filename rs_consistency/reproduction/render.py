@@ -36,15 +36,17 @@ def render(table_name: str, results: Path) -> str:
     notes = [f"({letter}) not as published: {', '.join(kind)}" for kind, letter in letters.items()]
     about = not_available(table_name), chosen_here(table_name, [one.method for one in found])
     notes += [*_made(found), *filter(None, about)]
-    escaped = [formats.latex_text(one) for one in notes]
-    write_text(folder / "table.md", _document(cells, paired, notes, formats.markdown, "  \n"))
-    write_text(folder / "table.tex", _document(cells, paired, escaped, formats.latex, "\n\n"))
+    in_markdown, in_latex, in_text = (
+        list(map(escape, notes)) for escape in (formats.markdown_text, formats.latex_text, formats.plain_text)
+    )
+    write_text(folder / "table.md", _document(cells, paired, in_markdown, formats.markdown, "  \n"))
+    write_text(folder / "table.tex", _document(cells, paired, in_latex, formats.latex, "\n\n"))
     if table.lbds:
         _save_tradeoff(rows, letters, folder / "tradeoff.png")
     else:
         for sigma, some in itertools.groupby(groups_of(found), key=lambda group: group[0].sigma):
             save_curves(_curves(list(some), letters), folder / f"certified_accuracy_sigma{sigma:.2f}.png")
-    return _document(cells, paired, notes, formats.aligned, "\n") + f"\nwritten: {folder}"
+    return _document(cells, paired, in_text, formats.aligned, "\n") + f"\nwritten: {folder}"
 
 
 def _made(results: Sequence[Result]) -> list[str]:

@@ -11,11 +11,15 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from rs_consistency.certificates.columns import seconds_of
-from rs_consistency.certificates.read import Certificates, read_certificates, read_table
+from rs_consistency.certificates.proof import load
+from rs_consistency.certificates.read import Certificates, read_table, standing
+from rs_consistency.certificates.record import content_beside
+from rs_consistency.common.checks import number_above, number_from, whole_number
 from rs_consistency.common.errors import UserError
 from rs_consistency.common.files import read_json, replace_atomically
 from rs_consistency.reproduction.plan import Cell, deviations, without_images
 from rs_consistency.reproduction.state import CERTIFICATES, calls_of
+from rs_consistency.training.config import flatten
 from rs_consistency.training.metrics import METRICS_FILE, read_lines
 from rs_consistency.training.runs import CONFIG_FILE
 
@@ -140,7 +144,8 @@ def _json(content: Any) -> bytes:
 def read_results(folder: Path) -> list[Result]:
     """Read the finished cells in a folder such as `results/mnist`, ordered by sigma, method, weight and seed.
 
-    A `UserError` is raised when there is no finished cell, or a cell is damaged.
+    A `UserError` is raised when there is no finished cell, or a cell is damaged: its lines are not those that were
+    finished, claim more than their counts prove, or are of other settings than `run.json` says.
     """
     found = []
     for path in sorted(folder.glob(f"*/{RUN_FILE}")):
@@ -149,27 +154,68 @@ def read_results(folder: Path) -> list[Result]:
         except FileNotFoundError:  # it is being replaced
             continue
         try:
-            record = read_json(path.parent / RECORD) if (path.parent / RECORD).exists() else {}
-            result = Result(
-                path.parent.name,
-                made["method"],
-                float(made["sigma"]),
-                int(made["seed"]),
-                made["lbd"],
-                int(made["epochs"]),
-                tuple(made["deviations"]),
-                made,
-                read_certificates(path.parent / PACKED),
-                record.get("data_digest"),
+            settings = (
+                _text("method", made["method"]),
+                number_above("sigma", made["sigma"], 0),
+                whole_number("seed", made["seed"], at_least=0),
+                None if made["lbd"] is None else number_from("lbd", made["lbd"], at_least=0),
+                whole_number("epochs", made["epochs"], at_least=0),
+                tuple(_text("deviations", each) for each in made["deviations"]),
             )
+            for call in made.get("calls", []):
+                _text("program", call["program"])
+            for call in (*made.get("calls", []), made.get("certified_with", {}), *made.get("continued_with", [])):
+                for name in ("device", "processor", "git_commit"):
+                    _text(name, call.get(name, ""), optional=True)
         except KeyError as error:
             raise UserError(f"{path} lacks {error}; run reproduce.py again for this cell") from None
-        except (TypeError, ValueError) as error:
+        except (TypeError, ValueError, AttributeError) as error:
             raise UserError(f"{path} is damaged ({error}); run reproduce.py again for this cell") from None
-        found.append(result)
+        certificates, record = _certificates(path.parent)
+        _check_made(path, made, certificates, record)
+        found.append(Result(path.parent.name, *settings, made, certificates, record.get("data_digest")))
     if not found:
         raise UserError(f"{folder} holds no finished cell; run reproduce.py without --render first")
     return sorted(found, key=lambda one: (one.sigma, one.method, one.lbd or 0, one.seed))
+
+
+def _certificates(folder: Path) -> tuple[Certificates, dict[str, Any]]:
+    """Return the lines of a cell, which were finished and follow from their counts, and the content of their record."""
+    path = folder / PACKED
+    certificates, evidence = load(path)
+    if evidence is None:
+        raise UserError(
+            f"{path} has no counts that prove its radii, or no record; run reproduce.py again for this cell"
+        )
+    if not standing(path)[0]:
+        raise UserError(f"{path} is not finished; run reproduce.py again for this cell")
+    return certificates, content_beside(path)
+
+
+def _check_made(path: Path, made: dict[str, Any], certificates: Certificates, record: dict[str, Any]) -> None:
+    """Raise a `UserError` where `run.json` contradicts the record of the certificates, or their number."""
+    there = {**{name: record[name] for name in ("sigma", "seed", "n")}, "images": len(certificates.idx)}
+    config = flatten(record.get("config") or {})
+    if {"method", "consistency.lbd", "num_epochs"} <= config.keys():
+        base, weight = config["method"], config["consistency.lbd"]
+        with_term = "consistency" if base == "gaussian" else f"{base}+consistency"
+        there |= {"method": with_term if weight else base, "epochs": config["num_epochs"]}
+        there |= {"lbd": weight if made["lbd"] is not None else None}
+    differing = [
+        f"{name}: {made[name]} -> {there[name]}" for name in there if made.get(name, there[name]) != there[name]
+    ]
+    if differing:
+        raise UserError(
+            f"{path} contradicts the record of the certificates beside it ({'; '.join(differing)}); run reproduce.py"
+            " again for this cell"
+        )
+
+
+def _text(name: str, value: Any, *, optional: bool = False) -> str:
+    """Return a text; a `TypeError` for another value, except for None where the text is optional."""
+    if not (isinstance(value, str) or (optional and value is None)):
+        raise TypeError(f"{name}={value!r} is no text")
+    return value
 
 
 def _without_places(config: dict[str, Any]) -> dict[str, Any]:

@@ -81,7 +81,7 @@ def inspect(cell: Cell, workdir: Path) -> State:
             f"{workdir / CERTIFICATES} was made with other settings ({'; '.join(differing)}); move it away, or choose"
             " another --workdir"
         )
-    missing = [index for index in cell.selection.indices().tolist() if index not in table.rows]
+    missing = [index for index in cell.selection.images if index not in table.rows]
     if table.changed and not missing:  # certify.py makes missing last lines again
         raise UserError(f"{workdir / CERTIFICATES} was changed after it was finished; move it away, or restore it")
     finished = not missing and table.record.finished is not None

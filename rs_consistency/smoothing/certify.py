@@ -120,7 +120,7 @@ def certify(
     alpha = probability("alpha", alpha)
     one_of("bound", bound, BOUNDS)
     shared = {"alpha": alpha, "bound": bound, "alpha_share": share_of(alpha_share, bound=bound)}
-    n0 = pilot_votes(n0, tolerance=tolerance, bound=bound)
+    n0 = pilot_votes(n0, tolerance=tolerance, bound=bound, n=n)
     settings = {"sigma": sigma, "num_classes": num_classes, "n0": n0, "n": n, "seed": seed, "batch_size": batch_size}
     settings |= {"sampler": sampler, "precision": precision}
     task = prepare(images, indices, devices, least_n0=1, **settings)

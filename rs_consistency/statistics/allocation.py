@@ -40,6 +40,7 @@ from rs_consistency.statistics.bounds import upper_confidence_bound
 from rs_consistency.statistics.limits import fewest_votes
 
 N0 = 1000  # votes of a pilot that is worth its votes: docs/statistics.md has the measurement
+MOST_TOLERATED = 10**6  # of an image with a tolerance: the table of expected radii, 8 s there, grows like the root of n
 RULE = 1  # version of the rule, for records: another one gives other numbers for the same pilot
 # Probability that the pilot's upper bound of p_A is too low. At 0.05 the mean loss exceeds small tolerances by 8 %.
 _MISLED = 0.02
@@ -49,22 +50,30 @@ _DISTANCES = np.append(np.linspace(-0.4, 5.4, 291), np.inf)
 _EXACT = 64  # expectations have a term for each count of other classes up to here, beyond for every second, fourth, ...
 
 
-def pilot_votes(n0: Any, *, tolerance: Any, bound: str) -> Any:
+def pilot_votes(n0: Any, *, tolerance: Any, bound: str, n: Any = None) -> Any:
     """Return n0, or its default for None, with a tolerance or None for no tolerance.
 
     Raises:
-      UserError: for a tolerance that is not above 0, or with the bound `two_class`: it gains most where p_A is below
-        1/2, and such images get few votes.
+      UserError: for a tolerance that is not above 0, more than `MOST_TOLERATED` further votes n, or the bound
+        `two_class`: it gains most where p_A is below 1/2, and such images get few votes.
     """
     if tolerance is None:
         return bounds.N0 if n0 is None else n0
     number_above("tolerance", tolerance, 0)
+    if n is not None:
+        check_tolerated(n)
     if bound == "two_class":
         raise UserError(
             f"tolerance={tolerance}: it leaves few votes to images that bound=two_class would certify; leave one of"
             " them out"
         )
     return N0 if n0 is None else n0
+
+
+def check_tolerated(n: Any) -> None:
+    """Raise a `UserError` for more votes than an image may have with a tolerance."""
+    if whole_number("n", n, at_least=1, at_most=MOST) > MOST_TOLERATED:
+        raise UserError(f"n={n}: with a tolerance use at most {MOST_TOLERATED:,} votes, or leave the tolerance out")
 
 
 def votes_for_tolerance(
@@ -102,7 +111,7 @@ def votes_for_tolerance(
     Args:
       count0: votes of the pilot for the selected class, whole numbers in 0..n0.
       n0: votes of the pilot, at least 1.
-      n: most votes of the measurement.
+      n: most votes of the measurement, at most `MOST_TOLERATED`.
       tolerance: expected loss of radius, l2, in the units of sigma.
       alpha: error probability of the certificate, in (0, 1), at least 1e-100.
       sigma: standard deviation of the noise.
@@ -123,6 +132,7 @@ def votes_for_tolerance(
       [10, 6227, 9787, 31290, 87890]
     """
     n0, n = whole_number("n0", n0, at_least=1, at_most=MOST), whole_number("n", n, at_least=1, at_most=MOST)
+    check_tolerated(n)
     count0 = number_array("count0", count0)
     inside = (count0 >= 0) & (count0 <= n0) & (count0 == np.floor(count0))
     check_all("count0", count0, inside, "use whole numbers from 0 to n0")

@@ -9,7 +9,7 @@ import pytest
 from rs_consistency.certificates.alarms import alarms, beside, differences
 from rs_consistency.certificates.columns import ATTACK, CERTIFY, format_distance, make_rows
 from rs_consistency.certificates.proof import contradictions, load
-from rs_consistency.certificates.read import read_certificates, read_table
+from rs_consistency.certificates.read import read_table
 from rs_consistency.certificates.selection import Selection
 from rs_consistency.certificates.write import CertificateFile
 from rs_consistency.common.errors import UserError
@@ -64,7 +64,7 @@ def test_distances_are_written_rounded_up_and_read_back(tmp_path):
         Decimal("inf"),
     ]
     assert [row["correct"] for row in table.rows.values()] == [1, 1, 0, 0]
-    assert read_certificates(table.path).mode == "attack"
+    assert load(table.path)[0].mode == "attack"
     for distance in ("-0.100000", "nan", "0.1", "Infinity"):
         with pytest.raises(ValueError, match="damaged"):
             ATTACK.parse(ATTACK.line(table.rows[0])[:-1].replace("0.700001", distance))
@@ -144,7 +144,9 @@ def test_only_files_of_the_same_classifier_and_images_are_compared(tmp_path):
     record = json.loads(attacks.path.with_suffix(".json").read_text())
     other = {"sigma": 0.25, "parameter_digest": "x", "data_digest": "x", "precision": "highest", "torch_input": "none"}
     for key, value in other.items():
-        attacks.path.with_suffix(".json").write_text(json.dumps({**record, key: value}))
+        attacks.path.with_suffix(".json").write_text(
+            json.dumps({**record, key: value, "identity": [*record["identity"], key]})
+        )
         assert len(differences(certificates.record, beside(certificates.path, ATTACK).record)) == 1
     attacks.path.with_suffix(".json").write_text(json.dumps(record))
     lines = attacks.path.read_text()

@@ -194,6 +194,19 @@ def test_a_change_that_no_count_shows_is_found_by_the_digest(path):
     assert "c.tsv was changed after it was finished: its SHA-256 is not the one in c.json" in report.text()
 
 
+def test_a_label_or_a_class_that_the_dataset_has_not_is_found_without_drawing_it(path):
+    table, truth = read_table(path), {"labels": LABELS, "num_classes": 3}
+    (row,) = (row for row in redrawn_rows(table, INDICES[-1:], LABELS[-1:], drawn(INDICES[-1:])))
+    redrawn = redrawn_rows(table, INDICES[:10], LABELS[:10], drawn(INDICES[:10]))
+    assert audit.compare(table, redrawn, HERE, **truth).ok
+    forge(path, 58, label=row["label"] + 1, correct=0)
+    report = audit.compare(read_table(path), redrawn, HERE, **truth)
+    assert not report.ok and f"label {row['label'] + 1}, in the dataset {row['label']}" in report.problems[58]
+    forge(path, 58, label=row["label"], correct=row["correct"])
+    report = audit.compare(read_table(path), redrawn, HERE, **truth | {"num_classes": 2})
+    assert any("selected 2 is no class" in text for text in report.problems.values())
+
+
 def test_another_seed_or_model_does_not_reproduce(path):
     report = verify(path, votes=drawn(INDICES[:10] + 1))
     assert report.reproduced == 0 and len(report.text().splitlines()) == 11

@@ -8,7 +8,7 @@ import pytest
 
 from rs_consistency import data
 from rs_consistency.certificates.matching import match_images
-from rs_consistency.certificates.read import read_certificates
+from rs_consistency.certificates.proof import load
 from rs_consistency.common.errors import UserError
 from tests.helpers import write_idx, write_tfds
 
@@ -63,7 +63,7 @@ class World:
         self.theirs.write_text(FIELD + "".join(lines))
 
     def match(self, *paths, **options):
-        files = [(path, read_certificates(path)) for path in paths or (self.ours, self.theirs)]
+        files = [(path, load(path)[0]) for path in paths or (self.ours, self.theirs)]
         return match_images(files, self.originals, **options)
 
 

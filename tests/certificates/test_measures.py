@@ -14,7 +14,6 @@ from rs_consistency.certificates import read
 from rs_consistency.certificates.columns import CERTIFY, DECIDE, PREDICT, make_rows
 from rs_consistency.certificates.measures import best_at, lower_of_label, summarize, votes_for_label
 from rs_consistency.certificates.proof import Evidence, load
-from rs_consistency.certificates.read import read_certificates
 from rs_consistency.certificates.record import Settings
 from rs_consistency.certificates.selection import Selection
 from rs_consistency.certificates.write import CertificateFile
@@ -99,7 +98,7 @@ def test_labels_tell_files_apart(tmp_path):
 
 def test_a_file_without_a_last_newline_is_read_when_nothing_can_be_missing(field):
     field.write_text(FIELD.rstrip("\n"))
-    assert len(read_certificates(field).idx) == 4
+    assert len(load(field)[0].idx) == 4
 
 
 @pytest.mark.parametrize(
@@ -176,9 +175,9 @@ def test_a_reader_that_goes_away_is_no_error(field):
     ids=["true", "floats", "commas", "semicolons", "spaces", "numbered"],
 )
 def test_what_other_programs_write(field, written):
-    expected = read_certificates(field)
+    expected = load(field)[0]
     field.write_text(written)
-    table = read_certificates(field)
+    table = load(field)[0]
     for column, wanted in zip(table, expected, strict=True):
         np.testing.assert_array_equal(column, wanted)
     assert table.correct.tolist() == [1, 1, 0, 0] and table.correct.dtype == table.idx.dtype == np.int64
@@ -186,7 +185,7 @@ def test_what_other_programs_write(field, written):
 
 def test_an_image_without_a_label_is_no_correct_abstention(field):
     field.write_text(FIELD.replace("15\t0\t-1", "15\t-1\t-1"))
-    assert read_certificates(field).correct.tolist() == [1, 1, 0, 0]
+    assert load(field)[0].correct.tolist() == [1, 1, 0, 0]
 
 
 @pytest.mark.parametrize(
@@ -197,7 +196,7 @@ def test_logs_of_predictions(field, header):
     rows = [line.split("\t") for line in FIELD.splitlines()[1:]]
     lines = ["\t".join(row[:3]) + base + "\t" + "\t".join(row[4:]) for row in rows]
     field.write_text("\n".join([header, *lines]) + "\n")
-    table = read_certificates(field)
+    table = load(field)[0]
     assert (
         table.mode == "predict" and table.predict.tolist() == [7, 2, 8, -1] and table.correct.tolist() == [1, 1, 0, 0]
     )
@@ -224,7 +223,7 @@ def test_a_packed_file_cannot_fill_the_memory(program, field, monkeypatch):
     packed = field.with_suffix(".tsv.gz")
     packed.write_bytes(gzip.compress(FIELD.encode()))
     monkeypatch.setattr(read, "_UNPACKED", len(FIELD))
-    assert len(read_certificates(packed).idx) == 4
+    assert len(load(packed)[0].idx) == 4
     monkeypatch.setattr(read, "_UNPACKED", len(FIELD) - 1)
     assert "field.tsv.gz unpacks to more than 1" in program.fails("cli.analyze", packed)
     monkeypatch.undo()
@@ -234,13 +233,13 @@ def test_a_packed_file_cannot_fill_the_memory(program, field, monkeypatch):
 
 def test_seconds_and_mode(field):
     field.write_text(FIELD.replace("0:00:00.298455", "1.5").replace("0:00:00.3", "unknown"))
-    table = read_certificates(field)
+    table = load(field)[0]
     np.testing.assert_array_equal(table.seconds, [1.393193, 1.5, np.nan, 60.3])
     assert table.mode == "certify"
     field.write_text("\n".join(line.rpartition("\t")[0] for line in FIELD.splitlines()))
-    assert np.isnan(read_certificates(field).seconds).all()
+    assert np.isnan(load(field)[0].seconds).all()
     field.write_text(OURS)
-    assert read_certificates(field).seconds == [1.393193]
+    assert load(field)[0].seconds == [1.393193]
 
 
 N, SIGMA, ALPHA = 1000, 0.5, 0.001
@@ -337,7 +336,7 @@ def test_images_with_different_numbers_of_votes(tmp_path):
     rows = [*rows_of(COUNTS[:1]), *rows_of([(2, 2, 200, 0, 200)], votes=200), *rows_of([(2, 2, 90, 9, 90)], votes=200)]
     settings = Settings(SIGMA, 2 * N, ALPHA, 0, n0=20, bound="clopper_pearson", tolerance=0.1)
     count, votes = np.array([1000, 200, 90]), np.array([N, 200, 200])
-    table = read_certificates(write(tmp_path / "a.tsv", PREDICT, predictions(), image_shape=[1, 1, 1]))
+    table = load(write(tmp_path / "a.tsv", PREDICT, predictions(), image_shape=[1, 1, 1]))[0]
     evidence = Evidence(settings, ALPHA, rows, count, votes, np.zeros(3))
     (found,) = summarize([tmp_path], [(table, evidence)], [{}])
     assert found["at_ceiling"] == 2 / 3 and found["hard"] == 1 / 3 and found["votes"] == 3 * 20 + N + 400
@@ -398,7 +397,7 @@ def test_the_best_of_several_files_of_the_same_images(program, field, tmp_path):
     out = program.succeeds(*command).out.splitlines()
     assert out[3].split() == ["best", "4", "-", "0.5000", "-", "0.500", "0.500", "0.250", "0.250", "0.000"]
     assert out[5:] == [f"best at r=0, 0.5, 1: {field}", f"best at r=0, 1, 2: {other}"]
-    tables = [read_certificates(path) for path in (field, other)]
+    tables = [load(path)[0] for path in (field, other)]
     assert best_at(tables, [1.0], [None, "a"]) == [{"1": True}] * 2
     unknown = [{"1": None}] * 2
     assert best_at(tables, [1.0], ["a", "b"]) == unknown

@@ -2,17 +2,23 @@
 
 import json
 import shutil
+from contextlib import contextmanager
+from pathlib import Path
 
 import numpy as np
 import pytest
 
-from rs_consistency.certificates.columns import CERTIFY, make_rows
+from rs_consistency.certificates.columns import CERTIFY
 from rs_consistency.certificates.merge import merge
+from rs_consistency.certificates.proof import rows_of_counts
+from rs_consistency.certificates.question import columns_of_counts
 from rs_consistency.certificates.read import read_table
+from rs_consistency.certificates.record import Settings
 from rs_consistency.certificates.selection import Selection, Shard, parse_shard
 from rs_consistency.certificates.write import CertificateFile
 from rs_consistency.common.errors import UserError
-from rs_consistency.statistics.bounds import most_of_others
+from rs_consistency.common.files import replace_atomically
+from rs_consistency.smoothing.votes import Votes
 from tests.helpers import rows
 
 SETTINGS = {"sigma": 0.5, "n0": 100, "n": 100, "alpha": 0.001, "seed": 0, "bound": "clopper_pearson"}
@@ -22,21 +28,10 @@ WHOLE = Selection(split_size=41, skip=2, most=20)
 
 def results(indices):
     """Rows that depend on the images alone, but for the time."""
-    counts = np.stack([np.roll([90 - i, i, 10], i) for i in indices])
-    selected = counts.argmax(1)
-    return make_rows(
-        idx=indices,
-        label=indices % 3,
-        predict=np.where(indices % 4, selected, -1),
-        radius=indices / 7.0,
-        time=np.random.default_rng().uniform(),
-        count0=counts.max(1),
-        count=counts.max(1),
-        count_runner_up=most_of_others(counts, selected),
-        selected=selected,
-        count_label=counts[np.arange(len(counts)), indices % 3],
-        votes=100,
-    )
+    counts = np.stack([np.roll([90 - i, i, 10], i) for i in indices])  # 100 votes each
+    columns = columns_of_counts(CERTIFY, Votes(counts, counts), indices % 3)
+    about = {"idx": indices, "label": indices % 3, "time": np.random.default_rng().uniform()}
+    return rows_of_counts(CERTIFY, Settings(**SETTINGS), about | columns)
 
 
 def write(path, selection, *, device="cpu", images=None, **changed):
@@ -118,7 +113,8 @@ def test_a_selection_is_what_skip_max_and_shard_say():
     assert Selection(10, 3, 2).indices().tolist() == [0, 3]
     assert Selection(10, 3, 99).size == 4
     second = Selection(10, 3, 2, Shard(2, 2))
-    assert second.indices().tolist() == [3] and second.admitted().tolist() == [3, 9]
+    assert second.indices().tolist() == [3] and second.images == range(3, 6, 6)
+    assert len(Selection(2**31, 3, None, Shard(2, 2)).images) == 357_913_941  # at no cost
     with pytest.raises(UserError, match="shard=5/5: there are only 4 images; use at most so many shards"):
         Selection(10, 3, None, Shard(5, 5)).indices()
 
@@ -251,6 +247,19 @@ def test_an_output_with_another_content_is_left_alone(shards, output, tmp_path):
     refused(shards, tmp_path / "all.txt", "the name must end in .tsv")
     (tmp_path / "link.tsv").symlink_to(shards[2])
     refused(shards, tmp_path / "link.tsv", "is one of the files to merge")
+
+
+@pytest.mark.parametrize("change", [Path.unlink, lambda path: path.write_text("mine")])
+def test_an_output_that_another_process_takes_away_is_no_success(shards, output, monkeypatch, change):
+    @contextmanager
+    def replaced(path):
+        with replace_atomically(path) as temporary:
+            yield temporary
+        change(path)
+
+    monkeypatch.setattr("rs_consistency.certificates.merge.replace_atomically", replaced)
+    with pytest.raises(UserError, match=r"output=.*all\.tsv or all\.json was replaced by another process meanwhile"):
+        merge(shards, output)
 
 
 def test_a_kill_during_a_merge_leaves_nothing_half(shards, output, tmp_path, monkeypatch):

@@ -10,7 +10,7 @@ from scipy import special, stats
 
 from rs_consistency.certificates.columns import CERTIFY, make_rows
 from rs_consistency.certificates.proof import load
-from rs_consistency.certificates.read import read_certificates, read_table
+from rs_consistency.certificates.read import read_table
 from rs_consistency.certificates.selection import Selection
 from rs_consistency.certificates.write import CertificateFile
 from rs_consistency.noise import bound_uniform
@@ -172,11 +172,19 @@ def test_what_is_needed_to_recompute(program, file, tmp_path, option):
     record = file.with_suffix(".json")
     made = json.loads(record.read_text())
     record.write_text(json.dumps({**made, "mode": "predict"}))
-    assert "was made with mode='predict', and only" in program.fails("cli.analyze", file, option)
-    program.succeeds("cli.analyze", file)  # its lines are no less readable
+    contradiction = f"{file} has the columns of mode='certify', and certificates.json is the record of mode='predict'"
+    for words in ([option], []):
+        assert contradiction in program.fails("cli.analyze", file, *words)
     record.unlink()
     assert "has no certificates.json beside it that says how" in program.fails("cli.analyze", file, option)
     assert program.out == ""
+
+
+def change_record(path, **changed):
+    """Changes keys of the record; ... removes a key."""
+    record = path.with_suffix(".json")
+    made = {**json.loads(record.read_text()), **changed}
+    record.write_text(json.dumps({name: value for name, value in made.items() if value is not ...}))
 
 
 def changed_line(path, number, **values):
@@ -200,7 +208,7 @@ def changed_line(path, number, **values):
         (3, {"count_label": 999}, "image 15: count_label 999 contradicts its other counts"),
         (4, {"votes": 999}, "image 20: its counts cannot be with n0=20 and n=1000"),
         (11, {"predict": 2, "correct": 1}, "image 55: predict=2, radius=0.000000 do not follow"),
-        (11, {"predict": 2, "correct": 1}, "which prove no certificate; certify again, or recompute with --alpha"),
+        (11, {"predict": 2, "correct": 1}, "which prove no certificate; certify again"),
         (0, {"count": 1001}, "image 0: its counts cannot be with n0=20 and n=1000"),
         (0, {"count_runner_up": 1}, "image 0: its counts cannot be with n0=20 and n=1000"),
         (0, {"count0": 21}, "image 0: its counts cannot be with n0=20 and n=1000"),
@@ -220,14 +228,16 @@ def test_lines_that_their_counts_do_not_prove(program, file, number, values, mes
 
 
 def test_a_line_may_claim_less_than_it_could(program, file):
-    radius = read_certificates(file).radius[4]
+    radius = load(file)[0].radius[4]
+    change_record(file, finished=...)
     changed_line(file, 4, radius="0.100000")
     assert load(file)[0].radius[4] == 0.1 < radius
     assert load(file, alpha=ALPHA)[0].radius[4] == radius
     changed_line(file, 4, radius=f"{radius + 1e-6:.6f}")  # as another version of SciPy might round
     program.succeeds("cli.analyze", file)
     changed_line(file, 4, radius=f"{radius + 2e-6:.6f}")
-    program.fails("cli.analyze", file)
+    assert "certify again, or recompute with --alpha" in program.fails("cli.analyze", file)
+    program.succeeds("cli.analyze", file, "--alpha=0.001")
 
 
 @pytest.mark.parametrize(
@@ -243,9 +253,7 @@ def test_a_line_may_claim_less_than_it_could(program, file):
     ],
 )
 def test_records_that_cannot_be_trusted(program, file, key, value, message):
-    record = file.with_suffix(".json")
-    made = {**json.loads(record.read_text()), key: value}
-    record.write_text(json.dumps({name: value for name, value in made.items() if value is not ...}))
+    change_record(file, **{key: value})
     assert message in program.fails("cli.analyze", file)
 
 
@@ -290,22 +298,26 @@ def test_a_file_that_is_not_as_it_was_finished_says_so(program, file, tmp_path, 
 
     packed = pack(file)
     assert analysis(file) == analysis(packed) == analysis(file.parent) == (True, "")
-    changed_line(file, 4, radius="0.100000")  # it claims less: no line is refused
+    changed_line(file, 4, radius="0.100000")  # it claims less: no line is refused, but the file is
     pack(file)
     for path in (file, packed):
-        fault = f"{path} was changed after it was finished: its SHA-256 is not the one in its record"
-        assert analysis(path) == (False, f"note: {fault}; restore it from a copy, or certify again\n")
-    monkeypatch.delitem(plots.FORMATS, "pdf")
-    program.succeeds("cli.analyze", packed, f"--output={tmp_path / 'report'}", "--no_network")
-    assert program.err.count(fault) == (tmp_path / "report" / "report.html").read_text().count(fault) == 1
+        fault = f"{path} was changed after it was finished: its SHA-256 is not the one in certificates.json"
+        for words in ([], ["--alpha=0.01"], ["--exact"], [f"--output={tmp_path / 'report'}"]):
+            error = program.fails("cli.analyze", path, *words)
+            assert error == f"error: {fault}; restore it from a copy, or certify again" and program.out == ""
+    assert not (tmp_path / "report").exists()
     file.write_text("".join(file.read_text().splitlines(keepends=True)[:-2]))
-    assert "was changed after" in analysis(file)[1]
-    record = file.with_suffix(".json")
-    content = json.loads(record.read_text())
-    del content["finished"]
-    record.write_text(json.dumps(content))
-    unfinished = f"note: {file} is not finished: 10 of 12 images; certify.py with the same settings completes it\n"
-    assert analysis(file) == (False, unfinished)
+    pack(file)
+    assert "was changed after" in program.fails("cli.analyze", file)
+    change_record(file, finished=...)
+    fault = f"{file} is not finished: 10 of 12 images; certify.py with the same settings completes it"
+    assert analysis(file) == (False, f"note: {fault}\n")
+    monkeypatch.delitem(plots.FORMATS, "pdf")
+    program.succeeds("cli.analyze", file, f"--output={tmp_path / 'report'}", "--no_network")
+    assert program.err.count(fault) == (tmp_path / "report" / "report.html").read_text().count(fault) == 1
+    file.with_suffix(".json").unlink()
+    fault = f"note: {file} has no certificates.json beside it: nothing shows that its lines follow from its counts\n"
+    assert analysis(file) == (None, fault)
     field = tmp_path / "field.tsv"
     field.write_text("idx\tlabel\tpredict\tradius\tcorrect\n0\t7\t7\t1.5\t1\n")
     field.with_suffix(".json").write_text("{}")

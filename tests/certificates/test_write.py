@@ -457,6 +457,57 @@ def test_a_file_that_is_replaced_before_it_is_locked_is_opened_again(path, monke
     file.close()
 
 
+@pytest.mark.parametrize("moment", ["between", "at the end", "while sorting"])
+@pytest.mark.parametrize("change", ["removed", "replaced", "truncated and replaced by a link"])
+def test_a_file_that_another_process_takes_away_is_no_success(path, monkeypatch, change, moment):
+    file, elsewhere = opened(path), path.with_name("elsewhere.tsv")
+
+    def take_away():
+        path.unlink()
+        if change == "replaced":
+            path.write_text(text([0, 2]))
+        elif change != "removed":
+            path.symlink_to(elsewhere)
+            elsewhere.write_text("")
+
+    file.append(row(index) for index in file.remaining[:0:-1])
+    if moment != "at the end":
+        with monkeypatch.context() as patch:
+            if moment == "while sorting":
+                replace = write.CertificateFile._replace
+                patch.setattr(write.CertificateFile, "_replace", lambda *both: (replace(*both), take_away()))
+            else:
+                take_away()
+            with pytest.raises(UserError, match=r"^output=.*c\.tsv was removed or replaced by another process while"):
+                file.finish() if moment == "while sorting" else file.append([row(0)])
+    else:
+        take_away()
+        with pytest.raises(UserError, match=r"^output=.*c\.tsv was removed or replaced by another process while"):
+            file.finish()
+    file.close()
+    assert not path.exists() or path.read_text() in ("", text([0, 2]))  # the other process's file stays
+
+
+def test_a_record_that_another_process_takes_away(path):
+    record = path.with_suffix(".json")
+    file = opened(path)
+    file.append(row(index) for index in file.remaining)
+    record.unlink()
+    file.finish()  # it is known, and written anew
+    file.close()
+    assert not read_table(path).changed and json.loads(record.read_text())["finished"]["images"] == 10
+    path.unlink()
+    record.unlink()
+    file = opened(path)
+    file.append(row(index) for index in file.remaining)
+    for content in (record.read_text().replace('"seed": 0', '"seed": 1'), '{"mine": 1}'):
+        record.write_text(content)
+        with pytest.raises(UserError, match=r"c\.json (was replaced by another process while|is no record)"):
+            file.finish()
+        assert record.read_text() == content
+    file.close()
+
+
 def test_sorting_keeps_a_link_and_permissions(path, tmp_path):
     target = tmp_path / "elsewhere.tsv"
     target.write_text("")

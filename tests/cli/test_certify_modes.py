@@ -1,6 +1,7 @@
 """Modes, bounds, shards and audits of certify.py, on a trained run."""
 
 import gzip
+import hashlib
 import json
 import shutil
 
@@ -242,6 +243,26 @@ def test_an_audit_finds_a_forged_line_and_another_model(program, trained, certif
     record = json.loads((tmp_path / "forged.json").read_text())
     (tmp_path / "forged.json").write_text(json.dumps({**record, "parameter_digest": "0" * 64}))
     assert "parameter_digest" in program.fails(*command, f"--output={forged}")
+
+    whole = "".join(certified.read_text().splitlines(keepends=True)[:-1]).encode()  # and the digest for it
+    digest = {**record["finished"], "sha256": hashlib.sha256(whole).hexdigest()}
+    (tmp_path / "forged.json").write_text(json.dumps({**record, "finished": digest}))
+    forged.write_bytes(gzip.compress(whole))
+    command[-1] = "--verify=1"
+    program(*command, f"--output={forged}")
+    assert program.status == EXIT_NOT_REPRODUCED
+    assert "was changed after it was finished: it holds 29 images, and forged.json says 30" in program.out
+    forged.write_bytes(gzip.compress(certified.read_bytes()))
+    for changed, message in (
+        ({"split_size": 61, "max": 30}, "split_size: 61 -> 60"),
+        ({"config": {**record["config"], "method": "macer"}}, "config.method: 'macer' -> 'gaussian'"),
+        ({"config": {"optimizer": {"lr": 9}}}, "config.optimizer.lr: 9 -> "),
+    ):
+        (tmp_path / "forged.json").write_text(json.dumps({**record, **changed}))
+        assert message in program.fails(*command, f"--output={forged}")
+    for changed in ({"config": None}, {"config": {"eval_batch_size": 9, "later": 1}}):  # which says nothing of it
+        (tmp_path / "forged.json").write_text(json.dumps({**record, **changed}))
+        program.succeeds(*command, f"--output={forged}")
 
 
 def test_interrupted_decisions_continue_to_the_same_file(program, trained, tmp_path, monkeypatch):

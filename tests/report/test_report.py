@@ -5,6 +5,7 @@ import csv
 import html.parser
 import io
 import json
+import re
 import shutil
 import subprocess
 import sys
@@ -16,7 +17,8 @@ from scipy import stats
 
 from rs_consistency import data, noise
 from rs_consistency.certificates.measures import summarize
-from rs_consistency.certificates.read import Certificates, read_certificates
+from rs_consistency.certificates.proof import load
+from rs_consistency.certificates.read import Certificates
 from rs_consistency.models import create_model
 from rs_consistency.report import figures, formats, plots
 from rs_consistency.report.contents import compare, subject
@@ -39,7 +41,7 @@ def field_file(path, radii, *, labels=None, indices=None):
 
 
 def of_file(path, label):
-    return subject(label, path, read_certificates(path), None)
+    return subject(label, path, load(path)[0], None)
 
 
 class Page(html.parser.HTMLParser):
@@ -139,7 +141,7 @@ def test_a_report_of_two_runs(report, two_runs):
     assert "computed again" not in page.text and "linear" in page.text and "clopper_pearson" in page.text
     measured = list(csv.DictReader(io.StringIO((report / "measures.csv").read_text())))
     for line, name in zip(measured, ("whole", "half"), strict=True):
-        table = read_certificates(two_runs / name)
+        table = load(two_runs / name)[0]
         radii = table.radius * table.correct
         assert (line["run"], float(line["acr"])) == (name, radii.mean())
         expected = stats.bootstrap((radii,), np.mean, method="percentile", n_resamples=10_000, rng=7)
@@ -159,7 +161,7 @@ def test_the_tables_say_the_same_in_every_format(report):
 
 
 def test_differences_are_those_of_the_files(report, two_runs):
-    first, second = (read_certificates(two_runs / name) for name in ("whole", "half"))
+    first, second = (load(two_runs / name)[0] for name in ("whole", "half"))
     difference = first.radius * first.correct - second.radius * second.correct
     (line,) = csv.DictReader(io.StringIO((report / "comparisons.csv").read_text()))
     assert float(line["mean"]) == pytest.approx(difference.mean())
@@ -307,6 +309,41 @@ def test_what_is_missing_of_a_run_is_one_note(program, two_runs, tmp_path, monke
     assert set(figures_of(tmp_path / "out")) == {"acr", "certified_accuracy", "p_a"} | of_training
 
 
+HOSTILE = [
+    "a|b",
+    "*a* _b_ `c`",
+    "<img src=x onerror=alert(1)>",
+    "[x](javascript:alert(1)) ![y](z)",
+    "a\nb\r\n| 1 | 2 |",
+    "\x1b[2J\x1b]0;title\x07",
+    "\u202etxt.exe\u2028",
+    "\udcff",
+    "=cmd|' /C calc'!A0",
+    "@SUM(1)",
+    "-1+1",
+    '"a",b',
+    "\\|$\\|&lt;~~x~~",
+]
+
+
+@pytest.mark.parametrize("name", HOSTILE)
+def test_no_name_is_markup_a_formula_or_a_command(name):
+    table = [["run", "ACR"], [name, "1.0"]]
+    written = [formats.aligned(table), formats.markdown(table), formats.latex(table), formats.markdown_text(name)]
+    written += [formats.csv_text([{"run": name, "acr": -1.0}])]
+    for text in written:
+        assert all(line.isprintable() for line in text.split("\n"))
+        text.encode()
+    text, markdown, latex, _, csv_text = written
+    assert len(text.splitlines()) == 2 and len(markdown.splitlines()) == 3 and len(latex.splitlines()) == 7
+    (cell, last) = re.fullmatch(r"\| (.*) \| (1\.0) \|", markdown.splitlines()[2]).groups()
+    plain = re.sub(r"\\(.)", "", cell)  # without the escaped characters nothing is left of any markup
+    assert last == "1.0" and not set(plain) & set("|*`<>[]\\~&$") and not re.search(r"\b_|_\b|^_|_$| _|_ ", plain)
+    assert re.sub(r"\\(.)", r"\1", cell) == formats.plain_text(name)  # and it is all there
+    header, row = csv.reader(io.StringIO(csv_text))
+    assert header == ["run", "acr"] and row[1] == "-1.0" and not row[0].startswith(("=", "+", "-", "@"))
+
+
 def test_labels_are_shown_as_they_are(program, tmp_path):
     names = ["<script>alert(1)</script>", 'a"b&c', "_hidden|$x$_%{}^~\\", "$\\broken{$"]
     paths = [field_file(tmp_path / name.replace("/", "\u2215") / "f.tsv", [0.5, 1.0]) for name in names]
@@ -318,7 +355,7 @@ def test_labels_are_shown_as_they_are(program, tmp_path):
     assert 'a"b&c/f.tsv (2)' in page.text
     assert "<script" not in page.source and 'a"b' not in page.source
     markdown, latex = ((tmp_path / "out" / f"tables.{kind}").read_text() for kind in ("md", "tex"))
-    assert r"| _hidden\|$x$_%{}^~\/f.tsv | 2 |" in markdown
+    assert r"| \_hidden\|\$x\$\_%{}^\~\\/f.tsv | 2 |" in markdown and "<script" not in markdown.replace(r"\<", "")
     assert r"\_hidden\textbar{}\$x\$\_\%\{\}\textasciicircum{}\textasciitilde{}\textbackslash{}/f.tsv & 2" in latex
 
 

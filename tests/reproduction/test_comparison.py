@@ -3,10 +3,15 @@
 import gzip
 import json
 import math
+import shutil
+from decimal import Decimal
 
 import numpy as np
 import pytest
 
+from rs_consistency.certificates.columns import CERTIFY
+from rs_consistency.certificates.selection import Selection
+from rs_consistency.certificates.write import CertificateFile
 from rs_consistency.common.errors import UserError
 from rs_consistency.reproduction import render
 from rs_consistency.reproduction.comparison import difference_error, groups_of, pairs_of, rows_of
@@ -15,17 +20,31 @@ from rs_consistency.reproduction.published import Published, table_of
 from rs_consistency.reproduction.results import read_results
 from tests.helpers import ROOT
 
+MANY = 10**9  # votes
 
-def write_result(folder, method, sigma, seed, radii, *, notes=(), lbd=None, epochs=90, **made):
+
+def write_result(folder, method, sigma, seed, radii, *, notes=(), lbd=None, epochs=90, images=None, **made):
     """A kept cell with these radii, all correct, of images 0, 20, 40, ...; -1 for a wrong class."""
     cell = folder / f"{method}{'' if lbd is None else f'_lbd{lbd:g}'}_sigma{sigma:.2f}_seed{seed}_{len(notes)}"
     cell.mkdir(parents=True)
-    lines = [
-        f"{20 * i}\t3\t{3 if r >= 0 else 4}\t{r if r >= 0 else 0.1:.6f}\t{int(r >= 0)}\t0:00:01"
-        for i, r in enumerate(radii)
-    ]
-    text = "\n".join(["idx\tlabel\tpredict\tradius\tcorrect\ttime", *lines, ""])
-    (cell / "certificates.tsv.gz").write_bytes(gzip.compress(text.encode(), mtime=0))
+    # With all of so many votes, a line claims less than it could.
+    identity = {"sigma": sigma, "n0": 100, "n": MANY, "alpha": 0.001, "seed": seed, "bound": "clopper_pearson"}
+    file = CertificateFile(
+        cell / "certificates.tsv",
+        schema=CERTIFY,
+        identity={**identity, "parameter_digest": "p", **({"data_digest": images} if images else {})},
+        about={},
+        selection=Selection(20 * len(radii), 20),
+    )
+    lines = []
+    for i, r in enumerate(radii):
+        named, right, radius = (3, 1, f"{r:.6f}") if r >= 0 else (4, 0, "0.1")
+        lines.append((20 * i, 3, named, Decimal(radius), right, 1, 100, MANY, 0, named, right * MANY, MANY))
+    file.append(lines)
+    file.finish()
+    file.close()
+    (cell / "certificates.tsv.gz").write_bytes(gzip.compress(file.path.read_bytes(), mtime=0))
+    file.path.unlink()
     about = {"method": method, "sigma": sigma, "seed": seed, "lbd": lbd, "epochs": epochs, "deviations": list(notes)}
     (cell / "run.json").write_text(json.dumps(about | made))
 
@@ -106,13 +125,12 @@ def test_pairs_are_compared_on_the_same_images(tmp_path):
 def test_images_of_another_content_are_no_pair_and_no_mean(tmp_path):
     write_result(tmp_path, "consistency", 0.5, 0, [0.5, 0.7])
     for seed, data_digest in enumerate(("aa", "aa", "bb")):
-        write_result(tmp_path, "gaussian", 0.5, seed, [0.5, 0.7])
-        record = tmp_path / f"gaussian_sigma0.50_seed{seed}_0" / "certificates.json"
-        record.write_text(json.dumps({"data_digest": data_digest}))
+        write_result(tmp_path, "gaussian", 0.5, seed, [0.5, 0.7], images=data_digest)
     found = read_results(tmp_path)
     assert [[one.seed for one in group] for group in groups_of(found)] == [[0], [0, 1], [2]]
     assert pairs_of(found) == []  # of what the consistency run was certified on, nothing is known
-    (tmp_path / "consistency_sigma0.50_seed0_0" / "certificates.json").write_text('{"data_digest": "aa"}')
+    shutil.rmtree(tmp_path / "consistency_sigma0.50_seed0_0")
+    write_result(tmp_path, "consistency", 0.5, 0, [0.5, 0.7], images="aa")
     assert len(pairs_of(read_results(tmp_path))) == 1
 
 

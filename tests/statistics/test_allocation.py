@@ -166,6 +166,7 @@ def test_the_least_votes_can_certify_and_fewer_cannot(alpha, slack, votes):
         ({"count0": 0.5}, r"count0=0\.5"),
         ({"n0": 0}, "n0=0: use a whole number of at least 1"),
         ({"n": 0}, "n=0"),
+        ({"n": 10**9}, "n=1000000000: with a tolerance use at most 1,000,000 votes, or leave the tolerance out"),
         ({"tolerance": 0.0}, r"tolerance=0\.0: use a number greater than 0"),
         ({"tolerance": float("nan")}, "tolerance=nan"),
         ({"alpha": 1.0}, r"alpha=1\.0: use a number in \(0, 1\)"),
@@ -185,5 +186,7 @@ def test_the_pilot_by_default():
     )
     with pytest.raises(UserError, match=r"tolerance=0\.02: it leaves few votes to images that bound=two_class would"):
         pilot_votes(None, tolerance=0.02, bound="two_class")
+    with pytest.raises(UserError, match="n=1000001: with a tolerance use at most 1,000,000"):
+        pilot_votes(50, tolerance=0.02, bound="clopper_pearson", n=10**6 + 1)
     with pytest.raises(UserError, match="tolerance='x': use a number greater than 0"):
         pilot_votes(50, tolerance="x", bound="clopper_pearson")
