@@ -3,8 +3,10 @@
 import errno
 import fcntl
 import json
+import math
 import os
 import platform
+import stat
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -13,6 +15,7 @@ from typing import Any
 from rs_consistency.common.errors import UserError, note
 
 _WITHOUT_LOCKS = (errno.ENOSYS, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOLCK)  # from file systems without locks
+_LARGEST_JSON = 2**24  # bytes: the values of a file take many times its size
 _REMEDY = "restore it from a copy, or move it away"
 
 
@@ -60,10 +63,70 @@ def write_json(path: Path, content: Any) -> None:
     write_text(path, json.dumps(content, indent=2) + "\n")
 
 
-def read_json(path: Path) -> dict[str, Any]:
-    """Read a JSON object. Raise a `UserError` if the file is damaged."""
+def read_bytes(path: Path, *, at_most: int) -> bytes:
+    """Return the content of a file.
+
+    Raises:
+      UserError: for a folder, a pipe or a device, which may have no end, and for a file of more bytes than `at_most`.
+    """
+    status = path.stat()
+    if not stat.S_ISREG(status.st_mode):
+        raise UserError(f"{path} is not a regular file; {_REMEDY}")
+    with path.open("rb") as file:
+        content = file.read(min(status.st_size, at_most) + 1)
+    if len(content) > at_most:
+        raise UserError(f"{path} is damaged: it has more than {at_most} bytes; {_REMEDY}")
+    return content
+
+
+def parse_json(text: str | bytes) -> Any:
+    """Return the value of a JSON text.
+
+    Raises:
+      ValueError: for text that is not JSON in UTF-8, for NaN, infinity, a float or a whole number beyond 64 bits, for a
+        name that an object has twice, and for objects and lists in too many others.
+    """
     try:
-        content = json.loads(path.read_text(encoding="utf-8"))
+        return _JSON.decode(text if isinstance(text, str) else text.decode("utf-8"))
+    except RecursionError:
+        raise ValueError("too many objects or lists in each other") from None
+
+
+def _number(text: str) -> float:
+    if not math.isfinite(number := float(text)):
+        raise ValueError(f"{text[:40]} is not a finite number")
+    return number
+
+
+def _whole_number(text: str) -> int:
+    if len(text) > 20 or abs(number := int(text)) >= 2**64:
+        raise ValueError(f"{text[:40]}... is too large a number")
+    return number
+
+
+def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    content = dict(pairs)
+    if len(content) < len(pairs):
+        twice = next(name for number, (name, _) in enumerate(pairs) if name in dict(pairs[:number]))
+        raise ValueError(f"{twice[:40]!r} is there twice")
+    return content
+
+
+_JSON = json.JSONDecoder(
+    parse_float=_number, parse_int=_whole_number, parse_constant=_number, object_pairs_hook=_object
+)
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """Return the JSON object of a file, at most 16 MiB.
+
+    Raises:
+      UserError: names the file, where it is damaged (see `parse_json`) or no regular file.
+    """
+    try:
+        content = parse_json(read_bytes(path, at_most=_LARGEST_JSON))
+    except UserError:
+        raise
     except ValueError as error:
         raise UserError(f"{path} is damaged: {error}; {_REMEDY}") from None
     if not isinstance(content, dict):

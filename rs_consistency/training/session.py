@@ -14,7 +14,7 @@ from rs_consistency.devices import parallel
 from rs_consistency.methods import METHODS
 from rs_consistency.training import runs
 from rs_consistency.training.array_inputs import ArrayInputs
-from rs_consistency.training.config import flatten, validate
+from rs_consistency.training.config import check_keys, flatten, validate
 from rs_consistency.training.inputs import Inputs, StepSizes, step_sizes
 from rs_consistency.training.step import TrainState, create_state
 from rs_consistency.training.teacher import smoothed_predictions
@@ -38,6 +38,7 @@ class Session:
         Raise a `UserError` for a setting that cannot work, data that are not there, or, in a new run, another run that
         it builds on and that is not there or does not fit.
         """
+        check_keys(config)
         devices = parallel.choose_devices(config.num_devices)
         validate(config, num_devices=len(devices))
         _settle_sources(config, is_new=not (workdir / runs.CONFIG_FILE).exists())
