@@ -107,7 +107,7 @@ def _num_examples(workdir: Path) -> int:
     """Return the number of training examples; a `UserError` where the folder does not say."""
     path = workdir / DATA_FILE
     number = read_json(path).get("train_examples") if path.exists() else None
-    if not isinstance(number, int):
+    if type(number) is not int or number < 1:
         raise UserError(f"{path} does not say how many training examples the run has; copy it from the run's folder")
     return number
 

@@ -1,7 +1,5 @@
 """An open run: its configuration, devices and data. The loop, the dry run and the profile begin with it."""
 
-import tempfile
-from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -88,15 +86,14 @@ class Session:
         extra, teacher = {}, METHODS[self.config.method].teacher
         if teacher:
             flat = flatten(self.config)
-            with nullcontext(workdir) if workdir else tempfile.TemporaryDirectory() as folder:
-                smoothed = smoothed_predictions(
-                    self.config,
-                    self.train if workdir else data.Split(self.train.images[:_FEW], self.train.labels[:_FEW]),
-                    Path(flat[teacher.workdir_key]),
-                    num_votes=flat[teacher.num_votes_key],
-                    devices=self.devices,
-                    workdir=Path(folder),
-                )
+            smoothed = smoothed_predictions(
+                self.config,
+                self.train if workdir else data.Split(self.train.images[:_FEW], self.train.labels[:_FEW]),
+                Path(flat[teacher.workdir_key]),
+                num_votes=flat[teacher.num_votes_key],
+                devices=self.devices,
+                workdir=workdir,
+            )
             extra["smoothed"] = np.resize(smoothed, (len(self.train), *smoothed.shape[1:]))
         return ArrayInputs(self.config, self.train, self.test, devices=self.devices, extra=extra)
 
