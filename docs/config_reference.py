@@ -9,6 +9,9 @@ _INTRODUCTION = """# Every key of a configuration
 This page is made from `configs/default.py`. A file in `configs/` starts from these values and changes some of them. A
 published cell (`--config=configs/mnist.py:method=macer,sigma=0.5`) changes more, and `--config.KEY=VALUE` any key.
 A run keeps its settings in `config.json` of its workdir.
+
+Keys and types are checked against `configs/default.py`, wherever a configuration comes from. No program reads another
+key, so another key is refused; only a method that was added to `METHODS` elsewhere brings a block of its own name.
 """
 
 

@@ -1,13 +1,23 @@
 """The configuration file of a command line, and the `configs` package that it imports from."""
 
 import importlib.util
+import inspect
+import re
 import sys
+import traceback
 from collections import deque
 from collections.abc import Sequence
 from pathlib import Path
+from types import ModuleType
+
+from ml_collections import ConfigDict, FrozenConfigDict
+
+from rs_consistency.common.errors import UserError, first_line
+from rs_consistency.common.files import read_bytes
 
 PACKAGE = "configs"
 _OWN = Path(__file__).resolve().parents[2] / PACKAGE  # of a clone, and of an installed wheel
+_LARGEST = 2**20  # bytes of a configuration file
 
 
 def is_config(word: str) -> bool:
@@ -48,6 +58,59 @@ def resolve(argv: Sequence[str]) -> list[str]:
         if name == "--config" and value:
             chosen[number] = f"--config={_resolved(value)}"
     return [*others, *chosen]
+
+
+def overridden_key(word: str) -> str | None:
+    """Return the key that a word of a command line sets, such as `optimizer.lr`; None for any other word."""
+    found = re.match(r"--?(?:no)?config\.([^=]*)", word)
+    return found and found[1]
+
+
+def load(value: str) -> ConfigDict:
+    """Return the configuration of a file, for the text FILE or FILE:CELL.
+
+    Raises:
+      UserError: where the file cannot be read, raises an error, or has no `get_config` that returns a ConfigDict.
+    """
+    name, *cell = value.split(":", 1)
+    if not name:
+        raise UserError("--config cannot be read: Path to config file is an empty string; give configs/mnist.py")
+    try:
+        source = read_bytes(Path(name), at_most=_LARGEST)
+    except UserError as error:
+        raise UserError(f"--config cannot be read: {error}") from None
+    except OSError as error:
+        reason = f"{name}: {error.strerror}; give a file such as configs/mnist.py"
+        raise UserError(f"--config cannot be read: {reason}") from None
+    module = sys.modules["__config__"] = ModuleType("__config__")
+    module.__file__ = name
+    try:
+        exec(compile(source, name, "exec"), vars(module))
+        get_config = getattr(module, "get_config", None)
+        config = get_config(*_checked(get_config, name, cell))
+    except (UserError, KeyboardInterrupt):
+        raise
+    except BaseException as error:  # whatever the file raises; not even SystemExit is a success
+        lines = [frame.lineno for frame in traceback.extract_tb(error.__traceback__) if frame.filename == name]
+        place = f"{name}, line {lines[-1]}" if lines else name
+        raise UserError(f"--config: {place}: {type(error).__name__}: {first_line(error)}; mend the file") from error
+    if not isinstance(config, ConfigDict):
+        returned = f"get_config() of {name} returns {type(config).__name__}"
+        raise UserError(f"--config: {returned}; return a ConfigDict, as in configs/mnist.py")
+    return ConfigDict(config) if isinstance(config, FrozenConfigDict) else config
+
+
+def _checked(get_config: object, name: str, cell: list[str]) -> list[str]:
+    """Return the arguments of a `get_config`, no or one cell; raise a `UserError` if it is none, or takes others."""
+    if not callable(get_config):
+        raise UserError(f"--config: {name} has no function get_config; write one, as in configs/mnist.py")
+    try:
+        inspect.signature(get_config).bind(*cell)
+    except TypeError:
+        if cell:
+            raise UserError("--config: this file has no published cells; leave out what follows the colon") from None
+        raise UserError(f"--config: get_config() of {name} needs a cell; write --config={name}:CELL") from None
+    return cell
 
 
 def _resolved(value: str) -> str:

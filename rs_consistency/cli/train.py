@@ -13,7 +13,8 @@ from absl import flags
 from ml_collections import ConfigDict, config_flags
 
 from rs_consistency.cli.common import entry_points, program_words
-from rs_consistency.cli.config_file import resolve
+from rs_consistency.cli.config_file import load, overridden_key, resolve
+from rs_consistency.common.checks import no_such_key
 from rs_consistency.common.errors import UserError
 
 
@@ -58,19 +59,38 @@ def set_up(config: ConfigDict) -> None:
 
 
 def parse(argv: Sequence[str]) -> flags.FlagValues:
-    """Return the flags of a command line; raise a `UserError` for a mistake in them."""
+    """Return the flags of a command line; raise a `UserError` for a mistake in them or in the configuration."""
     if not any(arg.lstrip("-").split("=")[0] in ("config", "help", "h") for arg in argv):
         raise UserError(f"--config is missing: {_example()}")
     argv = resolve(argv)
+    files = [word.partition("=")[2] for word in argv if word.startswith("--config=")]
+    config = load(files[-1]) if files else ConfigDict()
+    if files:
+        _check(config, argv)
+    argv = ["train.py", *(word for word in argv if not word.startswith("--config="))]
+    try:
+        values = _define(config, argv)
+        rest = values(argv)[1:]
+    except Exception as error:  # absl and ml_collections raise many kinds for a value that they cannot read
+        raise UserError(str(error).strip().splitlines()[-1].strip()) from error
+    if rest:
+        raise UserError(f"argument {rest[0]!r} is not understood; flags are written --name=value")
+    if files:
+        _check(values.config, argv)
+    return values
+
+
+def _define(config: ConfigDict, argv: Sequence[str]) -> flags.FlagValues:
+    """Return the program's flags, without their values."""
     values = flags.FlagValues()
-    config_flags.DEFINE_config_file(
+    config_flags.DEFINE_config_dict(
         "config",
-        None,
+        config,
         "Configuration file, such as configs/mnist.py; --config.KEY=VALUE overrides a key.",
-        lock_config=True,
-        sys_argv=["train.py", *argv],
+        sys_argv=argv,
         flag_values=values,
     )
+    values["config"].default_as_str = None  # else --help prints a whole configuration
     flags.DEFINE_string("workdir", None, "Folder of the run: config, metrics, checkpoints.", flag_values=values)
     flags.DEFINE_bool(
         "dry_run",
@@ -85,29 +105,19 @@ def parse(argv: Sequence[str]) -> flags.FlagValues:
         flag_values=values,
     )
     flags.DEFINE_bool("help", False, "Show this text.", short_name="h", flag_values=values)
-    try:
-        rest = values(["train.py", *argv])[1:]
-        if values["config"].value is not None:
-            _ = values.config.items  # raises when the file could not be read
-    except Exception as error:  # wrong values, unknown keys, and config files that are missing or broken
-        raise _explain(error) from error
-    if rest:
-        raise UserError(f"argument {rest[0]!r} is not understood; flags are written --name=value")
     return values
 
 
-def _explain(error: Exception) -> UserError:
-    """Return an error of absl or ml_collections as one line; an error in a config file is a traceback's text there."""
-    if isinstance(error, AttributeError | KeyError):
-        key = str(error.args[0]).replace("\\n", " ").replace("\\", "").replace("'", "").strip('"')
-        return UserError(f"--config has no such key: {key}; configs/default.py names every key")
-    if "get_config() takes 0 positional arguments" in str(error):
-        return UserError("--config: this file has no published cells; leave out what follows the colon")
-    last_line = str(error).strip().splitlines()[-1].strip()
-    own = f"{UserError.__module__}.UserError: "
-    if isinstance(error, flags.Error | UserError) or last_line.startswith(own):
-        return UserError(last_line.removeprefix(own))
-    return UserError(f"--config cannot be read: {last_line}; give a file such as configs/mnist.py")
+def _check(config: ConfigDict, argv: Sequence[str]) -> None:
+    """Raise a `UserError` for a configuration, or a key on the command line, that is not as in configs/default.py."""
+    from rs_consistency.training.config import check_keys, flatten  # slow to import; --help needs none
+
+    check_keys(config)
+    known = flatten(config)
+    blocks = {key.split(".")[0] for key in known}
+    for key in map(overridden_key, argv):
+        if key is not None and key not in known and key not in blocks:
+            raise no_such_key(key, known)
 
 
 main, run = entry_points(_main)

@@ -1,7 +1,9 @@
 """Checks of settings, numbers and arrays. Each raises a `UserError` with the name, the value and the remedy."""
 
+import difflib
 import math
 import numbers
+from collections.abc import Collection
 from fractions import Fraction
 from typing import Any
 
@@ -71,6 +73,15 @@ def one_of(name: str, value: Any, names: Any) -> None:
     """Raise unless the value is a known name."""
     if value not in names:
         raise UserError(f"{name}={value!r} is unknown; use one of {', '.join(sorted(names))}")
+
+
+def no_such_key(key: str, known: Collection[str]) -> UserError:
+    """Return the error for a key of a configuration that is not among the known keys; it names the nearest ones."""
+    key = key[:100]
+    name = key.rpartition(".")[2]
+    near = [each for each in known if each.rpartition(".")[2] == name] or difflib.get_close_matches(key, known)
+    meant = f" (near: {', '.join(near)})" if near else ""
+    return UserError(f"no such key: {key}{meant}; configs/default.py names every key")
 
 
 def number_array(name: str, value: ArrayLike) -> np.ndarray:

@@ -2,17 +2,26 @@
 
 import errno
 import fcntl
+import glob
 import json
+import math
 import os
 import platform
-from collections.abc import Iterator
-from contextlib import contextmanager
+import re
+import stat
+import time
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
 from rs_consistency.common.errors import UserError, note
 
 _WITHOUT_LOCKS = (errno.ENOSYS, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOLCK)  # from file systems without locks
+_DAY = 24 * 3600  # seconds
+_DEEPEST = 50
+_TOO_DEEP = f"more than {_DEEPEST} objects or lists in each other"
+_LARGEST_JSON = 2**24  # bytes: the values of a file take many times its size
 _REMEDY = "restore it from a copy, or move it away"
 
 
@@ -35,10 +44,12 @@ def naming(path: Path) -> Iterator[None]:
 def replace_atomically(path: Path) -> Iterator[Path]:
     """Yield a temporary path in the same folder. The file that the block writes there then replaces `path`.
 
-    If the block raises, `path` stays as it was and the temporary file is removed.
+    If the block raises, `path` stays as it was and the temporary file is removed. Temporary files of the same path that
+    killed processes left are removed, too.
     """
-    # With the host's name: processes on two machines, or in two containers, may share a folder and a process number.
-    temporary = path.with_name(f".{path.name}.{platform.node()}.{os.getpid()}.tmp")
+    host = _host()
+    temporary = path.with_name(f".{path.name}.{host}.{os.getpid()}.tmp")
+    _remove_left(path, host)
     try:
         with naming(path):
             yield temporary
@@ -47,6 +58,36 @@ def replace_atomically(path: Path) -> Iterator[Path]:
             temporary.replace(path)
     finally:
         temporary.unlink(missing_ok=True)
+
+
+def _host() -> str:
+    """Return a name of the machine, or container, within which a process number is of one process at most."""
+    try:
+        return f"{platform.node()}-{os.stat('/proc/self/ns/pid').st_ino}"
+    except OSError:  # not Linux
+        return platform.node()
+
+
+def _remove_left(path: Path, host: str) -> None:
+    """Remove the temporary files that dead processes of this host left, and those of other hosts after a day."""
+    for left in path.parent.glob(f".{glob.escape(path.name)}.*.tmp"):
+        where, _, process = left.name.removeprefix(f".{path.name}.").removesuffix(".tmp").rpartition(".")
+        if not re.fullmatch("[0-9]+", process):
+            continue  # of another program
+        with suppress(OSError):
+            old = time.time() - left.stat().st_mtime > _DAY
+            if not _is_running(int(process)) if where == host else old:
+                left.unlink()
+
+
+def _is_running(process: int) -> bool:
+    try:
+        os.kill(process, 0)  # asks, and sends nothing
+    except (ProcessLookupError, OverflowError):
+        return False
+    except PermissionError:  # of another user
+        return True
+    return True
 
 
 def write_text(path: Path, text: str) -> None:
@@ -60,10 +101,81 @@ def write_json(path: Path, content: Any) -> None:
     write_text(path, json.dumps(content, indent=2) + "\n")
 
 
-def read_json(path: Path) -> dict[str, Any]:
-    """Read a JSON object. Raise a `UserError` if the file is damaged."""
+def read_bytes(path: Path, *, at_most: int) -> bytes:
+    """Return the content of a file.
+
+    Raises:
+      UserError: for a folder, a pipe or a device, which may have no end, and for a file of more bytes than `at_most`.
+    """
+    status = path.stat()
+    if not stat.S_ISREG(status.st_mode):
+        raise UserError(f"{path} is not a regular file; {_REMEDY}")
+    with path.open("rb") as file:
+        content = file.read(min(status.st_size, at_most) + 1)
+    if len(content) > at_most:
+        raise UserError(f"{path} is damaged: it has more than {at_most} bytes; {_REMEDY}")
+    return content
+
+
+def parse_json(text: str | bytes) -> Any:
+    """Return the value of a JSON text.
+
+    Raises:
+      ValueError: for text that is not JSON in UTF-8, for NaN, infinity, a float or a whole number beyond 64 bits, for a
+        name that an object has twice, and for more than 50 objects or lists in each other.
+    """
     try:
-        content = json.loads(path.read_text(encoding="utf-8"))
+        content = _JSON.decode(text if isinstance(text, str) else text.decode("utf-8"))
+    except RecursionError:
+        raise ValueError(_TOO_DEEP) from None
+    level = [content]
+    for _ in range(_DEEPEST + 1):
+        level = [part for value in level for part in _parts(value)]
+        if not level:
+            return content
+    raise ValueError(_TOO_DEEP)
+
+
+def _parts(value: Any) -> Iterable[Any]:
+    return value.values() if isinstance(value, dict) else value if isinstance(value, list) else ()
+
+
+def _number(text: str) -> float:
+    if not math.isfinite(number := float(text)):
+        raise ValueError(f"{text[:40]} is not a finite number")
+    return number
+
+
+def _whole_number(text: str) -> int:
+    if len(text) > 20 or abs(number := int(text)) >= 2**64:
+        raise ValueError(f"{text[:40]} is too large a number")
+    return number
+
+
+def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    content: dict[str, Any] = {}
+    for name, value in pairs:
+        if name in content:
+            raise ValueError(f"{name[:40]!r} is there twice")
+        content[name] = value
+    return content
+
+
+_JSON = json.JSONDecoder(
+    parse_float=_number, parse_int=_whole_number, parse_constant=_number, object_pairs_hook=_object
+)
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """Return the JSON object of a file, at most 16 MiB.
+
+    Raises:
+      UserError: names the file, where it is damaged (see `parse_json`) or no regular file.
+    """
+    try:
+        content = parse_json(read_bytes(path, at_most=_LARGEST_JSON))
+    except UserError:
+        raise
     except ValueError as error:
         raise UserError(f"{path} is damaged: {error}; {_REMEDY}") from None
     if not isinstance(content, dict):

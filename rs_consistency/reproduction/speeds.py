@@ -16,6 +16,11 @@ _Known = dict[str, dict[str, float]]
 _BOTH = {"epoch_seconds", "votes_per_second"}
 
 
+def _is_speed(value: Any) -> bool:
+    """Return whether a value is a number by which a time can be estimated, and no mark of a damaged file."""
+    return type(value) in (int, float) and 1e-12 < value < 1e12
+
+
 class Estimate(NamedTuple):
     """The time of the cells whose speed is known, and the number of the other cells."""
 
@@ -61,7 +66,11 @@ class Speeds:
         except UserError as error:
             note(f"{error}; until then, speeds are measured again")
             return {}
-        return {kind: speeds for kind, speeds in found.items() if isinstance(speeds, dict)}
+        return {
+            kind: {name: value for name, value in speeds.items() if _is_speed(value)}
+            for kind, speeds in found.items()
+            if isinstance(speeds, dict)
+        }
 
     def knows(self, cell: Cell) -> bool:
         """Return whether training and certification of a cell's kind were measured."""
@@ -69,7 +78,7 @@ class Speeds:
 
     def learn(self, cell: Cell, *, keep: bool = False, **found: float | None) -> None:
         """Take `epoch_seconds` or `votes_per_second` of a cell's kind; write all learned speeds if `keep`."""
-        new, kind = {name: value for name, value in found.items() if value}, self.kind(cell)
+        new, kind = {name: value for name, value in found.items() if _is_speed(value)}, self.kind(cell)
         self._known.setdefault(kind, {}).update(new)
         self._learned.add(kind)
         if keep:  # beside the speeds that others have written meanwhile

@@ -37,10 +37,10 @@ def glance(cell: Cell, workdir: Path) -> State:
     record = (read_lines(workdir / METRICS_FILE) or [{"epoch": 0, "step": 0}])[-1]
     config, seconds = cell.config(), None
     try:
-        epochs, step = record["epoch"], int(record["step"])
+        epochs, step = record["epoch"], record["step"]
         if record.get("noisy_images_per_second"):
             seconds = step / epochs * config.batch_size / record["noisy_images_per_second"]
-    except (KeyError, TypeError, ValueError, ZeroDivisionError):
+    except (KeyError, ZeroDivisionError):
         raise UserError(f"{workdir / METRICS_FILE}: its last line is damaged; delete that line") from None
     trained = epochs >= config.num_epochs and (workdir / "checkpoints" / str(step)).is_dir()
     path = workdir / CERTIFICATES
@@ -106,7 +106,12 @@ def calls_of(workdir: Path) -> list[dict[str, Any]]:
     """
     path = _calls_path(workdir)
     calls = read_json(path).get("calls", []) if path.exists() else []
-    if not isinstance(calls, list) or not all(isinstance(call, dict) and "program" in call for call in calls):
+    texts = ("program", "where")  # `where` is not in the calls of earlier versions
+    good = isinstance(calls, list) and all(
+        isinstance(call, dict) and "program" in call and all(isinstance(call.get(name, ""), str) for name in texts)
+        for call in calls
+    )
+    if not good:
         raise UserError(f"{path} is damaged; move it away: where the run was made is then not known")
     return calls
 

@@ -21,14 +21,16 @@ from rs_consistency.common.errors import UserError, first_line, note
 warnings.filterwarnings("ignore", "coroutine '.*' was never awaited", RuntimeWarning)
 
 _DIGEST_BYTES = hashlib.sha256().digest_size
+_MOST_REPLACED = 100  # steps that vanish, or that newer ones follow, while they are read
 
 
 class Checkpoints:
     """The folder `checkpoints` of a workdir.
 
     A step is listed once it is whole: Orbax writes beside it and renames. Steps are tried from newest to oldest. A step
-    is stepped over when it cannot be read (an empty folder, a truncated file), or when its content differs from the
-    digest that was saved with it.
+    is stepped over when it cannot be read (an empty folder, a truncated file), when its content differs from the digest
+    that was saved with it, or when its state is of another step. The run may be training meanwhile, in another process
+    that removes old steps: the steps are listed again whenever one cannot be read.
     """
 
     def __init__(self, workdir: Path, *, keep: int | None = None) -> None:
@@ -46,17 +48,24 @@ class Checkpoints:
                 cleanup_tmp_directories=keep is not None,  # a kill in the middle of a save leaves them
             )
             # The handler is named: Orbax would otherwise look it up in the first step, which may be damaged.
-            self._manager = ocp.CheckpointManager(
-                self.folder, options=options, item_handlers=ocp.StandardCheckpointHandler()
+            self._manager = _while_steps_vanish(
+                lambda: ocp.CheckpointManager(
+                    self.folder, options=options, item_handlers=ocp.StandardCheckpointHandler()
+                )
             )
 
     def save(self, step: int, state: Any) -> None:
         """Start to save a copy of a state: the next step may donate the state's buffers meanwhile.
 
-        Raise a `UserError` when this save or the save before failed, such as on a full disk.
+        Raise a `UserError` when this save or the save before failed, such as on a full disk, and when the folder holds
+        this step, or a later one, already.
         """
         saved = {"state": _fields(jax.tree.map(jnp.copy, state)), "digest": _digest_array(state)}
-        self._guard(lambda: self._manager.save(step, args=ocp.args.StandardSave(saved)))
+        if not self._guard(lambda: self._manager.save(step, args=ocp.args.StandardSave(saved))):
+            raise UserError(
+                f"checkpoint {step} was not written to {self.folder}: it holds steps {self.steps()} already; move the"
+                " later steps away, then run the same command again"
+            )
 
     def wait(self) -> None:
         """Return when the last save is on disk; raise like `save`."""
@@ -68,9 +77,9 @@ class Checkpoints:
             with suppress(UserError) if self._failed else nullcontext():
                 self._guard(self._manager.close)
 
-    def _guard(self, action: Callable[[], Any]) -> None:
+    def _guard(self, action: Callable[[], Any]) -> Any:
         try:
-            action()
+            return action()
         except Exception as error:  # Orbax and TensorStore raise many kinds, with many lines
             self._failed = True
             raise UserError(
@@ -84,27 +93,50 @@ class Checkpoints:
         `target` is the state's structure, as `jax.ShapeDtypeStruct` with shardings. A note names every checkpoint that
         was stepped over. Raise a `UserError` when there are checkpoints and none can be read.
         """
-        steps = sorted(self.steps(), reverse=True)
-        saved_target = {"state": _fields(target), "digest": np.zeros(_DIGEST_BYTES, np.uint8)}
-        for step in steps:
+        failed: set[int] = set()
+        replaced = 0
+        while untried := set(self.steps()) - failed:
+            step, newest = max(untried), max(untried | failed)
             try:
-                saved = self._manager.restore(step, args=ocp.args.StandardRestore(saved_target))
-                state = target.replace(**saved["state"])
-                if not np.array_equal(saved["digest"], _digest_array(state)):
-                    raise ValueError("its content is not what was saved")
-                return step, state
+                return step, self._restore(step, target)
             except Exception as error:  # Orbax and TensorStore raise many kinds for a damaged file
-                note(f"checkpoint {self.folder / str(step)} is unreadable: {_reason(error)}; trying the one before")
-        if steps:
+                failed.add(step)
+                _while_steps_vanish(self._manager.reload)
+                steps = self.steps()
+                if step in steps and max(steps) <= newest:
+                    note(f"checkpoint {self.folder / str(step)} is unreadable: {_reason(error)}; trying the one before")
+                    continue
+                replaced += 1  # by the run, which is training
+                if replaced > _MOST_REPLACED:
+                    raise UserError(
+                        f"the checkpoints in {self.folder} are replaced before they are read; try again once the"
+                        " training is over"
+                    ) from None
+        if failed := sorted(self.steps(), reverse=True):
             raise UserError(
-                f"every checkpoint in {self.folder} is unreadable (steps {', '.join(map(str, steps))}); restore one"
+                f"every checkpoint in {self.folder} is unreadable (steps {', '.join(map(str, failed))}); restore one"
                 " from a copy, or train again in another --workdir"
             )
         return None
 
+    def _restore(self, step: int, target: Any) -> Any:
+        """Return the state of a step; raise an error where it is not the state that was saved for this step."""
+        saved_target = {"state": _fields(target), "digest": np.zeros(_DIGEST_BYTES, np.uint8)}
+        saved = self._manager.restore(step, args=ocp.args.StandardRestore(saved_target))
+        state = target.replace(**saved["state"])
+        if not np.array_equal(saved["digest"], _digest_array(state)):
+            raise ValueError("its content is not what was saved")
+        if int(state.step) != step:
+            raise ValueError(f"its content is of step {int(state.step)}")
+        return state
+
     def steps(self) -> list[int]:
         """Return the steps with a checkpoint, readable or not."""
-        return list(self._manager.all_steps()) if self._manager is not None else []
+        if self._manager is None:
+            return []
+        if not self._manager.all_steps():  # a listing may miss a step that replaces another one meanwhile
+            _while_steps_vanish(self._manager.reload)
+        return list(self._manager.all_steps())
 
     def set_aside_after(self, step: int) -> None:
         """Move the checkpoints of later steps to `damaged_checkpoints`: these steps will be saved again."""
@@ -115,6 +147,14 @@ class Checkpoints:
                 shutil.rmtree(aside, ignore_errors=True)
                 (self.folder / str(later)).rename(aside)
         self._manager.reload()
+
+
+def _while_steps_vanish(listing: Callable[[], Any]) -> Any:
+    """Return the result of a listing, again where a step vanished from the folder meanwhile."""
+    for _ in range(_MOST_REPLACED):
+        with suppress(FileNotFoundError):
+            return listing()
+    return listing()
 
 
 def digest(tree: Any) -> str:

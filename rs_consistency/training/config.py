@@ -1,19 +1,35 @@
 """Checks of a configuration before anything is computed, and the keys that shape the result of a run."""
 
+import reprlib
+import runpy
 from collections.abc import Callable, Mapping
-from functools import partial
+from functools import cache, partial
+from pathlib import Path
 from typing import Any
 
 from flax.traverse_util import flatten_dict
 from ml_collections import ConfigDict
+from ml_collections.config_dict import FieldReference, RequiredValueError
 
 from rs_consistency import losses
-from rs_consistency.common.checks import LARGEST, MAX_SEED, count, number_above, number_from, one_of, whole_number
+from rs_consistency.common.checks import (
+    LARGEST,
+    MAX_SEED,
+    count,
+    no_such_key,
+    number_above,
+    number_from,
+    one_of,
+    whole_number,
+)
 from rs_consistency.common.errors import UserError
 from rs_consistency.data import DATASETS, dataset_info
 from rs_consistency.data.augment import AUGMENTATIONS
 from rs_consistency.methods import METHODS
 from rs_consistency.models import DTYPES, MODELS
+
+_DEFAULT = Path(__file__).parents[2] / "configs" / "default.py"  # of a clone, and of an installed wheel
+_KINDS = {bool: "True or False", int: "a whole number", float: "a number", str: "a text"}
 
 # Keys of where and how a run is computed. They may change between a run and its continuation.
 PLACE_KEYS = frozenset(
@@ -65,8 +81,84 @@ def flatten(config: ConfigDict | Mapping[str, Any]) -> dict[str, Any]:
     return flatten_dict(config.to_dict() if isinstance(config, ConfigDict) else config, sep=".")
 
 
+def check_keys(config: ConfigDict | Mapping[str, Any]) -> None:
+    """Check the keys of a configuration and the types of its values against configs/default.py.
+
+    A whole number may stand for a number. A run of an older version may lack the blocks of methods that it does not
+    use. A block that configs/default.py lacks is left to the check of the method that has its name.
+
+    Raises:
+      UserError: names the first key that is not known, is missing, or has a value of another type.
+    """
+    known, content = _default(), _content("config", config)
+    unused = {name: known[name] for name in METHODS if name in known and name not in content}
+    own = {name: content[name] for name in METHODS if name not in known and name in content}
+    _check_block("", {**unused, **content}, {**known, **own})
+    if content["method"] in unused:
+        raise _lacks(content["method"])
+
+
+@cache
+def _default() -> dict[str, Any]:
+    """Return the settings of the project's configs/default.py, whichever folder is the package `configs`."""
+    return runpy.run_path(str(_DEFAULT))["get_config"]().to_dict()
+
+
+def _content(name: str, block: Any) -> dict[Any, Any]:
+    """Return the keys of a block with their values; what a reference of ml_collections refers to."""
+    if not isinstance(block, ConfigDict | Mapping):
+        raise UserError(f"{name}={_shown(block)}: use a block of keys, a ConfigDict")
+    try:
+        if isinstance(block, ConfigDict):
+            block = dict(block.items(preserve_field_references=True))
+        references = {key: value for key, value in block.items() if isinstance(value, FieldReference)}
+        return {**block, **{key: value.get() for key, value in references.items()}}
+    except TypeError:  # from sorting keys
+        raise UserError(f"{name} has a key that is no text; configs/default.py names every key") from None
+    except RequiredValueError:
+        raise UserError(f"{name} has a placeholder without a value among {', '.join(references)}; set it") from None
+
+
+def _check_block(name: str, block: Any, known: Mapping[str, Any]) -> None:
+    """Raise a `UserError` for the first key of a block that is not as in the known block."""
+    content, prefix = _content(name, block), f"{name}." if name else ""
+    for key in content:
+        if key not in known:
+            raise no_such_key(f"{prefix}{key}", flatten(_default()))
+    for key, default in known.items():
+        if key not in content:
+            raise _lacks(f"{prefix}{key}")
+        if isinstance(default, Mapping):
+            _check_block(f"{prefix}{key}", content[key], default)
+        elif not _is_like(content[key], default):
+            remedy = f"use {_KINDS[type(default)]}, such as {default!r}"
+            raise UserError(f"{prefix}{key}={_shown(content[key])}: {remedy}")
+
+
+def _is_like(value: Any, default: Any) -> bool:
+    """Return whether a value has the type of a default. A whole number must fit into 64 bits."""
+    if isinstance(value, bool) or not isinstance(value, int):
+        return isinstance(value, type(default)) and isinstance(value, bool) == isinstance(default, bool)
+    return type(default) in (int, float) and abs(value) < 2**63
+
+
+def _lacks(key: str) -> UserError:
+    return UserError(f"the config lacks a key: {key}; start from configs/default.py (or is it of another version?)")
+
+
+def _shown(value: Any) -> str:
+    """Return a value as a short text in one line."""
+    if isinstance(value, ConfigDict):
+        return "a block"
+    try:
+        return reprlib.repr(value)
+    except Exception:  # of the value's own code, or for a number of too many digits
+        return f"a {type(value).__name__}"
+
+
 def validate(config: ConfigDict, *, num_devices: int) -> None:
     """Raise a `UserError` that names key, value and remedy for the first setting that cannot work."""
+    check_keys(config)
     flat = flatten(config)
     for key, check in _CHECKS.items():
         check(key, flat[key])
@@ -123,7 +215,7 @@ def differing_keys(mine: Mapping[str, Any], other: Mapping[str, Any]) -> list[st
     """
     mine, other = flatten(mine), flatten(other)
     missing = "(no such key)"
-    unused = METHODS.keys() - {config.get("method") for config in (mine, other)}
+    unused = [name for name in METHODS if name not in (mine.get("method"), other.get("method"))]
     return [
         f"{key}: {other.get(key, missing)!r} -> {mine.get(key, missing)!r}"
         for key in sorted(mine.keys() | other.keys())

@@ -10,10 +10,11 @@ from tensorboardX.proto.event_pb2 import Event, SessionLog
 from tensorboardX.proto.summary_pb2 import Summary
 
 from rs_consistency.common.errors import UserError
-from rs_consistency.common.files import naming, write_text
+from rs_consistency.common.files import naming, parse_json, read_bytes, write_text
 
 METRICS_FILE = "metrics.jsonl"
 TENSORBOARD_FOLDER = "tensorboard"
+_LARGEST = 2**28  # bytes of the records: a million epochs
 
 
 class MetricsWriter:
@@ -55,17 +56,26 @@ class MetricsWriter:
 
 
 def read_lines(path: Path) -> list[dict[str, Any]]:
-    """Return the records of a `metrics.jsonl` without a last line that was cut. A `UserError` names a damaged line."""
+    """Return the records of a `metrics.jsonl`, from names to numbers, without a last line that was cut.
+
+    Raises:
+      UserError: names the first line that is damaged.
+    """
     if not path.exists():
         return []
-    text = path.read_text(encoding="utf-8", errors="replace")
-    whole = text[: text.rfind("\n") + 1].splitlines()
-    records = []
-    for number, line in enumerate(whole, start=1):
+    content, records = read_bytes(path, at_most=_LARGEST), []
+    for number, line in enumerate(content[: content.rfind(b"\n") + 1].splitlines(), start=1):
         try:
-            record = json.loads(line)
-            record["epoch"] = int(record["epoch"])
-            records.append(record)
-        except (ValueError, TypeError, KeyError):
-            raise UserError(f"{path}, line {number} is damaged ({line[:40].strip()!r}); delete that line") from None
+            records.append(_record(parse_json(line)))
+        except ValueError:
+            shown = line[:40].decode("utf-8", errors="replace").strip()
+            raise UserError(f"{path}, line {number} is damaged ({shown!r}); delete that line") from None
     return records
+
+
+def _record(value: Any) -> dict[str, Any]:
+    """Return the value of a line; raise a `ValueError` where it is no record."""
+    of_numbers = isinstance(value, dict) and all(type(number) in (int, float) for number in value.values())
+    if not of_numbers or type(value.get("epoch")) is not int or type(value.get("step", 0)) is not int:
+        raise ValueError("no record")
+    return value

@@ -17,7 +17,7 @@ from rs_consistency.data import dataset_info
 from rs_consistency.methods import METHODS
 from rs_consistency.models.inference import for_inference
 from rs_consistency.training.checkpoints import Checkpoints
-from rs_consistency.training.config import PLACE_KEYS, differing_keys, flatten, validate
+from rs_consistency.training.config import check_keys, differing_keys, validate
 from rs_consistency.training.inputs import step_sizes
 from rs_consistency.training.step import make_model, restore_target
 
@@ -86,15 +86,13 @@ def read_config(workdir: Path, *, name: str = "workdir") -> ConfigDict:
             f"{name}={workdir} {'has no ' + CONFIG_FILE if workdir.exists() else 'does not exist'};"
             " give the folder of a run of train.py"
         )
-    config = ConfigDict(read_json(path))
+    content = read_json(path)
     try:
+        check_keys(content)
+        config = ConfigDict(content)
         validate(config, num_devices=1)
-        flat = flatten(config)
-        _ = [flat[key] for key in PLACE_KEYS]
     except UserError as error:
         raise UserError(f"{path}: {error}") from None
-    except (AttributeError, KeyError) as error:
-        raise UserError(f"{path} lacks a key ({error}); was it made by another version?") from None
     return config
 
 
@@ -109,7 +107,7 @@ def _num_examples(workdir: Path) -> int:
     """Return the number of training examples; a `UserError` where the folder does not say."""
     path = workdir / DATA_FILE
     number = read_json(path).get("train_examples") if path.exists() else None
-    if not isinstance(number, int):
+    if type(number) is not int or number < 1:
         raise UserError(f"{path} does not say how many training examples the run has; copy it from the run's folder")
     return number
 

@@ -1,7 +1,5 @@
 """An open run: its configuration, devices and data. The loop, the dry run and the profile begin with it."""
 
-import tempfile
-from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -14,7 +12,7 @@ from rs_consistency.devices import parallel
 from rs_consistency.methods import METHODS
 from rs_consistency.training import runs
 from rs_consistency.training.array_inputs import ArrayInputs
-from rs_consistency.training.config import flatten, validate
+from rs_consistency.training.config import check_keys, flatten, validate
 from rs_consistency.training.inputs import Inputs, StepSizes, step_sizes
 from rs_consistency.training.step import TrainState, create_state
 from rs_consistency.training.teacher import smoothed_predictions
@@ -38,6 +36,7 @@ class Session:
         Raise a `UserError` for a setting that cannot work, data that are not there, or, in a new run, another run that
         it builds on and that is not there or does not fit.
         """
+        check_keys(config)
         devices = parallel.choose_devices(config.num_devices)
         validate(config, num_devices=len(devices))
         _settle_sources(config, is_new=not (workdir / runs.CONFIG_FILE).exists())
@@ -87,15 +86,14 @@ class Session:
         extra, teacher = {}, METHODS[self.config.method].teacher
         if teacher:
             flat = flatten(self.config)
-            with nullcontext(workdir) if workdir else tempfile.TemporaryDirectory() as folder:
-                smoothed = smoothed_predictions(
-                    self.config,
-                    self.train if workdir else data.Split(self.train.images[:_FEW], self.train.labels[:_FEW]),
-                    Path(flat[teacher.workdir_key]),
-                    num_votes=flat[teacher.num_votes_key],
-                    devices=self.devices,
-                    workdir=Path(folder),
-                )
+            smoothed = smoothed_predictions(
+                self.config,
+                self.train if workdir else data.Split(self.train.images[:_FEW], self.train.labels[:_FEW]),
+                Path(flat[teacher.workdir_key]),
+                num_votes=flat[teacher.num_votes_key],
+                devices=self.devices,
+                workdir=workdir,
+            )
             extra["smoothed"] = np.resize(smoothed, (len(self.train), *smoothed.shape[1:]))
         return ArrayInputs(self.config, self.train, self.test, devices=self.devices, extra=extra)
 

@@ -1,8 +1,6 @@
 """Smoothed predictions of a trained model on a training set, computed once and kept."""
 
 import time
-import zipfile
-import zlib
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -30,17 +28,19 @@ def smoothed_predictions(
     *,
     num_votes: int,
     devices: Sequence[jax.Device],
-    workdir: Path,
+    workdir: Path | None,
 ) -> np.ndarray:
     """Return the share of every class in the votes of a run's smoothed classifier: `[N, K]` float32.
 
-    Votes are kept in `workdir/smoothed_predictions.npz`: an interrupted computation continues, and a finished one is
-    read back. So the student keeps the predictions that it began with, whatever becomes of the teacher. The noise has
-    the seed of the student's `config`, and the sigma that the teacher was trained with. The student's `workdir` belongs
-    to one config and one training split. Raise a `UserError` when the teacher is needed and is not there.
+    Votes are kept in `workdir/smoothed_predictions.npz`, unless the workdir is None: an interrupted computation
+    continues, and a finished one is read back. So the student keeps the predictions that it began with, whatever
+    becomes of the teacher. The noise has the seed of the student's `config`, and the sigma that the teacher was trained
+    with. The student's `workdir` belongs to one config and one training split. Raise a `UserError` when the teacher is
+    needed and is not there.
     """
-    path, info, total = workdir / FILE, data.dataset_info(config.dataset.name), len(split)
-    counts, voter = _read(path) or (np.zeros((0, info.num_classes), np.int64), None)
+    path, info, total = workdir and workdir / FILE, data.dataset_info(config.dataset.name), len(split)
+    none = np.zeros((0, info.num_classes), np.int64)
+    counts, voter = _read(path, total, info.num_classes, num_votes) or (none, None)
     if len(counts) < total:
         run = runs.restore(teacher, devices, name="the teacher's workdir")
         settings = VoteSettings.for_dataset(
@@ -72,18 +72,28 @@ def smoothed_predictions(
     return (counts / np.float32(num_votes)).astype(np.float32)
 
 
-def _write(path: Path, counts: np.ndarray, origin: str) -> None:
+def _write(path: Path | None, counts: np.ndarray, origin: str) -> None:
+    if path is None:
+        return
     with replace_atomically(path) as temporary, temporary.open("wb") as file:
         np.savez_compressed(file, counts=counts, teacher=origin)
 
 
-def _read(path: Path) -> tuple[np.ndarray, str] | None:
+def _read(path: Path | None, total: int, num_classes: int, num_votes: int) -> tuple[np.ndarray, str] | None:
     """Return votes `[D, K]` on the first D images and their origin; None if the file is absent or damaged."""
-    if not path.exists():
+    if path is None or not path.exists():
         return None
     try:
-        with path.open("rb") as file, np.load(file) as arrays:
-            return arrays["counts"], str(arrays["teacher"])
-    except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile, zlib.error):
+        if not path.is_file():  # a pipe may have no end
+            raise ValueError
+        with path.open("rb") as file, np.load(file, allow_pickle=False) as arrays:
+            if sum(part.file_size for part in arrays.zip.infolist()) > total * num_classes * 8 + 2**16:
+                raise ValueError  # more than it holds where it is whole
+            counts, origin = arrays["counts"], str(arrays["teacher"])
+        fits = np.issubdtype(counts.dtype, np.integer) and counts.ndim == 2 and counts.shape[1] == num_classes
+        if not fits or len(counts) > total or (counts < 0).any() or (counts.sum(axis=1) != num_votes).any():
+            raise ValueError
+    except Exception:  # NumPy and zipfile raise many kinds for a damaged file
         note(f"{path} is unreadable; it is made again")
         return None
+    return counts, origin

@@ -1,10 +1,15 @@
 """Configurations: published cells, and every bad setting by its message."""
 
+import json
+import os
+
 import pytest
 
 from configs import cifar10, default, demo, fashion_mnist, imagenet, mnist
 from rs_consistency import UserError
-from rs_consistency.training.config import differing_keys, flatten, validate
+from rs_consistency.cli.train import parse
+from rs_consistency.methods import METHODS
+from rs_consistency.training.config import check_keys, differing_keys, flatten, validate
 from tests.helpers import ROOT, TINY
 
 
@@ -201,8 +206,17 @@ def test_cells_that_were_not_published(cell, message):
             ["--config.method=catrs", "--config.catrs.teacher=/nowhere"],
             "catrs.teacher=/nowhere does not exist",
         ),
-        (["--config.sgima=1"], "no such key: sgima"),
-        (["--config.optimizer.speed=1"], "no such key: speed"),
+        (["--config.sgima=1"], "no such key: sgima (near: sigma); configs/default.py names every key"),
+        (["--config.optimizer.speed=1"], "no such key: optimizer.speed (near: optimizer.lr"),
+        (["--config.lr=1"], "no such key: lr (near: optimizer.lr)"),
+        (["--config.optimizer[0]=1"], "no such key: optimizer[0]"),
+        (["--config.=1"], "no such key: ;"),
+        (["--config.items=1"], "no such key: items"),
+        (["--config.optimizer={'lr': 0.1}"], "the config lacks a key: optimizer.lr_gamma; start from"),
+        (["--config.optimizer={'lr': '0.1'}"], "optimizer.lr='0.1': use a number, such as 0.01"),
+        (["--config.optimizer={1: 2}"], "no such key: optimizer.1"),
+        (["--config.optimizer={'__class__': 1}"], "__class__ cannot be overridden"),
+        (["--config.sun={}"], "the config lacks a key: sun.discard_epoch"),  # not in use
         (["--config.method=magic"], "method='magic' is unknown; use one of catrs, gaussian, macer"),
         (["--config.model=vgg"], "model='vgg' is unknown; use one of densenet40, lenet"),
         (["--config.dataset.name=minst"], "dataset.name='minst' is unknown; use one of cifar10"),
@@ -222,6 +236,134 @@ def test_bad_settings_of_train(program, tmp_path, arguments, message):
     error = program.fails("cli.train", *TINY, f"--workdir={tmp_path / 'run'}", *arguments)
     assert message in error
     assert not (tmp_path / "run").exists()  # nothing half-made
+
+
+# Lines of a configuration file, whose `config` is the default and `raw` the same as a dictionary, and the error.
+BAD_FILES = {
+    "return": "get_config() of FILE returns NoneType; return a ConfigDict",
+    "return {}": "get_config() of FILE returns dict; return a ConfigDict",
+    "return raw": "get_config() of FILE returns dict",
+    "return ConfigDict": "get_config() of FILE returns type",
+    "yield config": "get_config() of FILE returns generator",
+    "return ConfigDict()": "the config lacks a key: ",
+    "return ConfigDict({'sigma': 0.5})": "the config lacks a key: ",
+    "del raw['seed']": "the config lacks a key: seed; start from configs/default.py",
+    "del raw['macer']['lbd']": "the config lacks a key: macer.lbd",
+    "del raw['macer']; raw['method'] = 'macer'": "the config lacks a key: macer;",
+    "raw['optimizer']['lr'] = '0.1'": "optimizer.lr='0.1': use a number, such as 0.01",
+    "raw['sigma'] = [0.5]": "sigma=[0.5]: use a number, such as 0.5",
+    "raw['sigma'] = {'a': 1}": "sigma=a block: use a number, such as 0.5",
+    "raw['sigma'] = True": "sigma=True: use a number",
+    "raw['sigma'] = None": "sigma=None: use a number",
+    "raw['sigma'] = lambda: 1": "sigma=<function get",
+    "raw['sigma'] = np.float32(0.5)": "sigma=np.float32(0.5): use a number",
+    "raw['sigma'] = np.array([0.5])": "sigma=array([0.5]): use a number",
+    "raw['sigma'] = 10**400": "use a number, such as 0.5",
+    "raw['sigma'] = FieldReference('a')": "sigma='a': use a number",
+    "raw['sigma'] = config_dict.placeholder(float)": "sigma=None: use a number",
+    "raw['sigma'] = config_dict.required_placeholder(float)": "config has a placeholder without a value among sigma",
+    "raw['sigma'] = float('nan')": "sigma=nan: use a number greater than 0",
+    "raw['batch_size'] = 256.0": "batch_size=256.0: use a whole number, such as 256",
+    "raw['batch_size'] = True": "batch_size=True: use a whole number",
+    "raw['batch_size'] = np.int64(256)": "batch_size=np.int64(256): use a whole number",
+    "raw['batch_size'] = 10**5000": "batch_size=a int: use a whole number",
+    "raw['macer']['deferred'] = 1": "macer.deferred=1: use True or False, such as True",
+    "raw['model'] = ['lenet']": "model=['lenet']: use a text, such as 'lenet'",
+    "raw['model'] = b'lenet'": "model=b'lenet': use a text",
+    "raw['dataset']['data_dir'] = None": "dataset.data_dir=None: use a text, such as ''",
+    "raw['num_devices'] = '0'": "num_devices='0': use a whole number, such as 0",
+    "raw['optimizer'] = 3": "optimizer=3: use a block of keys",
+    "raw['sun'] = None": "sun=None: use a block of keys",
+    "raw['optimiser'] = {'lr': 1.0}": "no such key: optimiser (near: optimizer.lr)",
+    "raw['mine'] = 1": "no such key: mine; configs/default.py names every key",
+    "raw[7] = 1": "config has a key that is no text",
+    "(lambda f: f(f))(lambda f: f(f))": "FILE, line 10: RecursionError: ",
+    "return {}['x']": "FILE, line 10: KeyError: 'x'; mend the file",
+    "return None.x": "FILE, line 10: AttributeError: 'NoneType' object has no attribute 'x'; mend the file",
+    "raise OSError('no')": "FILE, line 10: OSError: no; mend the file",
+    "open('/nowhere')": "FILE, line 10: FileNotFoundError: [Errno 2] No such file",
+    "raise SystemExit(0)": "FILE, line 10: SystemExit: 0; mend the file",
+    "raise GeneratorExit": "FILE, line 10: GeneratorExit: GeneratorExit; mend the file",
+    "import nowhere": "FILE, line 10: ModuleNotFoundError: No module named 'nowhere'; mend the file",
+    "(": "SyntaxError: '(' was never closed",
+}
+AROUND = """import numpy as np
+from ml_collections import ConfigDict, FieldReference, FrozenConfigDict, config_dict
+
+from configs import default
+
+
+def get_config():
+    config = default.get_config()
+    raw = config.to_dict()
+    LINES
+    return ConfigDict(raw)
+"""
+
+
+def configured(folder, lines):
+    file = folder / "config.py"
+    file.write_text(AROUND.replace("LINES", lines))
+    return file
+
+
+@pytest.mark.parametrize("lines", BAD_FILES)
+def test_bad_configuration_files(program, tmp_path, lines):
+    file, run = configured(tmp_path, lines), tmp_path / "run"
+    error = program.fails("cli.train", f"--config={file}", f"--workdir={run}")
+    assert BAD_FILES[lines].replace("FILE", str(file)) in error and not run.exists()
+
+
+@pytest.mark.parametrize(
+    "lines",
+    [
+        "raw['sigma'] = 1",
+        "raw['sigma'] = np.float64(0.5)",
+        "raw['sigma'] = FieldReference(0.5)",
+        "del raw['sun']",
+        "return config",
+        "return FrozenConfigDict(config)",
+        "print('hello')",
+    ],
+)
+def test_good_configuration_files(tmp_path, lines):
+    config = parse([f"--config={configured(tmp_path, lines)}", "--config.model=resnet20"]).config
+    validate(config, num_devices=1)
+    assert json.loads(config.to_json())["sigma"] in (0.5, 1) and config.model == "resnet20"
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (b"", "FILE has no function get_config; write one"),
+        (b"get_config = 1", "FILE has no function get_config"),
+        (b"def get_config(cell): pass", "get_config() of FILE needs a cell; write --config=FILE:CELL"),
+        (b"import sys; sys.exit()", "FILE, line 1: SystemExit: SystemExit; mend the file"),
+        (bytes(range(256)), "FILE: SyntaxError: source code string cannot contain null bytes"),
+        (b"x = '\xff'", "FILE: SyntaxError: (unicode error) 'utf-8' codec"),
+        (b"x = " + 5000 * b"(", "FILE: SyntaxError: too many nested parentheses"),
+        (b"#" * 2**21, "FILE is damaged: it has more than 1048576 bytes"),
+        (None, "FILE is not a regular file"),
+    ],
+)
+def test_files_that_are_no_configuration(program, tmp_path, content, message):
+    file = tmp_path / "config.py"
+    file.mkdir() if content is None else file.write_bytes(content)
+    assert message.replace("FILE", str(file)) in program.fails("cli.train", f"--config={file}", "--workdir=x")
+    if content is None:
+        file.rmdir()
+        os.mkfifo(file)  # and never waits for it
+        assert message.replace("FILE", str(file)) in program.fails("cli.train", f"--config={file}", "--workdir=x")
+
+
+def test_a_method_from_elsewhere_brings_its_own_block(monkeypatch):
+    config = default.get_config()
+    config.mine, config.method = {"weight": "any"}, "mine"
+    with pytest.raises(UserError, match="no such key: mine"):
+        check_keys(config)
+    monkeypatch.setitem(METHODS, "mine", METHODS["gaussian"])
+    check_keys(config)
+    check_keys(config.to_dict())
 
 
 def test_help_of_every_program(program):
