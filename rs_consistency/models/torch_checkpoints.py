@@ -62,13 +62,13 @@ class TorchCheckpoint(NamedTuple):
 
 
 def read_torch_checkpoint(path: Path) -> TorchCheckpoint:
-    """Read a checkpoint file. Nothing in it is executed, and nothing larger than it is allocated.
+    """Read a checkpoint file. Nothing in it is executed, and memory is bounded by its size.
 
     Raises:
       UserError: for a file that is missing, damaged, or holds more than plain data and dense tensors.
     """
-    path = Path(path)
     try:
+        path = Path(path)
         if not path.is_file():
             problem = "is no file" if path.exists() else "does not exist"
             raise UserError(f"torch_checkpoint={path} {problem}; give a file such as checkpoint.pth.tar")

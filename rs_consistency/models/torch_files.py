@@ -121,11 +121,15 @@ def _read_sequence(stream: io.BytesIO) -> tuple[Any, Callable[[str], bytes]]:
     content = _unpickle(stream, storages)
     numbers = {}
     for key in _unpickle(stream, {}):
-        size = int.from_bytes(stream.read(8), "little") * storages[key].itemsize
-        numbers[key] = stream.read(size)
-        if len(numbers[key]) != size:
-            raise ValueError("it is cut short")
+        numel = int.from_bytes(_read_exactly(stream, 8), "little")
+        numbers[key] = _read_exactly(stream, numel * storages[key].itemsize)
     return content, numbers.__getitem__
+
+
+def _read_exactly(stream: io.BytesIO, size: int) -> bytes:
+    if size > stream.getbuffer().nbytes - stream.tell():
+        raise ValueError("it is cut short")
+    return stream.read(size)
 
 
 def _unpickle(stream: io.BytesIO, storages: dict[str, np.dtype]) -> Any:
