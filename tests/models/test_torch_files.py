@@ -144,6 +144,7 @@ CALLS = {
     "NEWOBJ_EX": lambda victim: b"cio\nFileIO\n" + text(str(victim)) + text("w") + b"\x86}\x92",
     "EXT1": lambda victim: b"\x82\x01",
     "a storage called": lambda victim: b"ctorch\nFloatStorage\n" + integer(10**9) + b"\x85R",
+    "a storage made of nothing": lambda victim: b"ctorch\nFloatStorage\n)R",
     "torch.load": lambda victim: b"ctorch\nload\n" + text(str(victim)) + b"\x85R",
     "dotted": lambda victim: b"\x8c\x05torch\x8c\x0eTensor.tolist\x93",
     "state of a name": lambda victim: b"ctorch\nFloatStorage\n}b",
