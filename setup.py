@@ -52,7 +52,7 @@ setup(
     extras_require={
         # Only to download and prepare datasets; reading a prepared array_record folder needs none of it.
         "prepare": ["tensorflow-cpu>=2.18,<3"],
-        # To read and write checkpoints of PyTorch.
+        # To write checkpoints of PyTorch; reading them needs nothing.
         "torch": _TORCH,
         # What benchmarks/ compares with.
         "benchmarks": _TORCH,

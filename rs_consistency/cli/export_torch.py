@@ -10,12 +10,8 @@ from collections.abc import Sequence
 import jax
 
 from rs_consistency.cli.common import Parser, entry_points, user_path
-from rs_consistency.common.errors import UserError
-from rs_consistency.common.files import read_json
-from rs_consistency.models.torch_checkpoints import export_torch
+from rs_consistency.models.torch_checkpoints import check_output, export_torch
 from rs_consistency.training import runs
-from rs_consistency.training.inputs import step_sizes
-from rs_consistency.training.runs import DATA_FILE
 
 
 def _main(argv: Sequence[str]) -> None:
@@ -25,11 +21,10 @@ def _main(argv: Sequence[str]) -> None:
     add("--output", type=user_path, required=True, help="the file to write, such as checkpoint.pth.tar")
     args = parser.parse_args(argv)
     workdir, output = args.workdir, args.output
-    if not output.parent.is_dir():
-        raise UserError(f"output={output}: its folder does not exist; create it, or choose another --output")
+    check_output(output)
     run = runs.restore(workdir, jax.local_devices()[:1])
-    examples = read_json(workdir / DATA_FILE).get("train_examples") if (workdir / DATA_FILE).exists() else None
-    epoch = run.step // step_sizes(run.config, examples).steps if examples else 0
+    last = runs.finished_step(workdir, run.config)
+    epoch = run.step * run.config.num_epochs // last if last else 0
     export_torch(run.variables, run.config.model, output, epoch=epoch)
     print(f"{output}: {run.config.model} after {epoch} epochs")
 

@@ -5,10 +5,13 @@ The published training scripts save `{"arch": ..., "epoch": ..., "state_dict": .
 `DataParallel`. The layer in front is usually not in the file. Most repositories subtract the mean and divide by the
 standard deviation there; the first release of Salman et al. (NeurIPS 2019) subtracts the mean alone: `INPUT_LAYERS`.
 Names and shapes are from Cohen et al. (ICML 2019) and Jeong and Shin (NeurIPS 2020): LeNet, ResNet-20 and ResNet-110,
-DenseNet-40, and torchvision's ResNet-50. Only reading and writing the files needs PyTorch.
+DenseNet-40, and torchvision's ResNet-50. Only writing the files needs PyTorch.
 """
 
+import functools
+import io
 import re
+import reprlib
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -19,9 +22,10 @@ import numpy as np
 from flax.traverse_util import flatten_dict, unflatten_dict
 
 from rs_consistency import data, models
-from rs_consistency.common.checks import one_of
+from rs_consistency.common.checks import MOST, count, one_of
 from rs_consistency.common.errors import UserError, first_line
 from rs_consistency.common.files import replace_atomically
+from rs_consistency.models.torch_files import StoredTensor, read_torch_file
 
 # Model -> `arch` of the published checkpoints.
 ARCHITECTURES = {
@@ -34,6 +38,7 @@ ARCHITECTURES = {
 _LEAVES = {"kernel": "weight", "scale": "weight", "bias": "bias", "mean": "running_mean", "var": "running_var"}
 _LENET = {"Conv_0": "conv1", "Conv_1": "conv2", "Dense_0": "fc1", "Dense_1": "fc2"}
 _LENET_CHANNELS = 50  # in front of its first dense layer
+_FLOATS = [np.dtype(dtype) for dtype in (np.float32, np.float64, np.float16, jnp.bfloat16)]  # of parameters
 _KERNEL_AXES = {2: (1, 0), 4: (3, 2, 0, 1)}  # [I, O] to [O, I], [H, W, I, O] to [O, I, H, W]
 _IGNORED = "num_batches_tracked"  # in PyTorch's batch norm; nothing depends on it at a fixed momentum
 _NORMALIZATION = {"means": "mean", "sds": "std"}  # tensor of the layer in front -> field of `DatasetInfo`
@@ -57,30 +62,41 @@ class TorchCheckpoint(NamedTuple):
 
 
 def read_torch_checkpoint(path: Path) -> TorchCheckpoint:
-    """Read a checkpoint file with weights only: pickled code is never executed.
+    """Read a checkpoint file. Nothing in it is executed, and memory is bounded by its size.
 
     Raises:
-      UserError: without PyTorch, or for a file that is missing, damaged, or holds more than data.
+      UserError: for a file that is missing, damaged, or holds more than plain data and dense tensors.
     """
-    torch = _torch()
-    if not path.is_file():
-        raise UserError(f"torch_checkpoint={path} does not exist; give a file such as checkpoint.pth.tar")
     try:
-        content = torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:  # many kinds: pickle's, zip's, torch's own
+        path = Path(path)
+        if not path.is_file():
+            problem = "is no file" if path.exists() else "does not exist"
+            raise UserError(f"torch_checkpoint={path} {problem}; give a file such as checkpoint.pth.tar")
+        content, array = read_torch_file(path)
+        state = content.get("state_dict", content) if isinstance(content, dict) else None
+        if not isinstance(state, dict) or not all(
+            isinstance(name, str) and isinstance(value, StoredTensor) for name, value in state.items()
+        ):
+            raise UserError(f"torch_checkpoint={path} holds no state dictionary; give a file of the published train.py")
+        tensors = {name: array(value) for name, value in state.items()}
+    except UserError:
+        raise
+    except OSError as error:
+        raise UserError(f"torch_checkpoint={path} cannot be read: {error.strerror}; give a readable file") from None
+    except Exception as error:  # many kinds: zip's, pickle's, our own
         raise UserError(
-            f"torch_checkpoint={path} cannot be read as weights alone ({first_line(error)}); code in a checkpoint is"
-            " never executed: save its state_dict by itself and give that"
+            f"torch_checkpoint={path} cannot be read as weights alone ({first_line(error)[:200]}); code in a checkpoint"
+            " is never executed: save its state_dict by itself and give that"
         ) from None
-    state = content.get("state_dict", content) if isinstance(content, Mapping) else None
-    if not isinstance(state, Mapping) or not all(
-        isinstance(name, str) and isinstance(value, torch.Tensor) for name, value in state.items()
-    ):
-        raise UserError(f"torch_checkpoint={path} holds no state dictionary; give a file of the published train.py")
-    tensors = {name: value.detach().to(torch.float32).numpy() for name, value in state.items()}
     header = content if "state_dict" in content else {}
-    epoch = header.get("epoch")
-    return TorchCheckpoint(str(header.get("arch", "")), epoch if isinstance(epoch, int) else None, tensors)
+    arch, epoch = header.get("arch") or "", header.get("epoch")
+    if not _is_name(arch):
+        problem = "an arch that is no name"
+    elif not (epoch is None or (type(epoch) is int and 0 <= epoch <= MOST)):
+        problem = "an epoch that is no count"
+    else:
+        return TorchCheckpoint(arch, epoch, tensors)
+    raise UserError(f"torch_checkpoint={path} has {problem}; save its state_dict by itself and give that")
 
 
 def from_torch(
@@ -105,14 +121,19 @@ def from_torch(
       `params`, and `batch_stats` if the model has them, float32.
 
     Raises:
-      UserError: for a tensor that is missing, unexpected, not finite or of another shape, with its name, or for another
-        normalization than the model's here.
+      UserError: for a tensor that is missing, unexpected, not finite, of another shape or no floating-point numbers
+        (float16, bfloat16, float32 or float64), with its name, or for another normalization than the model's here.
     """
+    _check_model(model)
     info = data.dataset_info(dataset)
     one_of("torch_input", input_layer, INPUT_LAYERS)
-    strange = [key for key in tensors if not isinstance(key, str)]
+    if not isinstance(tensors, Mapping):
+        raise UserError(f"{name}={reprlib.repr(tensors)}: give a state dictionary, name -> array")
+    strange = [key for key in tensors if not _is_name(key)]
     if strange:
-        raise UserError(f"{name} has the key {strange[0]!r}, which is no name of a tensor; give a state dictionary")
+        raise UserError(
+            f"{name} has the key {reprlib.repr(strange[0])}, which is no name of a tensor; give a state dictionary"
+        )
     given, normalization = _without_prefixes(tensors, name)
     if normalization and set(normalization) != set(INPUT_LAYERS[input_layer]):
         fitting = next((how for how, keys in INPUT_LAYERS.items() if set(keys) == set(normalization)), "normalize")
@@ -122,8 +143,9 @@ def from_torch(
         )
     for key, values in normalization.items():
         ours = getattr(info, _NORMALIZATION[key])
-        theirs = tuple(float(value) for value in values.ravel())
-        if len(ours) != len(theirs) or not np.allclose(ours, theirs, atol=1e-4):
+        array = _floats(f"{name}: 0.{key}", values)
+        theirs = tuple(array.ravel().tolist()) if array.size <= len(ours) else f"array of shape {array.shape}"
+        if len(ours) != array.size or not np.allclose(ours, theirs, atol=1e-4):
             raise UserError(f"{name}: normalization {key}={theirs} is not that of {dataset}, {ours}; use its dataset")
     variables = {}
     for path, shape in _shapes(model, dataset).items():
@@ -133,15 +155,13 @@ def from_torch(
                 f"{name} has no {tensor.name}, which {model} needs; it has {', '.join(sorted(given)[:3])}, ...: is it"
                 " of another model? (--config.model)"
             )
-        array = given.pop(tensor.name)
+        array = _floats(f"{name}: {tensor.name}", given.pop(tensor.name))
         if array.shape != tensor.shape:
             raise UserError(
                 f"{name}: {tensor.name} has shape {array.shape}, {model} for {dataset} needs {tensor.shape}; use the"
                 " model and the dataset that it was trained with"
             )
-        if not np.isfinite(array).all():
-            raise UserError(f"{name}: {tensor.name} is not finite; give another checkpoint")
-        variables[path] = jnp.asarray(tensor.from_torch(np.asarray(array, np.float32)).reshape(shape))
+        variables[path] = jnp.asarray(tensor.from_torch(_finite(f"{name}: {tensor.name}", array)).reshape(shape))
     if given:
         raise UserError(f"{name}: {min(given)} is unknown to {model}; is it of another model? (--config.model)")
     return unflatten_dict(variables)
@@ -178,14 +198,28 @@ def to_torch(variables: Mapping[str, Any], model: str) -> dict[str, np.ndarray]:
       name -> float32 array (`num_batches_tracked`: int64), as `load_state_dict` of the published model takes it.
 
     Raises:
-      UserError: for a model without a published PyTorch counterpart.
+      UserError: for a model without a published PyTorch counterpart, or for variables that are missing, unknown, not
+        finite, no floating-point numbers or of another number of axes, with their path.
     """
     _check_model(model)
+    given = flatten_dict(dict(variables)) if isinstance(variables, Mapping) else {}
+    expected = _shapes(model, "cifar10")  # whose paths and numbers of axes are those of every dataset
+    for path in sorted(expected.keys() ^ given.keys(), key=str):
+        shown = reprlib.repr("/".join(map(str, path)))
+        raise UserError(
+            f"variables {'lack' if path in expected else 'have the unknown'} {shown}; give `params` and `batch_stats`"
+            f" of a {model}"
+        )
     prefix = "1.module." if model == "resnet50" else "1."
     state: dict[str, np.ndarray] = {}
-    for path, leaf in sorted(flatten_dict(dict(variables)).items()):
-        tensor = _counterpart(model, path, leaf.shape)
-        state[prefix + tensor.name] = np.ascontiguousarray(tensor.to_torch(np.asarray(leaf, np.float32)))
+    for path, shape in sorted(expected.items()):
+        name = f"variables: {'/'.join(path)}"
+        array = _floats(name, given[path])
+        of_flat_images = model == "lenet" and path[1:] == ("Dense_0", "kernel")
+        if array.ndim != len(shape) or (of_flat_images and array.shape[0] % _LENET_CHANNELS):
+            raise UserError(f"{name} has shape {array.shape}, which no {model} has; give the variables of a {model}")
+        tensor = _counterpart(model, path, array.shape)
+        state[prefix + tensor.name] = np.ascontiguousarray(tensor.to_torch(_finite(name, array)))
         if tensor.name.endswith("running_var"):
             state[prefix + tensor.name.replace("running_var", _IGNORED)] = np.asarray(0, np.int64)
     return state
@@ -201,12 +235,25 @@ def export_torch(variables: Mapping[str, Any], model: str, path: Path, *, epoch:
       epoch: finished epochs, recorded in the file.
 
     Raises:
-      UserError: without PyTorch, or for a model without a published counterpart.
+      UserError: as `to_torch`, without PyTorch, or for a path that is no file in a folder.
     """
+    path, epoch = Path(path), count("epoch", epoch, at_least=0)
+    check_output(path)
+    state = to_torch(variables, model)
     torch = _torch()
-    state = {name: torch.from_numpy(np.array(value)) for name, value in to_torch(variables, model).items()}
+    content = io.BytesIO()  # PyTorch's own writing into a file does not end in an `OSError` when the disk is full
+    state = {name: torch.from_numpy(np.array(value)) for name, value in state.items()}
+    torch.save({"arch": ARCHITECTURES[model], "epoch": epoch, "state_dict": state}, content)
     with replace_atomically(path) as temporary:
-        torch.save({"arch": ARCHITECTURES[model], "epoch": epoch, "state_dict": state}, temporary)
+        temporary.write_bytes(content.getbuffer())
+
+
+def check_output(path: Path) -> None:
+    """Raise a `UserError` unless a file can have the path: in a folder that exists, and neither folder nor device."""
+    if not path.parent.is_dir():
+        raise UserError(f"output={path}: its folder does not exist; create it, or choose another --output")
+    if path.exists() and not path.is_file():
+        raise UserError(f"output={path} is no file; choose another --output, such as checkpoint.pth.tar")
 
 
 class _Tensor(NamedTuple):
@@ -270,21 +317,52 @@ def _without_prefixes(
     return {name: value for name, value in given.items() if not name.endswith(_IGNORED)}, normalization
 
 
+def _is_name(value: Any) -> bool:
+    """Return whether a value can be the name of a tensor or of an architecture: short, and safe to print."""
+    return isinstance(value, str) and re.fullmatch(r"[\w.-]{0,200}", value, re.ASCII) is not None
+
+
+def _floats(name: str, value: Any) -> np.ndarray:
+    """Return an array of floating-point numbers without a copy; nothing else can be a parameter."""
+    try:
+        array = np.asarray(value)
+    except Exception:  # of NumPy for ragged lists, of others for what cannot become an array
+        raise UserError(
+            f"{name} is a {type(value).__name__}, which is no array of numbers; give an array of NumPy"
+        ) from None
+    if array.dtype not in _FLOATS:
+        raise UserError(f"{name} is of the type {array.dtype}; give {', '.join(map(str, _FLOATS))}")
+    return array
+
+
+def _finite(name: str, array: np.ndarray) -> np.ndarray:
+    """Return float32; the shape was checked before, so that a few bytes cannot become terabytes."""
+    with np.errstate(over="ignore"):
+        array = np.array(array, np.float32)
+    if not np.isfinite(array).all():
+        raise UserError(f"{name} is not finite; give another checkpoint")
+    return array
+
+
 def _shapes(model: str, dataset: str) -> dict[tuple[str, ...], tuple[int, ...]]:
     """Return the shape of each of a model's variables, by its path."""
-    _check_model(model)
     info = data.dataset_info(dataset)
-    network = models.create_model(model, num_classes=info.num_classes, mean=info.mean, std=info.std)
-    images = jax.ShapeDtypeStruct((1, *info.image_shape), jnp.float32)
     try:
-        variables = jax.eval_shape(network.init, jax.random.key(0), images)
+        return _shapes_for(model, info.num_classes, tuple(info.image_shape))
     except (TypeError, ValueError, ZeroDivisionError) as error:
         raise UserError(f"model={model!r} cannot take the images of {dataset} ({error}); use another") from None
+
+
+@functools.cache
+def _shapes_for(model: str, num_classes: int, image_shape: tuple[int, ...]) -> dict[tuple[str, ...], tuple[int, ...]]:
+    network = models.create_model(model, num_classes=num_classes)
+    images = jax.ShapeDtypeStruct((1, *image_shape), jnp.float32)
+    variables = jax.eval_shape(network.init, jax.random.key(0), images)
     return {path: leaf.shape for path, leaf in flatten_dict(variables).items()}
 
 
 def _check_model(model: str) -> None:
-    if model not in ARCHITECTURES:
+    if not (isinstance(model, str) and model in ARCHITECTURES):
         raise UserError(f"model={model!r} has no published PyTorch counterpart; use one of {', '.join(ARCHITECTURES)}")
 
 

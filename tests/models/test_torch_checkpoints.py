@@ -1,6 +1,8 @@
 """Checkpoints of the published PyTorch code: names, shapes, layouts; and, where PyTorch is installed, the logits."""
 
+import os
 import pickle
+import resource
 
 import jax
 import jax.numpy as jnp
@@ -137,6 +139,94 @@ def test_tensors_that_do_not_fit_are_named():
         from_torch(state, "resnet20", dataset="cifar10")
     with pytest.raises(UserError, match=r"model='wideresnet28_10' has no published PyTorch counterpart"):
         to_torch({}, "wideresnet28_10")
+
+
+WRONG = {
+    "complex": (np.zeros(10, np.complex64), r"1?fc2.bias is of the type complex64; give float32, float64, float16, bf"),
+    "integers": (np.zeros(10, np.int64), r"fc2.bias is of the type int64"),
+    "bool": (np.zeros(10, bool), r"fc2.bias is of the type bool"),
+    "objects": (np.array([None] * 10), r"fc2.bias is of the type object"),
+    "texts": (["a"] * 10, r"fc2.bias is of the type <U1"),
+    "float8": (jnp.zeros(10, jnp.float8_e4m3fn), r"fc2.bias is of the type float8_e4m3fn"),
+    "ragged": ([[0.0], [0.0, 1.0]], r"fc2.bias is a list, which is no array of numbers"),
+    "none": (None, r"fc2.bias is of the type object"),
+    "terabytes": (
+        np.broadcast_to(np.float16(0), 10**12),
+        r"fc2.bias has shape \(1000000000000,\), lenet for",
+    ),
+    "above float32": (np.full(10, 1e300), r"fc2.bias is not finite"),
+}
+
+
+@pytest.mark.parametrize("kind", WRONG)
+def test_what_is_no_array_of_floating_point_numbers_is_refused(kind):
+    value, reason = WRONG[kind]
+    state = to_torch(make("lenet")[1], "lenet")
+    with pytest.raises(UserError, match=reason):
+        from_torch({**state, "1.fc2.bias": value}, "lenet", dataset="mnist")
+    variables = make("lenet")[1]
+    variables["params"]["Dense_1"]["bias"] = value
+    if kind != "terabytes":
+        with pytest.raises(UserError, match=reason.replace("1?fc2.bias", "bias").replace("fc2.bias", "Dense_1/bias")):
+            to_torch(variables, "lenet")
+
+
+def test_floating_point_types_are_converted():
+    _, variables, _ = make("lenet")
+    state = to_torch(variables, "lenet")
+    for dtype in (np.float16, jnp.bfloat16, np.float64):
+        given = {name: value.astype(dtype) for name, value in state.items()}
+        back = to_torch(from_torch(given, "lenet", dataset="mnist"), "lenet")
+        for name, value in given.items():
+            assert back[name].dtype == np.float32
+            np.testing.assert_array_equal(back[name], value.astype(np.float32))
+
+
+def test_arguments_and_names_that_are_none_are_refused():
+    _, variables, info = make("resnet20")
+    state = to_torch(variables, "resnet20")
+    for name in ("x" * 1000, "\x1b[31m", "a\n", "caf\udce9", ("a",), 10**5):
+        with pytest.raises(UserError, match=r"torch_checkpoint has the key .*which is no name of a tensor") as caught:
+            from_torch({**state, name: np.zeros(1)}, "resnet20", dataset="cifar10")
+        assert str(caught.value).isprintable() and len(str(caught.value)) < 150
+    for tensors in (None, [1, 2], "a", np.zeros(3)):
+        with pytest.raises(UserError, match=r"torch_checkpoint=.*: give a state dictionary, name -> array"):
+            from_torch(tensors, "resnet20", dataset="cifar10")
+    for model in (None, ["lenet"], "vgg"):
+        with pytest.raises(UserError, match=r"model=.* has no published PyTorch counterpart"):
+            from_torch(state, model, dataset="cifar10")
+        with pytest.raises(UserError, match=r"model=.* has no published PyTorch counterpart"):
+            to_torch(variables, model)
+    for means in (np.broadcast_to(np.float16(0), 10**12), np.float32([*info.mean, 0]), np.float32(0.5)):
+        with pytest.raises(UserError, match=r"normalization means=.* is not that of cifar10"):
+            from_torch({**state, "0.means": means}, "resnet20", dataset="cifar10", input_layer="center")
+
+
+def test_variables_of_another_model_are_named(tmp_path):
+    _, variables, _ = make("lenet")
+    kernel = {"Dense_0": {"kernel": np.zeros((801, 500), np.float32), "bias": np.zeros(500, np.float32)}}
+    for given, reason in (
+        ({}, r"variables lack 'params/Conv_0/bias'; give `params` and `batch_stats` of a lenet"),
+        (None, r"variables lack"),
+        (
+            {"params": {**variables["params"], "Dense_7": {"kernel": np.zeros(1)}}},
+            r"unknown '.*Dense_7/kernel'",
+        ),
+        ({"params": {**variables["params"], **kernel}}, r"Dense_0/kernel has shape \(801, 500\), which no lenet has"),
+        (make("resnet20")[1], r"variables (lack|have the unknown)"),
+    ):
+        with pytest.raises(UserError, match=reason):
+            export_torch(given, "lenet", tmp_path / "a.pth")
+    os.mkfifo(tmp_path / "fifo")  # as /dev/null, which an export would replace
+    for path in (tmp_path, "", tmp_path / "fifo"):
+        with pytest.raises(UserError, match=r"output=.* is no file"):
+            export_torch(variables, "lenet", path)
+    with pytest.raises(UserError, match=r"its folder does not exist"):
+        export_torch(variables, "lenet", tmp_path / "no" / "a.pth")
+    for epoch in (-1, 0.5, "1", None, True):
+        with pytest.raises(UserError, match=r"epoch="):
+            export_torch(variables, "lenet", tmp_path / "a.pth", epoch=epoch)
+    assert [entry.name for entry in tmp_path.iterdir()] == ["fifo"]
 
 
 def torch_network(name, torch, num_classes):
@@ -298,3 +388,61 @@ def test_nothing_in_a_checkpoint_is_executed(tmp_path):
         read_torch_checkpoint(tmp_path / "plain.pth.tar")
     with pytest.raises(UserError, match=r"nowhere.pth does not exist"):
         read_torch_checkpoint(tmp_path / "nowhere.pth")
+
+
+@needs_torch
+def test_tensors_of_every_kind_are_read_as_pytorch_reads_them_or_refused_in_a_line(tmp_path):
+    import torch
+
+    path, values = tmp_path / "a.pth", torch.arange(24.0).reshape(2, 3, 4)
+    dense = {
+        "transposed": values.permute(2, 0, 1),
+        "a part": values[:, 1:, ::2],
+        "expanded": values[:1].expand(5, 3, 4),
+        "terabytes": torch.zeros(1).expand(10**12),
+        "trained": values.clone().requires_grad_(),
+        "parameter": torch.nn.Parameter(values),
+        "scalar": values.sum(),
+        "empty": values[:0],
+        **{name: values.to(getattr(torch, name)) for name in ("float64", "float16", "int64", "bool", "complex64")},
+    }
+    labelled = torch.nn.Parameter(values.clone())
+    labelled.label = "a"
+    dense["labelled"] = labelled
+    for legacy in (False, True):
+        torch.save(dense, path, _use_new_zipfile_serialization=not legacy)
+        found = read_torch_checkpoint(path).tensors
+        assert found.pop("terabytes").shape == (10**12,)
+        for name, array in found.items():
+            np.testing.assert_array_equal(array, dense[name].detach().numpy())
+            assert array.dtype == dense[name].detach().numpy().dtype
+    torch.save({"a": values.to(torch.bfloat16)}, path)
+    assert read_torch_checkpoint(path).tensors["a"].dtype == jnp.bfloat16
+
+    others = {
+        "sparse": values.to_sparse(),
+        "meta": values.to("meta"),
+        "float8": values.to(torch.float8_e4m3fn),
+        "negated": torch._neg_view(values),
+        "conjugated": values.to(torch.complex64).conj(),
+    }
+    for legacy in (False, True):
+        for value in others.values():
+            torch.save({"a": value}, path, _use_new_zipfile_serialization=not legacy)
+            with pytest.raises(UserError, match=r"cannot be read as weights alone \(it (needs|has)") as caught:
+                read_torch_checkpoint(path)
+            assert str(caught.value).isprintable()
+
+
+@needs_torch
+def test_an_export_that_cannot_be_written_leaves_the_file_as_it_was(tmp_path):
+    path = tmp_path / "a.pth"
+    path.write_bytes(b"before")
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (10_000, limits[1]))
+    try:
+        with pytest.raises(OSError, match=r"File too large"):
+            export_torch(make("lenet")[1], "lenet", path)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert path.read_bytes() == b"before" and [entry.name for entry in tmp_path.iterdir()] == ["a.pth"]
