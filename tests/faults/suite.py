@@ -286,6 +286,8 @@ def main() -> None:
             count = counts.setdefault((re.split("[,(]", case.program)[0].strip(), case.fault.operation), Counter())
             count.update([case.fault.error, *{kind for kind, _ in found}])
             failed += bool(found)
+            if injected % 100 == 0:
+                print(f"{injected} injections, {failed} failed, {time.monotonic() - begun:.0f} s", flush=True)
             for kind, text in found:
                 print(f"{kind}: {case}: {text}\n  make test-faults CASE='{case}'", flush=True)
     finally:
