@@ -7,7 +7,11 @@ DEMO ?= runs/demo
 DEMO_SKIP ?= 10
 DEMO_N ?= 10000
 
-.PHONY: demo test test-docs test-all test-torch docs lint format clean
+# Of test-faults: SEED=7 gives the same order of cases again, INJECTIONS=1000 takes as long as these need, SECONDS=600
+# another time, and CASE='merge/write/1/EIO' repeats a single case.
+FAULTS := $(foreach name,SEED INJECTIONS SECONDS CASE,$(if $($(name)),--$(shell echo $(name) | tr A-Z a-z)='$($(name))'))
+
+.PHONY: demo test test-docs test-all test-torch test-faults docs lint format clean
 
 $(VENV)/installed: setup.py constraints.txt
 	$(PYTHON) -c 'import sys; v = sys.version_info[:2]; sys.exit(None if (3, 11) <= v <= (3, 13) else f"error: Python {v[0]}.{v[1]} at {sys.executable}: use 3.11 to 3.13, make PYTHON=python3.11")'
@@ -44,6 +48,11 @@ test-torch: $(VENV)/installed-torch
 $(VENV)/installed-torch: $(VENV)/installed
 	$(RUN) -m pip install -qq --disable-pip-version-check --constraint constraints.txt --editable '.[torch]'
 	touch $@
+
+# For 3 minutes: each program killed, or its disk failing, at any write, fsync, rename, ... (tests/faults); and arbitrary
+# files and counts. Needs a C compiler. A failure names the command that repeats it.
+test-faults: $(VENV)/installed
+	$(RUN) -m tests.faults $(FAULTS)
 
 # The documentation, to docs/_build/html/index.html.
 docs: $(VENV)/installed

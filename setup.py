@@ -61,6 +61,7 @@ setup(
         # To build docs/.
         "docs": _DOCS,
         "dev": [
+            "hypothesis>=6.100,<7",
             "import-linter>=2.5,<3",
             "pytest>=8,<10",
             "pytest-xdist>=3.6,<4",

@@ -1,5 +1,6 @@
 """Curves of certificates: certified accuracy and p_A; the styles, labels and files of all figures."""
 
+import io
 import os
 import re
 import textwrap
@@ -52,8 +53,10 @@ def save(figure: Figure, path: Path) -> None:
         warnings.filterwarnings("ignore", r"Glyph .* missing from font", UserWarning)  # shown as a box
         try:
             for name, settings in FORMATS.items():
+                content = io.BytesIO()  # on a failing disk, Matplotlib's writer of PDFs raises errors of its own
+                figure.savefig(content, format=name, **settings)
                 with replace_atomically(path.with_suffix(f".{name}")) as temporary:
-                    figure.savefig(temporary, format=name, **settings)
+                    temporary.write_bytes(content.getvalue())
         finally:
             plt.close(figure)
 
