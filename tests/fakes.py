@@ -60,7 +60,7 @@ def write_trained(config, workdir):
 
 
 def certify(workdir, named):
-    """An image a time, as the program does it; the radius is the sigma."""
+    """An image a time, as the program does it; the radius is the sigma, less than the votes prove."""
     if (workdir.parent / f"damaged_{workdir.name}").exists() and "finished" in named:
         sys.exit(EXIT_NOT_FINISHED)
     config, hang = read_json(workdir / "config.json"), workdir.parent / f"hang_{workdir.name}"
@@ -81,10 +81,10 @@ def certify(workdir, named):
     file = CertificateFile(
         workdir / "certificates.tsv", schema=CERTIFY, identity=identity, about=about, selection=selection
     )
+    votes = int(named["n"])
     for number, index in enumerate(file.remaining):
         if number == 1 and hang.exists():
             time.sleep(600)
-        n = int(named["n"])  # all votes are for class 3, which proves more than this radius
-        file.append([[int(index), 3, 3, config["sigma"], 1, 1.0, 100, n, 0, 3, n, n]])
+        file.append([[int(index), 3, 3, config["sigma"], 1, 1.0, 100, votes, 0, 3, votes, votes]])
     file.finish()
     file.close()
