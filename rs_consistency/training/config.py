@@ -28,7 +28,7 @@ from rs_consistency.data.augment import AUGMENTATIONS
 from rs_consistency.methods import METHODS
 from rs_consistency.models import DTYPES, MODELS
 
-_DEFAULT = Path(__file__).parents[2] / "configs" / "default.py"  # of a clone, and of an installed wheel
+_DEFAULT = Path(__file__).resolve().parents[2] / "configs" / "default.py"  # of a clone, and of an installed wheel
 _KINDS = {bool: "True or False", int: "a whole number", float: "a number", str: "a text"}
 
 # Keys of where and how a run is computed. They may change between a run and its continuation.
