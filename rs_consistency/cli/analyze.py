@@ -48,12 +48,18 @@ from rs_consistency.certificates.measures import DEFAULT_RADII, summarize
 from rs_consistency.certificates.proof import Evidence, load
 from rs_consistency.certificates.read import Certificates, certificate_files, certificate_path, standing
 from rs_consistency.certificates.record import content_beside
-from rs_consistency.cli.common import Parser, entry_points, program_words, user_path
+from rs_consistency.cli.common import Parser, entry_point, program_words, user_path, user_place
 from rs_consistency.common.checks import probability
 from rs_consistency.common.errors import UserError, note
 from rs_consistency.common.progress import progress_bar
 from rs_consistency.report import formats, tables
 from rs_consistency.statistics.bounds import BOUNDS
+
+_NEEDED = (
+    ("delta", ["joint"], "--joint"),
+    ("no_network", ["output"], "--output=FOLDER"),
+    ("data_dir", ["output", "match_images"], "--output=FOLDER or --match_images=FOLDER, which read a dataset"),
+)
 
 
 def _parser() -> Parser:
@@ -69,9 +75,7 @@ def _parser() -> Parser:
         help="recompute at alpha / images: all certificates of a file hold at once with probability 1 - alpha",
     )
     add("--joint", action="store_true", help="bound the true certified accuracy, of these images and of new ones")
-    add(
-        "--delta", type=float, default=DEFAULT_DELTA, help="error probability of a --joint bound (default: %(default)s)"
-    )
+    add("--delta", type=float, help=f"error probability of a --joint bound (default: {DEFAULT_DELTA})")
     exact = "prove every line from its counts, in whole numbers: a line that claims 1e-6 more is refused"
     add("--exact", action="store_true", help=exact)
     match = (
@@ -82,12 +86,14 @@ def _parser() -> Parser:
     add("--format", choices=tuple(_FORMATS), default="text", help="of the tables (default: %(default)s)")
     add("--output", type=user_path, help="a folder for the report: see above")
     add("--no_network", action="store_true", help="use no run's network: a report without logit margins and images")
-    add("--data_dir", default="", help="folder of the prepared datasets (default: the run's)")
+    add("--data_dir", type=user_place, help="folder of the prepared datasets (default: the run's)")
     return parser
 
 
 def _main(argv: Sequence[str]) -> None:
-    args = _parser().parse_args(argv)
+    args = _parser().parse_args(argv, needed=_NEEDED)
+    args.delta = DEFAULT_DELTA if args.delta is None else args.delta
+    args.data_dir = args.data_dir or ""
     for radius in args.radii:
         if not (math.isfinite(radius) and radius >= 0):
             raise UserError(f"radii: {radius} is not a radius; use numbers of at least 0")
@@ -221,4 +227,4 @@ _FORMATS = {
     "markdown": partial(_printed, formats.markdown),
 }
 
-main, run = entry_points(_main)
+main = entry_point(_main)

@@ -7,15 +7,10 @@ Installed, the program is rs-export-torch. Needs PyTorch: pip install 'rs-consis
 
 from collections.abc import Sequence
 
-import jax
-
-from rs_consistency.cli.common import Parser, entry_points, user_path
-from rs_consistency.common.errors import UserError
+from rs_consistency.cli import start
+from rs_consistency.cli.common import Parser, entry_point, user_path
+from rs_consistency.common.errors import UserError, say
 from rs_consistency.common.files import read_json
-from rs_consistency.models.torch_checkpoints import export_torch
-from rs_consistency.training import runs
-from rs_consistency.training.inputs import step_sizes
-from rs_consistency.training.runs import DATA_FILE
 
 
 def _main(argv: Sequence[str]) -> None:
@@ -27,15 +22,23 @@ def _main(argv: Sequence[str]) -> None:
     workdir, output = args.workdir, args.output
     if not output.parent.is_dir():
         raise UserError(f"output={output}: its folder does not exist; create it, or choose another --output")
+    # Imported after the flags are parsed, and after the start: `python -m` runs this module itself.
+    import jax
+
+    from rs_consistency.models.torch_checkpoints import export_torch
+    from rs_consistency.training import runs
+    from rs_consistency.training.inputs import step_sizes
+    from rs_consistency.training.runs import DATA_FILE
+
     run = runs.restore(workdir, jax.local_devices()[:1])
     examples = read_json(workdir / DATA_FILE).get("train_examples") if (workdir / DATA_FILE).exists() else None
     epoch = run.step // step_sizes(run.config, examples).steps if examples else 0
     export_torch(run.variables, run.config.model, output, epoch=epoch)
-    print(f"{output}: {run.config.model} after {epoch} epochs")
+    say(f"{output}: {run.config.model} after {epoch} epochs")
 
 
-main, run = entry_points(_main)
+main = entry_point(_main)
 
 
 if __name__ == "__main__":
-    run()
+    start.export_torch()

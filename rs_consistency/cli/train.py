@@ -7,14 +7,14 @@ Installed, the program is rs-train; `configs/mnist.py` is then the project's whe
 
 import contextlib
 from collections.abc import Sequence
-from pathlib import Path
 
 from absl import flags
 from ml_collections import ConfigDict, config_flags
 
-from rs_consistency.cli.common import entry_points, program_words
-from rs_consistency.cli.config_file import resolve
+from rs_consistency.cli.common import check_once, entry_point, program_words
+from rs_consistency.cli.config_file import resolve, split
 from rs_consistency.common.errors import UserError
+from rs_consistency.common.files import local_path
 
 
 def _example() -> str:
@@ -22,6 +22,7 @@ def _example() -> str:
 
 
 def _main(argv: Sequence[str]) -> None:
+    check_once(split(argv)[0])
     values = parse(argv)
     if values.help:
         print(f"{__doc__}\nFlags:\n{values.get_help()}\n\nconfigs/default.py names every key of a configuration.")
@@ -30,13 +31,13 @@ def _main(argv: Sequence[str]) -> None:
         raise UserError(f"--workdir is missing: {_example()}")
     if values.dry_run and values.profile is not None:
         raise UserError(f"profile={values.profile} writes a trace, and dry_run is to write nothing; leave out one")
+    workdir = local_path(values.workdir, "workdir")
     # Imported after the flags are parsed, so that a mistake in them is reported at once.
     from rs_consistency.training.dry_run import plan
     from rs_consistency.training.loop import train
     from rs_consistency.training.profiling import profile
 
     set_up(values.config)
-    workdir = Path(values.workdir).expanduser()
     if values.dry_run:
         print(plan(values.config, workdir).text)
     elif values.profile is not None:
@@ -71,7 +72,8 @@ def parse(argv: Sequence[str]) -> flags.FlagValues:
         sys_argv=["train.py", *argv],
         flag_values=values,
     )
-    flags.DEFINE_string("workdir", None, "Folder of the run: config, metrics, checkpoints.", flag_values=values)
+    about = "Folder of the run: config, metrics, checkpoints."
+    flags.DEFINE_string("workdir", None, about, flag_values=values, allow_overwrite=False)
     flags.DEFINE_bool(
         "dry_run",
         False,
@@ -83,6 +85,7 @@ def parse(argv: Sequence[str]) -> flags.FlagValues:
         None,
         "Trace so many steps for TensorBoard and xprof, print the time of a step, and train nothing.",
         flag_values=values,
+        allow_overwrite=False,
     )
     flags.DEFINE_bool("help", False, "Show this text.", short_name="h", flag_values=values)
     try:
@@ -110,4 +113,4 @@ def _explain(error: Exception) -> UserError:
     return UserError(f"--config cannot be read: {last_line}; give a file such as configs/mnist.py")
 
 
-main, run = entry_points(_main)
+main = entry_point(_main)
