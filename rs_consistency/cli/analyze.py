@@ -50,7 +50,7 @@ from rs_consistency.certificates.read import Certificates, certificate_files, ce
 from rs_consistency.certificates.record import content_beside
 from rs_consistency.cli.common import Parser, entry_point, program_words, user_path, user_place
 from rs_consistency.common.checks import probability
-from rs_consistency.common.errors import UserError, note
+from rs_consistency.common.errors import UserError, note, say
 from rs_consistency.common.progress import progress_bar
 from rs_consistency.report import formats, tables
 from rs_consistency.statistics.bounds import BOUNDS
@@ -113,21 +113,22 @@ def _main(argv: Sequence[str]) -> None:
     if args.match_images:
         loaded = _matched(args, loaded)
     summaries = _summaries(args, loaded, proven, finished)
-    print(_FORMATS[args.format](summaries), end="", flush=True)
+    show = say if args.output else partial(print, flush=True)  # the report has it all
+    show(_FORMATS[args.format](summaries).removesuffix("\n"))
     if args.exact and args.format in _WRITERS:
         for path, each in zip(args.paths, proven, strict=True):
-            print(f"\n{path}: {each.text()}", flush=True)
+            show(f"\n{path}: {each.text()}")
     if args.match_images and args.format in _WRITERS:
-        _print_comparisons(args, loaded)
+        _show_comparisons(args, loaded, show)
     if args.output:
         _report(args, loaded, faults, summaries)
         if args.format == "text":
-            print()
+            show("")
             if any(table.mode == CERTIFY.name for table, _ in loaded):
-                print(f"curves: {args.output / 'certified_accuracy.png'}")
+                show(f"curves: {args.output / 'certified_accuracy.png'}")
             if any(evidence for _, evidence in loaded):
-                print(f"p_A: {args.output / 'p_a.png'}")
-            print(f"report: {args.output / 'report.html'}")
+                show(f"p_A: {args.output / 'p_a.png'}")
+            show(f"report: {args.output / 'report.html'}")
 
 
 _Loaded = list[tuple[Certificates, Evidence | None]]
@@ -167,15 +168,15 @@ def _matched(args: Any, loaded: _Loaded) -> _Loaded:
     return [(table, evidence) for table, (_, evidence) in zip(tables, loaded, strict=True)]
 
 
-def _print_comparisons(args: Any, loaded: _Loaded) -> None:
-    """Print the ACR differences on common images, and a note for each two files without such images."""
+def _show_comparisons(args: Any, loaded: _Loaded, show: Callable[[str], None]) -> None:
+    """Show the ACR differences on common images, and a note for each two files without such images."""
     from rs_consistency.report.contents import compare, subject  # SciPy's statistics, slow to import
 
     found, apart = compare([subject(str(path), path, *file) for path, file in zip(args.paths, loaded, strict=True)])
     for line in apart:
         note(line)
     if found:
-        print("\n" + _WRITERS[args.format](tables.compared(found)), end="", flush=True)
+        show("\n" + _WRITERS[args.format](tables.compared(found)).removesuffix("\n"))
 
 
 def _report(args: Any, loaded: _Loaded, faults: Sequence[str], summaries: list[dict[str, Any]]) -> None:

@@ -43,14 +43,13 @@ def local_path(text: str | Path, name: str) -> Path:
 def check_utf8(path: Path, name: str) -> None:
     """Raise a `UserError` for a path that is not UTF-8: TensorStore, which reads and writes checkpoints, has no other.
 
-    Messages call the path `name`.
+    Messages call the path `name`. In a locale with another encoding, Python and TensorStore would mean different paths.
     """
-    try:
-        str(path.resolve()).encode()
-    except UnicodeEncodeError:
+    whole = str(path.resolve())
+    if os.fsencode(whole) != whole.encode(errors="replace"):
         raise UserError(
-            f"{name}={str(path)!a} is not UTF-8, and no checkpoint can be there; rename it, or choose another"
-        ) from None
+            f"{name}={whole!a} is not UTF-8 here, and no checkpoint can be there; rename it, or set PYTHONUTF8=1"
+        )
 
 
 @contextmanager
