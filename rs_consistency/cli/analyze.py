@@ -98,6 +98,8 @@ def _main(argv: Sequence[str]) -> None:
         if not (math.isfinite(radius) and radius >= 0):
             raise UserError(f"radii: {radius} is not a radius; use numbers of at least 0")
     probability("delta", args.delta)
+    if args.match_images and args.format not in _WRITERS and not args.output:
+        raise UserError(f"match_images: format={args.format} has no comparisons; use text or markdown, or add --output")
     if args.output and args.output.suffix == ".png":
         raise UserError(f"output={args.output}: give a folder; the picture in it is called certified_accuracy.png")
     settings = {"alpha": args.alpha, "bound": args.bound, "bonferroni": args.bonferroni, "need_counts": args.joint}

@@ -43,9 +43,9 @@ from rs_consistency.certificates.write import CertificateFile, check_answers
 from rs_consistency.cli.common import (
     Parser,
     check_flags,
-    check_once,
     entry_point,
     fail,
+    note_repeated,
     program_words,
     user_path,
     user_place,
@@ -69,18 +69,25 @@ from rs_consistency.training.config import validate
 from rs_consistency.training.runs import finished_step, read_config
 
 # Not argparse's defaults: --verify must know which settings the user named.
-_DEFAULTS = {"alpha": ALPHA, "skip": 1, "split": "test", "seed": 0, "sampler": GRID, "precision": PRECISIONS[0]}
+_DEFAULTS = {
+    "mode": CERTIFY.name,
+    "alpha": ALPHA,
+    "skip": 1,
+    "split": "test",
+    "seed": 0,
+    "sampler": GRID,
+    "precision": PRECISIONS[0],
+}
 _OF_A_MODE = ("n", "n0", "bound", "alpha_share", "tolerance", "radius", "copies", "steps", "restarts")
 _CHOICES = ("alpha", "seed", *_OF_A_MODE, "sampler", "precision", "batch_size")
-_KEPT_IN_THE_RECORD = ("sigma", "dtype", *_OF_A_MODE, *_DEFAULTS)
+_KEPT_IN_THE_RECORD = ("sigma", "dtype", "max", "shard", *_OF_A_MODE, *_DEFAULTS)
 
 _FRESH = "fresh"
 _GIVEN, _DRAWN = "command", "operating system"  # sources of a seed, for the record
 
 # Beyond the parser's groups: flags that exclude each other, and flags that need another one, with how to write it.
 _EXCLUSIVE = (
-    *(("verify", other) for other in ("skip", "max", "finished")),
-    ("finished", "torch_checkpoint"),
+    *(("finished", other) for other in ("verify", "torch_checkpoint")),
     *(("workdir", other) for other in ("config", "torch_input")),
     ("attack", "mode"),
 )
@@ -171,13 +178,13 @@ def _parser() -> Parser:
 
 def _main(argv: Sequence[str]) -> None:
     config, others = split(argv)
-    check_once(config)
+    note_repeated(config)
     parser = _parser()
     args = parser.parse_args(others)
     args.config = config
     args.command = shlex.join([*program_words("certify"), *argv])
     _check_flags(parser.given, args)
-    args.mode = ATTACK.name if args.attack else args.mode or CERTIFY.name
+    args.mode = ATTACK.name if args.attack else args.mode
     if args.merge:
         done = merge(args.merge, args.output)
         say(f"{args.output}: {done.images} images of {len(args.merge)} shards\nnext: {_analyze(args.output)}")
@@ -388,7 +395,7 @@ def _verify(args: Any) -> None:
         raise UserError(
             f"verify={args.verify}: {table.path} holds attacks, whose search depends on rounding; attack again"
         )
-    recorded = table.record.identity
+    recorded = {**table.record.identity, "max": table.record.selection.most}
     for name in _KEPT_IN_THE_RECORD:
         named = getattr(args, name)
         if named is not None and named != recorded.get(name):
@@ -420,9 +427,10 @@ def _output(args: Any) -> Path:
     """Return the file to write or to verify."""
     if args.output is not None:
         return args.output
-    one_of("mode", args.mode, FILES)
+    mode = args.mode or CERTIFY.name
+    one_of("mode", mode, FILES)
     shard = "" if args.shard is None else parse_shard(args.shard).suffix
-    return args.workdir / f"{FILES[args.mode]}{shard}.tsv"
+    return args.workdir / f"{FILES[mode]}{shard}.tsv"
 
 
 def _analyze(path: Path) -> str:

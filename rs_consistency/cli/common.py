@@ -18,6 +18,7 @@ from rs_consistency.common.errors import (
     INTERRUPTED,
     UserError,
     drop_output,
+    note,
 )
 from rs_consistency.common.files import local_path
 from rs_consistency.common.process import interrupted
@@ -77,18 +78,17 @@ def _memory_is_full(error: Exception) -> bool:
 
 
 class _Store(argparse.Action):
-    """Store the value of a flag, and refuse another value of the same flag."""
+    """Store the value of a flag, with a note where the flag had another value."""
 
     def __call__(self, parser: "Parser", namespace: argparse.Namespace, values: Any, flag: str | None = None) -> None:
-        before = getattr(namespace, self.dest) if self.dest in parser.given else values
-        if before != values:
-            fail(f"{flag} is given twice, as {before} and as {values}; leave out one of them")
+        if self.dest in parser.given:
+            _note_twice(flag, getattr(namespace, self.dest), values)
         parser.given.add(self.dest)
         setattr(namespace, self.dest, values)
 
 
 class Parser(argparse.ArgumentParser):
-    """A parser whose errors are one line. No flag may have two values."""
+    """A parser whose errors are one line."""
 
     def __init__(self, **settings: Any) -> None:
         super().__init__(formatter_class=argparse.RawDescriptionHelpFormatter, **settings)
@@ -124,12 +124,17 @@ def check_flags(given: Collection[str], *, exclusive: Pairs = (), needed: Needs 
             raise UserError(f"--{flag} needs another flag; add {remedy}")
 
 
-def check_once(words: Iterable[str]) -> None:
-    """Raise a `UserError` for words NAME=VALUE that give a name two values."""
+def note_repeated(words: Iterable[str]) -> None:
+    """Print a note for each of the words NAME=VALUE that gives a name another value than a word before it."""
     values: dict[str, str] = {}
     for name, _, value in (word.partition("=") for word in words):
-        if values.setdefault(name, value) != value:
-            raise UserError(f"{name} is given twice, as {values[name]} and as {value}; leave out one of them")
+        _note_twice(name, values.get(name, value), value)
+        values[name] = value
+
+
+def _note_twice(name: str, before: object, value: object) -> None:
+    if str(before) != str(value):
+        note(f"{name} is given twice, as {before} and as {value}: the last counts")
 
 
 def program_words(name: str) -> list[str]:
@@ -152,7 +157,7 @@ whole.__name__ = "whole number"  # argparse says "invalid whole number value"
 def user_path(text: str) -> Path:
     """Return the path of a file or folder of this machine, with `~` for the home folder; for `type=` of an argument."""
     try:
-        return local_path(text, "its value")
+        return local_path(text, "path")
     except UserError as error:
         raise argparse.ArgumentTypeError(str(error)) from None
 

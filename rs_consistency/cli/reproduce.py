@@ -18,7 +18,7 @@ from typing import Any
 
 import configs
 from rs_consistency.certificates.selection import parse_shard
-from rs_consistency.cli.common import Parser, check_flags, check_once, entry_point, program_words, user_path, whole
+from rs_consistency.cli.common import Parser, check_flags, entry_point, note_repeated, program_words, user_path, whole
 from rs_consistency.common.checks import whole_number
 from rs_consistency.common.errors import EXIT_FAILED_CELLS, UserError, note, say
 from rs_consistency.common.files import check_utf8
@@ -80,7 +80,7 @@ def _main(argv: Sequence[str]) -> None:
         check_flags(parser.given, exclusive=[("render", other) for other in sorted(parser.given - _OF_RENDER)])
         print(_render(args.table, results))
         return
-    check_once(args.config)
+    note_repeated(args.config)
     if args.workdir is None:
         raise UserError("workdir is missing: add --workdir=FOLDER for the runs, or --render")
     folder = args.workdir.resolve()

@@ -11,8 +11,8 @@ from collections.abc import Sequence
 from absl import flags
 from ml_collections import ConfigDict, config_flags
 
-from rs_consistency.cli.common import check_once, entry_point, program_words
-from rs_consistency.cli.config_file import resolve, split
+from rs_consistency.cli.common import entry_point, note_repeated, program_words
+from rs_consistency.cli.config_file import resolve
 from rs_consistency.common.errors import UserError
 from rs_consistency.common.files import local_path
 
@@ -22,7 +22,7 @@ def _example() -> str:
 
 
 def _main(argv: Sequence[str]) -> None:
-    check_once(split(argv)[0])
+    note_repeated(word for word in argv if "=" in word)
     values = parse(argv)
     if values.help:
         print(f"{__doc__}\nFlags:\n{values.get_help()}\n\nconfigs/default.py names every key of a configuration.")
@@ -72,8 +72,7 @@ def parse(argv: Sequence[str]) -> flags.FlagValues:
         sys_argv=["train.py", *argv],
         flag_values=values,
     )
-    about = "Folder of the run: config, metrics, checkpoints."
-    flags.DEFINE_string("workdir", None, about, flag_values=values, allow_overwrite=False)
+    flags.DEFINE_string("workdir", None, "Folder of the run: config, metrics, checkpoints.", flag_values=values)
     flags.DEFINE_bool(
         "dry_run",
         False,
@@ -85,7 +84,6 @@ def parse(argv: Sequence[str]) -> flags.FlagValues:
         None,
         "Trace so many steps for TensorBoard and xprof, print the time of a step, and train nothing.",
         flag_values=values,
-        allow_overwrite=False,
     )
     flags.DEFINE_bool("help", False, "Show this text.", short_name="h", flag_values=values)
     try:

@@ -29,7 +29,7 @@ def local_path(text: str | Path, name: str) -> Path:
     """
     text = str(text)
     if not text:
-        raise UserError(f"{name} is empty; give a path")
+        raise UserError(f"{name} is empty; name a file or folder")
     if "://" in text:
         raise UserError(f"{name}={text} is no path of this machine; copy it here, or mount it as a folder")
     if "\0" in text:
