@@ -4,19 +4,23 @@ import atexit
 import contextlib
 import importlib
 import io
+import itertools
 import os
 import signal
 import sys
 import time
 from collections.abc import Sequence
+from pathlib import Path
 from types import FrameType
-from typing import TextIO
+from typing import NoReturn, TextIO
 
 from rs_consistency.common.errors import EXIT_INTERRUPTED, INTERRUPTED
 
 _SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 _SAME_SECONDS = 1.0  # timeout(1) and a plan send a signal twice, or two of them
-_PATIENCE_SECONDS = 60  # for the end of the work after a signal
+_LIBRARY_SECONDS = 2  # until a library returns to this package
+_PATIENCE_SECONDS = 60  # for the end of the work after that
+_PACKAGE = str(Path(__file__).parents[1])
 
 
 class _State:
@@ -41,7 +45,8 @@ def run(module: str, arguments: Sequence[str] | None = None) -> None:
     _open_streams()
     atexit.register(_end)  # the first to be registered is the last to be called
     sys.unraisablehook = _unraisable
-    for number in (*_SIGNALS, signal.SIGALRM):
+    signal.signal(signal.SIGALRM, _on_signal)
+    for number in _SIGNALS:
         if signal.getsignal(number) is not signal.SIG_IGN:
             signal.signal(number, _on_signal)
     status = 0
@@ -76,18 +81,40 @@ def interrupted() -> bool:
 
 
 def _on_signal(number: int, frame: FrameType | None) -> None:
-    """Raise a `KeyboardInterrupt` at the first signal, so that the program closes all; later, end the process."""
-    del frame
+    """Raise a `KeyboardInterrupt` at the first signal, so that the program closes all; later, end the process.
+
+    It is raised in this package alone: a library's C++ code can abort at an exception of Python, and an import can hide
+    it. During an import the process ends at once, and so it does when a library takes too long to return.
+    """
     if _State.status is not None:
         os._exit(_State.status)  # the work is over, and so is its report
     if not _State.interrupted:
         _State.interrupted, _State.since = number, time.monotonic()
-        if _State.working:
-            signal.alarm(_PATIENCE_SECONDS)
-            raise KeyboardInterrupt
-        _leave()
+        stack: list[FrameType] = []  # from `run` on
+        while frame and frame.f_code is not run.__code__:
+            stack, frame = [frame, *stack], frame.f_back
+        if not _State.working or any(each.f_code.co_filename.startswith("<frozen importlib") for each in stack):
+            _leave()
+        own = list(itertools.takewhile(_is_own, stack))
+        if own == stack:
+            _raise()
+        signal.alarm(_LIBRARY_SECONDS)
+        own[-1].f_trace = _raise  # at its next line
+        sys.settrace(lambda *_: None)
+        return
     if number == signal.SIGALRM or time.monotonic() - _State.since > _SAME_SECONDS:
         _leave()
+
+
+def _is_own(frame: FrameType) -> bool:
+    """Return whether a frame is of this package, of Python itself or of a user's file, and of no library."""
+    file = frame.f_code.co_filename
+    return file.startswith(_PACKAGE) or ("site-packages" not in file and "dist-packages" not in file)
+
+
+def _raise(*_: object) -> NoReturn:
+    signal.alarm(_PATIENCE_SECONDS)
+    raise KeyboardInterrupt
 
 
 def _leave(*, told: bool = False) -> None:
