@@ -21,11 +21,11 @@ setup(
     package_data={"rs_consistency.data": ["embedded/*"], "rs_consistency.report": ["*.jinja"]},
     entry_points={
         "console_scripts": [
-            "rs-train = rs_consistency.cli.train:run",
-            "rs-certify = rs_consistency.cli.certify:run",
-            "rs-analyze = rs_consistency.cli.analyze:run",
-            "rs-export-torch = rs_consistency.cli.export_torch:run",
-            "rs-reproduce = rs_consistency.cli.reproduce:run",
+            "rs-train = rs_consistency.cli.start:train",
+            "rs-certify = rs_consistency.cli.start:certify",
+            "rs-analyze = rs_consistency.cli.start:analyze",
+            "rs-export-torch = rs_consistency.cli.start:export_torch",
+            "rs-reproduce = rs_consistency.cli.start:reproduce",
         ]
     },
     install_requires=[

@@ -12,17 +12,16 @@ of another class. A `SmoothedClassifier` has all four as methods.
 import importlib
 from typing import TYPE_CHECKING, Any
 
-from rs_consistency.common.errors import UserError
-from rs_consistency.statistics.bounds import ABSTAIN, certified_radius, lower_confidence_bound
-
 if TYPE_CHECKING:
     from rs_consistency import attacks, data, losses, methods, models, noise
+    from rs_consistency.common.errors import UserError
     from rs_consistency.smoothing.attack import Attacks, attack
     from rs_consistency.smoothing.certify import Certification, certify
     from rs_consistency.smoothing.classifier import SmoothedClassifier
     from rs_consistency.smoothing.decide import decide
     from rs_consistency.smoothing.pool import Decisions
     from rs_consistency.smoothing.predict import Prediction, predict
+    from rs_consistency.statistics.bounds import ABSTAIN, certified_radius, lower_confidence_bound
 
 __all__ = [
     "ABSTAIN",
@@ -46,16 +45,20 @@ __all__ = [
     "predict",
 ]
 
-# Everything that needs JAX is imported at its first use: analyze.py reads files without it.
+# All is imported at its first use: analyze.py reads files without JAX, and programs are to start before slow imports.
 _HOMES = {
+    "ABSTAIN": "statistics.bounds",
     "Attacks": "smoothing.attack",
     "Certification": "smoothing.certify",
     "Decisions": "smoothing.pool",
     "Prediction": "smoothing.predict",
     "SmoothedClassifier": "smoothing.classifier",
+    "UserError": "common.errors",
     "attack": "smoothing.attack",
+    "certified_radius": "statistics.bounds",
     "certify": "smoothing.certify",
     "decide": "smoothing.decide",
+    "lower_confidence_bound": "statistics.bounds",
     "predict": "smoothing.predict",
 }
 

@@ -48,12 +48,18 @@ from rs_consistency.certificates.measures import DEFAULT_RADII, summarize
 from rs_consistency.certificates.proof import Evidence, load
 from rs_consistency.certificates.read import Certificates, certificate_files, certificate_path, standing
 from rs_consistency.certificates.record import content_beside
-from rs_consistency.cli.common import Parser, entry_points, program_words, user_path
+from rs_consistency.cli.common import Parser, entry_point, program_words, user_path, user_place
 from rs_consistency.common.checks import probability
-from rs_consistency.common.errors import UserError, note
+from rs_consistency.common.errors import UserError, note, say
 from rs_consistency.common.progress import progress_bar
 from rs_consistency.report import formats, tables
 from rs_consistency.statistics.bounds import BOUNDS
+
+_NEEDED = (
+    ("delta", ["joint"], "--joint"),
+    ("no_network", ["output"], "--output=FOLDER"),
+    ("data_dir", ["output", "match_images"], "--output=FOLDER or --match_images=FOLDER, which read a dataset"),
+)
 
 
 def _parser() -> Parser:
@@ -69,9 +75,7 @@ def _parser() -> Parser:
         help="recompute at alpha / images: all certificates of a file hold at once with probability 1 - alpha",
     )
     add("--joint", action="store_true", help="bound the true certified accuracy, of these images and of new ones")
-    add(
-        "--delta", type=float, default=DEFAULT_DELTA, help="error probability of a --joint bound (default: %(default)s)"
-    )
+    add("--delta", type=float, help=f"error probability of a --joint bound (default: {DEFAULT_DELTA})")
     exact = "prove every line from its counts, in whole numbers: a line that claims 1e-6 more is refused"
     add("--exact", action="store_true", help=exact)
     match = (
@@ -82,16 +86,20 @@ def _parser() -> Parser:
     add("--format", choices=tuple(_FORMATS), default="text", help="of the tables (default: %(default)s)")
     add("--output", type=user_path, help="a folder for the report: see above")
     add("--no_network", action="store_true", help="use no run's network: a report without logit margins and images")
-    add("--data_dir", default="", help="folder of the prepared datasets (default: the run's)")
+    add("--data_dir", type=user_place, help="folder of the prepared datasets (default: the run's)")
     return parser
 
 
 def _main(argv: Sequence[str]) -> None:
-    args = _parser().parse_args(argv)
+    args = _parser().parse_args(argv, needed=_NEEDED)
+    args.delta = DEFAULT_DELTA if args.delta is None else args.delta
+    args.data_dir = args.data_dir or ""
     for radius in args.radii:
         if not (math.isfinite(radius) and radius >= 0):
             raise UserError(f"radii: {radius} is not a radius; use numbers of at least 0")
     probability("delta", args.delta)
+    if args.match_images and args.format not in _WRITERS and not args.output:
+        raise UserError(f"match_images: format={args.format} has no comparisons; use text or markdown, or add --output")
     if args.output and args.output.suffix == ".png":
         raise UserError(f"output={args.output}: give a folder; the picture in it is called certified_accuracy.png")
     settings = {"alpha": args.alpha, "bound": args.bound, "bonferroni": args.bonferroni, "need_counts": args.joint}
@@ -107,21 +115,22 @@ def _main(argv: Sequence[str]) -> None:
     if args.match_images:
         loaded = _matched(args, loaded)
     summaries = _summaries(args, loaded, proven, finished)
-    print(_FORMATS[args.format](summaries), end="", flush=True)
+    show = say if args.output else partial(print, flush=True)  # the report has it all
+    show(_FORMATS[args.format](summaries).removesuffix("\n"))
     if args.exact and args.format in _WRITERS:
         for path, each in zip(args.paths, proven, strict=True):
-            print(f"\n{_TEXTS[args.format](str(path))}: {each.text()}", flush=True)
+            show(f"\n{_TEXTS[args.format](str(path))}: {each.text()}")
     if args.match_images and args.format in _WRITERS:
-        _print_comparisons(args, loaded)
+        _show_comparisons(args, loaded, show)
     if args.output:
         _report(args, loaded, faults, summaries)
         if args.format == "text":
-            print()
+            show("")
             if any(table.mode == CERTIFY.name for table, _ in loaded):
-                print(f"curves: {args.output / 'certified_accuracy.png'}")
+                show(f"curves: {args.output / 'certified_accuracy.png'}")
             if any(evidence for _, evidence in loaded):
-                print(f"p_A: {args.output / 'p_a.png'}")
-            print(f"report: {args.output / 'report.html'}")
+                show(f"p_A: {args.output / 'p_a.png'}")
+            show(f"report: {args.output / 'report.html'}")
 
 
 _Loaded = list[tuple[Certificates, Evidence | None]]
@@ -161,15 +170,15 @@ def _matched(args: Any, loaded: _Loaded) -> _Loaded:
     return [(table, evidence) for table, (_, evidence) in zip(tables, loaded, strict=True)]
 
 
-def _print_comparisons(args: Any, loaded: _Loaded) -> None:
-    """Print the ACR differences on common images, and a note for each two files without such images."""
+def _show_comparisons(args: Any, loaded: _Loaded, show: Callable[[str], None]) -> None:
+    """Show the ACR differences on common images, and a note for each two files without such images."""
     from rs_consistency.report.contents import compare, subject  # SciPy's statistics, slow to import
 
     found, apart = compare([subject(str(path), path, *file) for path, file in zip(args.paths, loaded, strict=True)])
     for line in apart:
         note(line)
     if found:
-        print("\n" + _WRITERS[args.format](tables.compared(found)), end="", flush=True)
+        show("\n" + _WRITERS[args.format](tables.compared(found)).removesuffix("\n"))
 
 
 def _report(args: Any, loaded: _Loaded, faults: Sequence[str], summaries: list[dict[str, Any]]) -> None:
@@ -223,4 +232,4 @@ _FORMATS = {
     "markdown": partial(_printed, "markdown"),
 }
 
-main, run = entry_points(_main)
+main = entry_point(_main)

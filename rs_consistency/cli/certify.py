@@ -20,7 +20,7 @@ Installed, the program is rs-certify.
 
 import secrets
 import shlex
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from contextlib import closing
 from pathlib import Path
 from typing import Any
@@ -40,11 +40,21 @@ from rs_consistency.certificates.record import Record, record_path
 from rs_consistency.certificates.selection import Selection, Shard, parse_shard
 from rs_consistency.certificates.source import Source, plan
 from rs_consistency.certificates.write import CertificateFile, check_answers
-from rs_consistency.cli.common import Parser, entry_points, fail, program_words, user_path, whole
+from rs_consistency.cli.common import (
+    Parser,
+    check_flags,
+    entry_point,
+    fail,
+    note_repeated,
+    program_words,
+    user_path,
+    user_place,
+    whole,
+)
 from rs_consistency.cli.config_file import split
 from rs_consistency.cli.train import parse
 from rs_consistency.common.checks import PRECISIONS, one_of, whole_number
-from rs_consistency.common.errors import EXIT_CONTRADICTED, EXIT_NOT_FINISHED, EXIT_NOT_REPRODUCED, UserError, note
+from rs_consistency.common.errors import EXIT_CONTRADICTED, EXIT_NOT_FINISHED, EXIT_NOT_REPRODUCED, UserError, note, say
 from rs_consistency.common.progress import progress_bar
 from rs_consistency.devices import parallel
 from rs_consistency.devices.host import fix_number_types, keep_compiled, keep_memory, use_cores
@@ -59,27 +69,34 @@ from rs_consistency.training.config import validate
 from rs_consistency.training.runs import finished_step, read_config
 
 # Not argparse's defaults: --verify must know which settings the user named.
-_DEFAULTS = {"alpha": ALPHA, "skip": 1, "split": "test", "seed": 0, "sampler": GRID, "precision": PRECISIONS[0]}
+_DEFAULTS = {
+    "mode": CERTIFY.name,
+    "alpha": ALPHA,
+    "skip": 1,
+    "split": "test",
+    "seed": 0,
+    "sampler": GRID,
+    "precision": PRECISIONS[0],
+}
 _OF_A_MODE = ("n", "n0", "bound", "alpha_share", "tolerance", "radius", "copies", "steps", "restarts")
 _CHOICES = ("alpha", "seed", *_OF_A_MODE, "sampler", "precision", "batch_size")
-_KEPT_IN_THE_RECORD = ("sigma", "dtype", *_OF_A_MODE, *_DEFAULTS)
+_KEPT_IN_THE_RECORD = ("sigma", "dtype", "max", "shard", *_OF_A_MODE, *_DEFAULTS)
 
 _FRESH = "fresh"
 _GIVEN, _DRAWN = "command", "operating system"  # sources of a seed, for the record
 
 # Beyond the parser's groups: flags that exclude each other, and flags that need another one, with how to write it.
 _EXCLUSIVE = (
-    *(("merge", other) for other in ("verify", "dry_run", "finished")),
     *(("finished", other) for other in ("verify", "torch_checkpoint")),
     *(("workdir", other) for other in ("config", "torch_input")),
     ("attack", "mode"),
 )
 _NEEDED = (
-    ("merge", "output", "--output=FILE.tsv"),
-    ("verify_seed", "verify", "--verify=K"),
-    ("torch_checkpoint", "config_file", "--config=FILE, such as configs/cifar10.py: model and dataset"),
-    ("torch_checkpoint", "sigma", "--sigma=NUMBER, or the cell: --config=FILE:method=NAME,sigma=NUMBER"),
-    ("torch_checkpoint", "output", "--output=FILE.tsv"),
+    ("merge", ["output"], "--output=FILE.tsv"),
+    ("verify_seed", ["verify"], "--verify=K"),
+    ("torch_checkpoint", ["config_file"], "--config=FILE, such as configs/cifar10.py: model and dataset"),
+    ("torch_checkpoint", ["sigma"], "--sigma=NUMBER, or the cell: --config=FILE:method=NAME,sigma=NUMBER"),
+    ("torch_checkpoint", ["output"], "--output=FILE.tsv"),
 )
 
 
@@ -97,11 +114,11 @@ def _parser() -> Parser:
         usage="%(prog)s (--workdir=FOLDER | --torch_checkpoint=FILE --config=FILE | --merge FILE ...) [FLAG ...]",
         description=__doc__,
     )
-    file, folder = {"type": user_path, "metavar": "FILE"}, {"metavar": "FOLDER"}
+    file, folder = {"type": user_path, "metavar": "FILE"}, {"type": user_place, "metavar": "FOLDER"}
     about = "one of: a run; a checkpoint, with --config=FILE and --config.KEY=VALUE as for train.py; files of shards"
     group = parser.add_argument_group("source", about)
     add = group.add_mutually_exclusive_group(required=True).add_argument
-    add("--workdir", type=user_path, **folder, help="a run of train.py")
+    add("--workdir", type=user_path, metavar="FOLDER", help="a run of train.py")
     add("--torch_checkpoint", **file, help="a checkpoint of the published PyTorch code; needs sigma and --output")
     add("--merge", nargs="+", **file, help="put the files of all shards together, into --output")
     add = group.add_argument
@@ -139,8 +156,8 @@ def _parser() -> Parser:
     add("--skip", type=whole, help="every SKIP-th image (default: 1)")
     add("--max", type=whole, help="at most so many images (default: all)")
     add("--shard", metavar="I/K", help="only share I of K of these images")
-    add("--data_dir", default="", **folder, help="folder of the prepared dataset (default: as in training)")
-    add("--cache_dir", default="", **folder, help="folder of decoded images (default: as in training)")
+    add("--data_dir", **folder, help="folder of the prepared dataset (default: as in training)")
+    add("--cache_dir", **folder, help="folder of decoded images (default: as in training)")
 
     group = parser.add_argument_group("operation")
     add, add_exclusive = group.add_argument, group.add_mutually_exclusive_group().add_argument
@@ -161,14 +178,16 @@ def _parser() -> Parser:
 
 def _main(argv: Sequence[str]) -> None:
     config, others = split(argv)
-    args = _parser().parse_args(others)
+    note_repeated(config)
+    parser = _parser()
+    args = parser.parse_args(others)
     args.config = config
     args.command = shlex.join([*program_words("certify"), *argv])
-    _check_flags(args)
-    args.mode = ATTACK.name if args.attack else args.mode or CERTIFY.name
+    _check_flags(parser.given, args)
+    args.mode = ATTACK.name if args.attack else args.mode
     if args.merge:
         done = merge(args.merge, args.output)
-        print(f"{args.output}: {done.images} images of {len(args.merge)} shards\nnext: {_analyze(args.output)}")
+        say(f"{args.output}: {done.images} images of {len(args.merge)} shards\nnext: {_analyze(args.output)}")
         return
     fix_number_types()
     keep_compiled()
@@ -180,19 +199,15 @@ def _main(argv: Sequence[str]) -> None:
         _answer_all(args)
 
 
-def _check_flags(args: Any) -> None:
+def _check_flags(flags: Collection[str], args: Any) -> None:
     """Raise a `UserError` for flags that exclude each other, or that need another one."""
-    given = {name for name, value in vars(args).items() if not (value is None or value is False or value == [])}
+    given = {*flags, *(["config"] if args.config else [])}
     if any(word.startswith("--config=") for word in args.config):
         given.add("config_file")
     if args.verify is not None or _names_sigma(args.config):
         given.add("sigma")
-    for flag, other in _EXCLUSIVE:
-        if {flag, other} <= given:
-            raise UserError(f"--{flag} and --{other} exclude each other; leave out one of them")
-    for flag, other, remedy in _NEEDED:
-        if flag in given and other not in given:
-            raise UserError(f"--{flag} needs another flag; add {remedy}")
+    merging = [("merge", other) for other in sorted(flags) if other not in ("merge", "output")]  # it only reads files
+    check_flags(given, exclusive=[*merging, ("merge", "config"), *_EXCLUSIVE], needed=_NEEDED)
 
 
 def _names_sigma(config: Sequence[str]) -> bool:
@@ -220,7 +235,7 @@ def _read_config(args: Any, dtype: str | None) -> ConfigDict:
 
 def _read_source(args: Any, config: ConfigDict, images: str, devices: Sequence[jax.Device]) -> Source:
     """Read checkpoint and images, after all settings were checked."""
-    places = {"split": images, "devices": devices, "data_dir": args.data_dir, "cache_dir": args.cache_dir}
+    places = {"split": images, "devices": devices, "data_dir": args.data_dir or "", "cache_dir": args.cache_dir or ""}
     if args.workdir is not None:
         return Source.from_run(args.workdir, config, **places)
     return Source.from_torch(args.torch_checkpoint, config, input_layer=args.torch_input or "normalize", **places)
@@ -260,10 +275,10 @@ def _answer_all(args: Any) -> None:
         "command": args.command,
     }
     with closing(CertificateFile(output, **held, about=about)) as file:
-        print(f"devices: {parallel.describe(devices)}", flush=True)
+        say(f"devices: {parallel.describe(devices)}")
         _fill(file, source.answers(question, file.remaining))
         file.finish()
-    print(_summary(file, question))
+    say(_summary(file, question))
     if question.schema is ATTACK:
         _compare_with_certificates(output)
 
@@ -367,8 +382,8 @@ def _compare_with_certificates(output: Path) -> None:
     both = attacks.rows.keys() & certificates.rows.keys()
     found = alarms(certificates.rows, attacks.rows)
     for index, text in found.items():
-        print(f"ALARM: image {index}: {text}", flush=True)
-    print(f"{len(both)} certificates of {certificates.path.name} compared, {len(found)} contradicted")
+        say(f"ALARM: image {index}: {text}")
+    say(f"{len(both)} certificates of {certificates.path.name} compared, {len(found)} contradicted")
     if found:
         raise SystemExit(EXIT_CONTRADICTED)
 
@@ -380,7 +395,7 @@ def _verify(args: Any) -> None:
         raise UserError(
             f"verify={args.verify}: {table.path} holds attacks, whose search depends on rounding; attack again"
         )
-    recorded = table.record.identity
+    recorded = {**table.record.identity, "max": table.record.selection.most}
     for name in _KEPT_IN_THE_RECORD:
         named = getattr(args, name)
         if named is not None and named != recorded.get(name):
@@ -414,13 +429,14 @@ def _output(args: Any) -> Path:
     """Return the file to write or to verify."""
     if args.output is not None:
         return args.output
-    one_of("mode", args.mode, FILES)
+    mode = args.mode or CERTIFY.name
+    one_of("mode", mode, FILES)
     shard = "" if args.shard is None else parse_shard(args.shard).suffix
-    return args.workdir / f"{FILES[args.mode]}{shard}.tsv"
+    return args.workdir / f"{FILES[mode]}{shard}.tsv"
 
 
 def _analyze(path: Path) -> str:
     return " ".join([*program_words("analyze"), str(path)])
 
 
-main, run = entry_points(_main)
+main = entry_point(_main)

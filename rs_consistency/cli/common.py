@@ -3,40 +3,42 @@
 import argparse
 import errno
 import logging
-import os
 import re
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Iterable, Sequence
 from pathlib import Path
 from typing import Any, NoReturn
 
 from absl import logging as absl_logging
 
-from rs_consistency.common.errors import EXIT_BROKEN_PIPE, EXIT_INTERRUPTED, EXIT_USER_ERROR, UserError
+from rs_consistency.common.errors import (
+    EXIT_BROKEN_PIPE,
+    EXIT_INTERRUPTED,
+    EXIT_USER_ERROR,
+    INTERRUPTED,
+    UserError,
+    drop_output,
+    note,
+)
+from rs_consistency.common.files import local_path
+from rs_consistency.common.process import interrupted
+
+Pairs = Iterable[tuple[str, str]]
+Needs = Iterable[tuple[str, Collection[str], str]]
 
 
-def entry_points(program: Callable[[Sequence[str]], None]) -> tuple[Callable[..., None], Callable[[], None]]:
-    """Return `main` and `run` of a program that takes the words of a command line.
+def entry_point(program: Callable[[Sequence[str]], None]) -> Callable[..., None]:
+    """Return the `main` of a program that takes the words of a command line.
 
     `main(argv=None)` ends with one line and a non-zero status at a user's mistake or a failing disk. It takes the words
-    that this process was started with for None. `run()` is `main()` as the only work of its process.
+    that this process was started with for None. It may be called from a notebook: streams and signals are the
+    process's, see `common.process.run`.
     """
 
     def main(argv: Sequence[str] | None = None) -> None:
         _run_main(program, sys.argv[1:] if argv is None else argv)
 
-    def run() -> None:
-        try:
-            main()
-        except SystemExit as stop:
-            if stop.code == EXIT_INTERRUPTED:
-                # At once: XLA's threads still compute, and while the interpreter ends that can be a segmentation fault.
-                sys.stdout.flush()
-                sys.stderr.flush()
-                os._exit(EXIT_INTERRUPTED)
-            raise
-
-    return main, run
+    return main
 
 
 def _run_main(program: Callable[[Sequence[str]], None], argv: Sequence[str]) -> None:
@@ -47,7 +49,7 @@ def _run_main(program: Callable[[Sequence[str]], None], argv: Sequence[str]) -> 
     except UserError as error:
         fail(str(error))
     except BrokenPipeError:  # the reader of our output has gone, such as `| head`
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # nothing more can fail to be flushed
+        drop_output()
         raise SystemExit(EXIT_BROKEN_PIPE) from None
     except OSError as error:
         if error.errno is None:
@@ -57,7 +59,7 @@ def _run_main(program: Callable[[Sequence[str]], None], argv: Sequence[str]) -> 
         remedy = "free space and run the same command again" if full else "choose another path, or make this one usable"
         fail(f"{where}{error.strerror}; {remedy}")
     except KeyboardInterrupt:
-        fail("interrupted; the same command continues", status=EXIT_INTERRUPTED)
+        fail(INTERRUPTED, status=EXIT_INTERRUPTED)
     except Exception as error:
         if not _memory_is_full(error):
             raise
@@ -75,16 +77,64 @@ def _memory_is_full(error: Exception) -> bool:
     return isinstance(error, MemoryError) or (of_device and full)
 
 
+class _Store(argparse.Action):
+    """Store the value of a flag, with a note where the flag had another value."""
+
+    def __call__(self, parser: "Parser", namespace: argparse.Namespace, values: Any, flag: str | None = None) -> None:
+        if self.dest in parser.given:
+            _note_twice(flag, getattr(namespace, self.dest), values)
+        parser.given.add(self.dest)
+        setattr(namespace, self.dest, values)
+
+
 class Parser(argparse.ArgumentParser):
     """A parser whose errors are one line."""
 
     def __init__(self, **settings: Any) -> None:
         super().__init__(formatter_class=argparse.RawDescriptionHelpFormatter, **settings)
+        self.given: set[str] = set()  # the names of the flags on the command line
+        for name in ("store", None):
+            self.register("action", name, _Store)
+
+    def parse_args(self, words: Sequence[str], *, exclusive: Pairs = (), needed: Needs = ()) -> argparse.Namespace:
+        """Return the values of a command line, whose flags do not contradict each other: see `check_flags`."""
+        self.given.clear()
+        args = super().parse_args(words)
+        self.given |= {name for name, value in vars(args).items() if value is True or (value and type(value) is list)}
+        check_flags(self.given, exclusive=exclusive, needed=needed)
+        return args
 
     def error(self, message: str) -> NoReturn:
         """Print one line with the remedy, and exit."""
         remedy = "give one of them" if "not allowed with argument" in message else f"{self.prog} --help tells more"
         fail(f"{message}; {remedy}")
+
+
+def check_flags(given: Collection[str], *, exclusive: Pairs = (), needed: Needs = ()) -> None:
+    """Raise a `UserError` for flags that leave each other nothing to do, or that need another one.
+
+    Flags of a pair in `exclusive` exclude each other. A flag in `needed` comes with the flags of which it needs one,
+    and the remedy.
+    """
+    for flag, other in exclusive:
+        if flag in given and other in given:
+            raise UserError(f"--{flag} and --{other} exclude each other; leave out one of them")
+    for flag, others, remedy in needed:
+        if flag in given and not set(others) & set(given):
+            raise UserError(f"--{flag} needs another flag; add {remedy}")
+
+
+def note_repeated(words: Iterable[str]) -> None:
+    """Print a note for each of the words NAME=VALUE that gives a name another value than a word before it."""
+    values: dict[str, str] = {}
+    for name, _, value in (word.partition("=") for word in words):
+        _note_twice(name, values.get(name, value), value)
+        values[name] = value
+
+
+def _note_twice(name: str, before: object, value: object) -> None:
+    if str(before) != str(value):
+        note(f"{name} is given twice, as {before} and as {value}: the last counts")
 
 
 def program_words(name: str) -> list[str]:
@@ -105,12 +155,22 @@ whole.__name__ = "whole number"  # argparse says "invalid whole number value"
 
 
 def user_path(text: str) -> Path:
-    """Return a path, with `~` for the home folder; for `type=` of an argument."""
-    return Path(text).expanduser()
+    """Return the path of a file or folder of this machine, with `~` for the home folder; for `type=` of an argument."""
+    try:
+        return local_path(text, "path")
+    except UserError as error:
+        raise argparse.ArgumentTypeError(str(error)) from None
+
+
+def user_place(text: str) -> str:
+    """Return a `user_path` as text; for `type=` of an argument."""
+    return str(user_path(text))
 
 
 def fail(message: str, *, status: int = EXIT_USER_ERROR) -> NoReturn:
-    """Print one line and exit."""
+    """Print one line and exit. An error of an interrupted process is a consequence, and is not told."""
+    if interrupted():
+        message, status = INTERRUPTED, EXIT_INTERRUPTED
     print(f"error: {' '.join(message.split())}", file=sys.stderr, flush=True)
     raise SystemExit(status)
 
@@ -137,5 +197,6 @@ def _unraisable(unraisable: "sys.UnraisableHookArgs") -> None:
     """Hide the errors of Orbax's unfinished reads and writes after one of them failed; the failure itself is raised."""
     code = getattr(unraisable.object, "cr_code", None)  # of a coroutine
     of_orbax = code is not None and "orbax" in code.co_filename
-    if not of_orbax and "Event loop is closed" not in str(unraisable.exc_value):
+    known = of_orbax or "Event loop is closed" in str(unraisable.exc_value)
+    if not known or isinstance(unraisable.exc_value, KeyboardInterrupt):
         _others[-1](unraisable)

@@ -7,11 +7,9 @@ Installed, the program is rs-export-torch. Needs PyTorch: pip install 'rs-consis
 
 from collections.abc import Sequence
 
-import jax
-
-from rs_consistency.cli.common import Parser, entry_points, user_path
-from rs_consistency.models.torch_checkpoints import check_output, export_torch
-from rs_consistency.training import runs
+from rs_consistency.cli import start
+from rs_consistency.cli.common import Parser, entry_point, user_path
+from rs_consistency.common.errors import say
 
 
 def _main(argv: Sequence[str]) -> None:
@@ -21,16 +19,22 @@ def _main(argv: Sequence[str]) -> None:
     add("--output", type=user_path, required=True, help="the file to write, such as checkpoint.pth.tar")
     args = parser.parse_args(argv)
     workdir, output = args.workdir, args.output
+    # Imported after the flags are parsed, and after the start: `python -m` runs this module itself.
+    import jax
+
+    from rs_consistency.models.torch_checkpoints import check_output, export_torch
+    from rs_consistency.training import runs
+
     check_output(output)
     run = runs.restore(workdir, jax.local_devices()[:1])
     last = runs.finished_step(workdir, run.config)
     epoch = run.step * run.config.num_epochs // last if last else 0
     export_torch(run.variables, run.config.model, output, epoch=epoch)
-    print(f"{output}: {run.config.model} after {epoch} epochs")
+    say(f"{output}: {run.config.model} after {epoch} epochs")
 
 
-main, run = entry_points(_main)
+main = entry_point(_main)
 
 
 if __name__ == "__main__":
-    run()
+    start.export_torch()

@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from rs_consistency.cli import train
-from rs_consistency.cli.common import entry_points
+from rs_consistency.cli.common import entry_point
 
 
 def _main(argv: Sequence[str]) -> None:
@@ -21,4 +21,4 @@ def _main(argv: Sequence[str]) -> None:
     print(json.dumps({"epoch_seconds": measured.epoch_seconds, "votes_per_second": measured.votes_per_second}))
 
 
-main, run = entry_points(_main)
+main = entry_point(_main)

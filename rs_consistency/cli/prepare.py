@@ -8,21 +8,25 @@ Only this step needs TensorFlow (`pip install tensorflow-cpu`). It needs a netwo
 
 from collections.abc import Sequence
 
-from rs_consistency.cli.common import Parser, entry_points
+from rs_consistency.cli import start
+from rs_consistency.cli.common import Parser, entry_point, user_place
+from rs_consistency.common.errors import say
 from rs_consistency.data.prepare import ORIGINALS, prepare
 
 
 def _main(argv: Sequence[str]) -> None:
     parser = Parser(prog="python -m rs_consistency.data.prepare", description=__doc__)
     parser.add_argument("name", help=", ".join(ORIGINALS))
-    parser.add_argument("--data_dir", default="", help="folder to write to (default: $TFDS_DATA_DIR or TFDS's own)")
-    parser.add_argument("--manual_dir", default="", help="a folder with the original files, instead of a download")
+    parser.add_argument(
+        "--data_dir", type=user_place, help="folder to write to (default: $TFDS_DATA_DIR or TFDS's own)"
+    )
+    parser.add_argument("--manual_dir", type=user_place, help="a folder with the original files, instead of a download")
     args = parser.parse_args(argv)
-    print(f"prepared {prepare(args.name, data_dir=args.data_dir, manual_dir=args.manual_dir)}")
+    say(f"prepared {prepare(args.name, data_dir=args.data_dir or '', manual_dir=args.manual_dir or '')}")
 
 
-main, run = entry_points(_main)
+main = entry_point(_main)
 
 
 if __name__ == "__main__":
-    main()
+    start.prepare()

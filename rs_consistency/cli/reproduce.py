@@ -9,16 +9,19 @@ and the same command does what is left. Several machines share a table through a
 on each, which takes what no other is at, or by --shard=1/3, 2/3, 3/3.
 """
 
+import os
 import sys
+import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import configs
 from rs_consistency.certificates.selection import parse_shard
-from rs_consistency.cli.common import Parser, entry_points, program_words, whole
+from rs_consistency.cli.common import Parser, check_flags, entry_point, note_repeated, program_words, user_path, whole
 from rs_consistency.common.checks import whole_number
-from rs_consistency.common.errors import EXIT_FAILED_CELLS, UserError, note
+from rs_consistency.common.errors import EXIT_FAILED_CELLS, UserError, note, say
+from rs_consistency.common.files import check_utf8
 from rs_consistency.reproduction.plan import (
     Cell,
     Options,
@@ -30,6 +33,8 @@ from rs_consistency.reproduction.plan import (
 )
 from rs_consistency.reproduction.published import TABLES
 from rs_consistency.statistics.bounds import N
+
+_OF_RENDER = {"render", "table", "results"}
 
 
 def _names(text: str) -> list[str]:
@@ -47,8 +52,8 @@ def _parser() -> Parser:
     parser = Parser(prog=program_words("reproduce")[-1], description=__doc__)
     add = parser.add_argument
     add("--table", default="mnist", help=f"{', '.join(TABLES)} (default: %(default)s)")
-    add("--workdir", type=Path, help="folder of the runs; shared by all machines that work on the table")
-    add("--results", type=Path, default=Path("results"), help="folder of what stays (default: %(default)s)")
+    add("--workdir", type=user_path, help="folder of the runs; shared by all machines that work on the table")
+    add("--results", type=user_path, default=Path("results"), help="folder of what stays (default: %(default)s)")
     add("--methods", type=_names, help="rows, such as gaussian,consistency (default: those of the published table)")
     add("--sigmas", type=_numbers, help="columns, such as 0.25,0.5 (default: all)")
     add("--seeds", type=whole, default=1, help="runs of every cell, with seeds 0, 1, ... (default: %(default)s)")
@@ -68,14 +73,18 @@ def _parser() -> Parser:
 
 
 def _main(argv: Sequence[str]) -> None:
-    args = _parser().parse_args(argv)
-    results = args.results.expanduser()
+    parser = _parser()
+    args = parser.parse_args(argv)
+    results = args.results
     if args.render:
-        _render(args.table, results)
+        check_flags(parser.given, exclusive=[("render", other) for other in sorted(parser.given - _OF_RENDER)])
+        print(_render(args.table, results))
         return
+    note_repeated(args.config)
     if args.workdir is None:
         raise UserError("workdir is missing: add --workdir=FOLDER for the runs, or --render")
-    folder = args.workdir.expanduser().resolve()
+    folder = args.workdir.resolve()
+    check_utf8(folder, "workdir")
     cells = share_of(make_plan(args.table, _options(args), workdir=folder), args.shard and parse_shard(args.shard))
     if not cells:
         raise UserError(f"shard={args.shard}: the plan has fewer cells; use fewer shards")
@@ -86,6 +95,7 @@ def _main(argv: Sequence[str]) -> None:
 
     try:
         check_keepable(cells, results)  # before hours of training
+        _check_writable(results / args.table)
     except UserError as error:
         if not args.dry_run:
             raise
@@ -108,9 +118,11 @@ def _main(argv: Sequence[str]) -> None:
     states = [runner.look(cell) for cell in cells]
     runner.measure(cells)
     about = not_available(args.table), chosen_here(args.table, [cell.method for cell in cells])
-    print("\n".join(filter(None, [_plan(cells, states, runner, jobs), *about])), flush=True)
+    text = "\n".join(filter(None, [_plan(cells, states, runner, jobs), *about]))
     if args.dry_run:
+        print(text)
         return
+    say(text)
     outcome = runner.run(cells)
     for name, reason in outcome.failed.items():
         print(f"failed: {name}: {reason}", file=sys.stderr)
@@ -118,7 +130,7 @@ def _main(argv: Sequence[str]) -> None:
         print(f"note: {cell.name}: another process is at it", file=sys.stderr)
     try:
         if outcome.finished:
-            _render(args.table, results)
+            say(_render(args.table, results))
     except UserError as error:
         if not outcome.failed:
             raise
@@ -164,10 +176,23 @@ def _plan(cells: Sequence[Cell], states: Sequence[Any], runner: Any, jobs: int) 
     return "\n".join([*lines, f"{len(cells)} cells, {len(to_do)} to do, {jobs} at a time: {left}"])
 
 
-def _render(table: str, results: Path) -> None:
+def _render(table: str, results: Path) -> str:
     from rs_consistency.reproduction.render import render  # matplotlib is slow to import
 
-    print(render(table, results))
+    return render(table, results)
 
 
-main, run = entry_points(_main)
+def _check_writable(folder: Path) -> None:
+    """Raise a `UserError` for a folder in which no file can be made, whether it is there or not; leave nothing."""
+    folder = folder.absolute()
+    place = next(each for each in (folder, *folder.parents) if os.path.lexists(each))
+    try:
+        with tempfile.TemporaryFile(dir=place):
+            pass
+    except OSError as error:
+        raise UserError(
+            f"results={folder.parent}: {place} takes no files ({error.strerror}); choose another --results"
+        ) from None
+
+
+main = entry_point(_main)

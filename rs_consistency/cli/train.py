@@ -7,15 +7,15 @@ Installed, the program is rs-train; `configs/mnist.py` is then the project's whe
 
 import contextlib
 from collections.abc import Sequence
-from pathlib import Path
 
 from absl import flags
 from ml_collections import ConfigDict, config_flags
 
-from rs_consistency.cli.common import entry_points, program_words
+from rs_consistency.cli.common import entry_point, note_repeated, program_words
 from rs_consistency.cli.config_file import load, overridden_key, resolve
 from rs_consistency.common.checks import no_such_key
 from rs_consistency.common.errors import UserError
+from rs_consistency.common.files import local_path
 
 
 def _example() -> str:
@@ -23,6 +23,7 @@ def _example() -> str:
 
 
 def _main(argv: Sequence[str]) -> None:
+    note_repeated(word for word in argv if "=" in word)
     values = parse(argv)
     if values.help:
         print(f"{__doc__}\nFlags:\n{values.get_help()}\n\nconfigs/default.py names every key of a configuration.")
@@ -31,13 +32,13 @@ def _main(argv: Sequence[str]) -> None:
         raise UserError(f"--workdir is missing: {_example()}")
     if values.dry_run and values.profile is not None:
         raise UserError(f"profile={values.profile} writes a trace, and dry_run is to write nothing; leave out one")
+    workdir = local_path(values.workdir, "workdir")
     # Imported after the flags are parsed, so that a mistake in them is reported at once.
     from rs_consistency.training.dry_run import plan
     from rs_consistency.training.loop import train
     from rs_consistency.training.profiling import profile
 
     set_up(values.config)
-    workdir = Path(values.workdir).expanduser()
     if values.dry_run:
         print(plan(values.config, workdir).text)
     elif values.profile is not None:
@@ -120,4 +121,4 @@ def _check(config: ConfigDict, argv: Sequence[str]) -> None:
             raise no_such_key(key, known)
 
 
-main, run = entry_points(_main)
+main = entry_point(_main)

@@ -1,5 +1,6 @@
 """Errors that a user can repair, notes, and the exit codes of the programs."""
 
+import os
 import sys
 
 EXIT_FAILED_CELLS = 1  # reproduce.py: some cells failed
@@ -9,6 +10,8 @@ EXIT_NOT_FINISHED = 4  # certify.py --finished: the last checkpoint is missing o
 EXIT_CONTRADICTED = 5  # certify.py --attack: a proven adversarial image inside a certified radius
 EXIT_INTERRUPTED = 130
 EXIT_BROKEN_PIPE = 141
+
+INTERRUPTED = "interrupted; the same command continues"
 
 
 class UserError(ValueError):
@@ -21,7 +24,20 @@ class UserError(ValueError):
 
 def note(message: str) -> None:
     """Print a line on stderr about something that the user did not ask for but should know."""
-    print(f"note: {message}", file=sys.stderr, flush=True)
+    print(f"note: {' '.join(message.split())}", file=sys.stderr, flush=True)
+
+
+def say(message: str) -> None:
+    """Print a line on stdout about work that is in files; where stdout is full or has no reader, the work goes on."""
+    try:
+        print(message, flush=True)
+    except OSError:
+        drop_output()
+
+
+def drop_output() -> None:
+    """Send stdout nowhere from now on, with the text that could not be written."""
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 def first_line(error: BaseException) -> str:

@@ -27,7 +27,38 @@ _REMEDY = "restore it from a copy, or move it away"
 
 def cache_folder() -> Path:
     """Return the user's folder for files that can be made again."""
-    return Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "rs_consistency"
+    return local_path(os.environ.get("XDG_CACHE_HOME") or "~/.cache", "XDG_CACHE_HOME") / "rs_consistency"
+
+
+def local_path(text: str | Path, name: str) -> Path:
+    """Return the path of a file or folder of this machine, with `~` for the home folder. Messages call it `name`.
+
+    Raises:
+      UserError: for an empty text, a user who does not exist, a place such as `gs://bucket`, and a NUL character.
+    """
+    text = str(text)
+    if not text:
+        raise UserError(f"{name} is empty; name a file or folder")
+    if "://" in text:
+        raise UserError(f"{name}={text} is no path of this machine; copy it here, or mount it as a folder")
+    if "\0" in text:
+        raise UserError(f"{name}={text!r} has a NUL character, which no path can have; leave it out")
+    try:
+        return Path(text).expanduser()
+    except RuntimeError:  # no such user
+        raise UserError(f"{name}={text}: the home folder is not known; write the path without ~") from None
+
+
+def check_utf8(path: Path, name: str) -> None:
+    """Raise a `UserError` for a path that is not UTF-8: TensorStore, which reads and writes checkpoints, has no other.
+
+    Messages call the path `name`. In a locale with another encoding, Python and TensorStore would mean different paths.
+    """
+    whole = str(path.resolve())
+    if os.fsencode(whole) != whole.encode(errors="replace"):
+        raise UserError(
+            f"{name}={whole!a} is not UTF-8 here, and no checkpoint can be there; rename it, or set PYTHONUTF8=1"
+        )
 
 
 @contextmanager

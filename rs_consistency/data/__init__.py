@@ -9,14 +9,15 @@ Images are stored as uint8. `to_unit` returns the float32 images in [0, 1] that 
 import hashlib
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from typing import NamedTuple, Protocol
+from typing import TYPE_CHECKING, NamedTuple, Protocol
 
-import jax
-import jax.numpy as jnp
 import numpy as np
 
 from rs_consistency.common.errors import UserError
 from rs_consistency.data.datasets import DATASETS, SPLITS, DatasetInfo, dataset_info
+
+if TYPE_CHECKING:
+    import jax  # not for the preparation of a dataset
 
 __all__ = [
     "DATASETS",
@@ -72,9 +73,9 @@ class Examples(NamedTuple):
       extra: name -> `[B, ...]`, a method's own numbers for each example.
     """
 
-    images: jax.Array
-    labels: jax.Array
-    extra: Mapping[str, jax.Array]
+    images: "jax.Array"
+    labels: "jax.Array"
+    extra: "Mapping[str, jax.Array]"
 
 
 def load(name: str, split: str, *, data_dir: str = "", cache_dir: str = "") -> Split:
@@ -147,9 +148,9 @@ def check_split(name: str, images: np.ndarray, labels: np.ndarray, info: Dataset
     raise UserError(f"{name}: {problem}. Prepare the dataset again")
 
 
-def to_unit(images: jax.Array) -> jax.Array:
+def to_unit(images: "jax.Array") -> "jax.Array":
     """Return uint8 `[...]` as float32 in [0, 1], on the devices: for training and evaluation steps.
 
     `smoothing.voter.to_float` does the same on the host.
     """
-    return images.astype(jnp.float32) / 255
+    return images.astype(np.float32) / 255

@@ -1,13 +1,14 @@
 """Download of a dataset and preparation as array_record, which is then read without TensorFlow."""
 
 import importlib.util
-import runpy
 from pathlib import Path
 from typing import NamedTuple
 
 import requests
 
 from rs_consistency.common.errors import UserError, first_line
+from rs_consistency.common.files import local_path
+from rs_consistency.common.process import run
 from rs_consistency.data.tfds import file_format, prepared_versions, resolve_data_dir, tfds_name
 
 _PROBE_SECONDS = 5
@@ -54,7 +55,7 @@ def prepare(name: str, *, data_dir: str = "", manual_dir: str = "") -> Path:
         )
     if importlib.util.find_spec("tensorflow") is None:
         raise UserError(f"preparing {name!r} needs TensorFlow, which is not installed: pip install tensorflow-cpu")
-    originals = Path(manual_dir).expanduser() if manual_dir else None
+    originals = local_path(manual_dir, "manual_dir") if manual_dir else None
     if originals:
         _check_files(name, originals)
     elif ORIGINALS[name].url:
@@ -98,4 +99,4 @@ def _check_network(name: str) -> None:
 
 
 if __name__ == "__main__":
-    runpy.run_module("rs_consistency.cli.prepare", run_name="__main__")
+    run("rs_consistency.cli.prepare")

@@ -17,7 +17,7 @@ import numpy as np
 from PIL import Image
 
 from rs_consistency.common.errors import UserError, first_line, note
-from rs_consistency.common.files import cache_folder, replace_atomically
+from rs_consistency.common.files import cache_folder, local_path, replace_atomically
 from rs_consistency.common.progress import progress_bar
 
 _TFDS_NAMES = {"svhn": "svhn_cropped", "imagenet": "imagenet2012"}  # if different from the names here
@@ -30,7 +30,7 @@ def read(name: str, split: str, data_dir: str, cache_dir: str) -> tuple[np.ndarr
       UserError: when the dataset is not prepared, cannot be read here, or is damaged.
     """
     prepared = find_prepared(name, resolve_data_dir(data_dir))
-    folder = Path(cache_dir).expanduser() if cache_dir else cache_folder()
+    folder = local_path(cache_dir, "cache_dir") if cache_dir else cache_folder()
     cached = folder / f"{name}-{split}-{_fingerprint(prepared)}.npz"
     arrays = _read_cache(cached)
     if arrays is None:
@@ -41,7 +41,9 @@ def read(name: str, split: str, data_dir: str, cache_dir: str) -> tuple[np.ndarr
 
 def resolve_data_dir(data_dir: str) -> Path:
     """Return the TFDS folder: the argument, else `$TFDS_DATA_DIR`, else TFDS's own default."""
-    return Path(data_dir or os.environ.get("TFDS_DATA_DIR") or "~/tensorflow_datasets").expanduser()
+    if data_dir:
+        return local_path(data_dir, "data_dir")
+    return local_path(os.environ.get("TFDS_DATA_DIR") or "~/tensorflow_datasets", "TFDS_DATA_DIR")
 
 
 def tfds_name(name: str) -> str:

@@ -2,6 +2,7 @@
 
 import contextlib
 import os
+import signal
 import subprocess
 from collections.abc import Iterator
 from pathlib import Path
@@ -125,6 +126,8 @@ class CellRun:
     def _again(self) -> bool:
         """Return whether to start a failed program again: after a signal, but not after many signals."""
         status = self.process.returncode
+        if status == 128 + signal.SIGTERM:
+            status = -signal.SIGTERM
         if status > 0 or self._crashes >= _MOST_CRASHES:
             return False
         self._crashes += 1

@@ -6,10 +6,11 @@ finds nothing in use. CORES are the processor cores to stay on, such as 0,1; emp
 """
 
 import ctypes
-import importlib
 import os
 import signal
 import sys
+
+from rs_consistency.common.process import run
 
 _PR_SET_PDEATHSIG = 1
 
@@ -23,7 +24,7 @@ def main() -> None:
         raise SystemExit(f"error: the plan that this belongs to (process {parent}) has ended; run reproduce.py")
     if cores and hasattr(os, "sched_setaffinity"):
         os.sched_setaffinity(0, {int(core) for core in cores.split(",")})  # before JAX starts threads
-    importlib.import_module(module).main(arguments)
+    run(module, arguments)
 
 
 if __name__ == "__main__":

@@ -13,6 +13,7 @@ from rs_consistency import data
 from rs_consistency.certificates.selection import Selection, Shard
 from rs_consistency.common.checks import one_of, whole_number
 from rs_consistency.common.errors import UserError
+from rs_consistency.common.files import local_path
 from rs_consistency.models import MODELS
 from rs_consistency.reproduction.published import Table, table_of
 from rs_consistency.statistics.bounds import ALPHA, BOUNDS, N0, N
@@ -231,6 +232,9 @@ def _chosen(
     reported = [
         method for method in known if any(each.reported and each.deviation for (of, _), each in cells if of == method)
     ]
+    for name, value in (("methods", options.methods), ("sigmas", options.sigmas)):
+        if value is not None and not value:
+            raise UserError(f"{name} is empty; name some, or leave it out for all")
     methods, sigmas = options.methods or reported or known, options.sigmas or table.sigmas
     for method in methods:
         one_of("methods", method, known)
@@ -280,7 +284,7 @@ def _checked(settings: Mapping[str, Any], known: Mapping[str, Any], table_name: 
             kinds = {int: "a whole number", float: "a number", bool: "True or False"}
             raise UserError(f"{named}: use {kinds[kind]}, such as {known[key]}")
         # An absolute path, as train.py records it.
-        found[key] = str(Path(value).expanduser().resolve()) if key == "init_from" and value else value
+        found[key] = str(local_path(value, key).resolve()) if key == "init_from" and value else value
     return found
 
 

@@ -26,7 +26,7 @@ from rs_consistency.reproduction.state import CERTIFICATES, State, calls_of, gla
 SPEEDS_FILE = "speeds.json"
 _POLL_SECONDS = 0.5
 _SECONDS_BETWEEN_LINES = 60  # of the progress, in a log file
-_PATIENCE_SECONDS = 60  # until runs have ended after Ctrl-C
+_PATIENCE_SECONDS = 50  # until runs have ended after a signal; `common.process` has 60 for the plan
 _MEASURE_SECONDS = 900
 _MODULES = {
     "train": "rs_consistency.cli.train",
@@ -316,8 +316,10 @@ class Runner:
 
 
 def _end(processes: Sequence[subprocess.Popen[bytes]]) -> None:
-    """Wait until the runs, which got the Ctrl-C, too, have saved their work; kill them after a minute."""
+    """Tell the runs to end, which a Ctrl-C has told already; wait until they have, and kill them at last."""
     deadline = time.monotonic() + _PATIENCE_SECONDS
+    for process in processes:
+        process.terminate()
     for process in processes:
         with contextlib.suppress(subprocess.TimeoutExpired):
             process.wait(max(0.1, deadline - time.monotonic()))

@@ -16,6 +16,7 @@ import numpy as np
 import orbax.checkpoint as ocp
 
 from rs_consistency.common.errors import UserError, first_line, note
+from rs_consistency.common.files import check_utf8
 
 # Orbax drops coroutines where it fails on a damaged checkpoint; `restore_newest` tells of the damage in a line.
 warnings.filterwarnings("ignore", "coroutine '.*' was never awaited", RuntimeWarning)
@@ -35,6 +36,7 @@ class Checkpoints:
 
     def __init__(self, workdir: Path, *, keep: int | None = None) -> None:
         """Opens the folder for reading, or, with a number of newest checkpoints to `keep`, for writing: it is made."""
+        check_utf8(workdir, "workdir")
         self.folder = workdir.resolve() / "checkpoints"
         self._manager = None
         self._failed = False

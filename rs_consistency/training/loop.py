@@ -11,7 +11,7 @@ import jax
 import numpy as np
 from ml_collections import ConfigDict
 
-from rs_consistency.common.errors import UserError, note
+from rs_consistency.common.errors import UserError, note, say
 from rs_consistency.common.progress import duration, progress_bar
 from rs_consistency.devices import parallel
 from rs_consistency.methods import METHODS
@@ -55,9 +55,9 @@ def train(config: ConfigDict, workdir: Path) -> TrainState:
         state = _start_state(session, checkpoints)
         first_step = int(state.step)
         if first_step >= session.last_step:
-            print(f"{workdir}: all {config.num_epochs} epochs are done", flush=True)
+            say(f"{workdir}: all {config.num_epochs} epochs are done")
             return state
-        print(f"{session.describe()}\ndevices: {parallel.describe(session.devices)}", flush=True)
+        say(f"{session.describe()}\ndevices: {parallel.describe(session.devices)}")
         with (
             closing(session.open_inputs(workdir)) as inputs,
             closing(MetricsWriter(workdir, finished_steps=first_step, steps_per_epoch=steps_per_epoch)) as writer,
@@ -197,4 +197,4 @@ def _print_record(config: ConfigDict, record: dict[str, Any]) -> None:
     )
     images_in_epoch = record["step"] / record["epoch"] * config.batch_size
     left = (config.num_epochs - record["epoch"]) * images_in_epoch / record["noisy_images_per_second"]
-    print(f"epoch {record['epoch']}/{config.num_epochs}  {shown}  left {duration(left)}", flush=True)
+    say(f"epoch {record['epoch']}/{config.num_epochs}  {shown}  left {duration(left)}")

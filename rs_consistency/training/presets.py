@@ -24,10 +24,14 @@ def apply_preset(
     Raise a `UserError` for a malformed cell, or a pair that was not published; the message lists the published ones.
     """
     chosen = {"method": method, "sigma": str(sigma)}
+    given: set[str] = set()
     for part in filter(None, cell.split(",")):
         key, separator, value = part.partition("=")
         if not separator or key not in chosen:
             raise UserError(f"{cell!r} after the config file: write method=NAME,sigma=NUMBER")
+        if key in given:
+            raise UserError(f"{cell!r} after the config file names {key} twice; leave out one of them")
+        given.add(key)
         chosen[key] = value
     try:
         chosen_sigma = float(chosen["sigma"])

@@ -12,7 +12,7 @@ from jax.tree_util import keystr
 from ml_collections import ConfigDict
 
 from rs_consistency.common.errors import UserError, note
-from rs_consistency.common.files import lock, read_json, write_json
+from rs_consistency.common.files import check_utf8, lock, read_json, write_json
 from rs_consistency.data import dataset_info
 from rs_consistency.methods import METHODS
 from rs_consistency.models.inference import for_inference
@@ -54,6 +54,7 @@ def check_claim(workdir: Path, config: ConfigDict, *, data_digest: str) -> None:
       UserError: when the folder holds another config (the differing keys are named), a run on other data, or
         checkpoints without a config.
     """
+    check_utf8(workdir, "workdir")
     path, data_path = workdir / CONFIG_FILE, workdir / DATA_FILE
     if workdir.exists() and not workdir.is_dir():
         raise UserError(f"workdir={workdir} is a file; choose a folder")

@@ -8,6 +8,7 @@ import numpy as np
 from ml_collections import ConfigDict
 
 from rs_consistency import data
+from rs_consistency.common.files import local_path
 from rs_consistency.devices import parallel
 from rs_consistency.methods import METHODS
 from rs_consistency.training import runs
@@ -108,7 +109,7 @@ def _settle_sources(config: ConfigDict, *, is_new: bool) -> None:
         checks[teacher.workdir_key] = runs.check_same_dataset
     for key, check in checks.items():
         if flatten(config)[key]:
-            path = Path(flatten(config)[key]).expanduser().resolve()
+            path = local_path(flatten(config)[key], key).resolve()
             config.update_from_flattened_dict({key: str(path)})
             if is_new:
                 check(config, path, name=key)

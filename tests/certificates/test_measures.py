@@ -150,6 +150,10 @@ def test_bad_arguments(program, field, tmp_path):
     assert "the following arguments are required: PATH" in program.fails("cli.analyze")
     assert "alpha=2.0: use a number in (0, 1)" in program.fails("cli.analyze", field, "--alpha=2")
     assert "delta=0.0: use a number in (0, 1)" in program.fails("cli.analyze", field, "--joint", "--delta=0")
+    for flag, needs in (("--delta=0.1", "--joint"), ("--no_network", "--output=FOLDER"), ("--data_dir=x", "--output=")):
+        assert f"{flag.partition('=')[0]} needs another flag; add {needs}" in program.fails("cli.analyze", field, flag)
+    error = program.fails("cli.analyze", field, "--match_images=x", "--format=json")
+    assert "match_images: format=json has no comparisons; use text or markdown" in error
     assert "bound='wald' is unknown; use one of clopper" in program.fails("cli.analyze", field, "--bound=wald")
     assert "Not a directory" in program.fails("cli.analyze", field, "--output=/dev/null/figures")
 

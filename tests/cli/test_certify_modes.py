@@ -330,6 +330,9 @@ def test_another_dtype_is_another_function_and_recorded(program, trained, tmp_pa
             "sigma=1.0: verify takes the settings that the file names (sigma: 0.5); leave it out",
         ),
         (["--verify=3", "--seed=9", "--output={certified}"], "seed=9: verify takes the settings that the file names"),
+        (["--verify=3", "--max=2", "--output={certified}"], "max=2: verify takes the settings that the file names"),
+        (["--verify=3", "--shard=1/2", "--output={certified}"], "shard=1/2: verify takes the settings that the file"),
+        (["--verify=3", "--mode=decide", "--output={certified}"], "mode=decide: verify takes the settings that the"),
         (["--mode=decide", "--radius=1e30"], "radius=1e+30: use a number of at least 0 and at most 1e+06"),
         (["--sigma=1e23"], "sigma=1e+23: use a number greater than 0 and at most 1e+06"),
     ],
@@ -358,6 +361,11 @@ CONFIG = f"--config={ROOT}/configs/mnist.py"
         ([MERGE, "--output=b.tsv", "--verify=1"], "--merge and --verify exclude each other"),
         ([MERGE, "--output=b.tsv", "--dry_run"], "--merge and --dry_run exclude each other"),
         ([MERGE, "--output=b.tsv", "--finished"], "--merge and --finished exclude each other"),
+        *(
+            ([MERGE, "--output=b.tsv", f"--{flag}"], f"--merge and --{flag.partition('=')[0]} exclude each other")
+            for flag in ("n=5", "skip=2", "shard=1/2", "seed=fresh", "attack", "data_dir=x", "num_devices=1")
+        ),
+        ([MERGE, "--output=b.tsv", "--config.sigma=1"], "--merge and --config exclude each other"),
         ([MERGE], "--merge needs another flag; add --output=FILE.tsv"),
         ([TORCH, "--finished"], "--finished and --torch_checkpoint exclude each other"),
         ([TORCH, "--config.model=lenet"], "--torch_checkpoint needs another flag; add --config=FILE, such as"),
