@@ -139,8 +139,8 @@ def attack(
     """
     alpha = probability("alpha", alpha)
     settings = {"sigma": sigma, "num_classes": num_classes, "n": n, "seed": seed, "batch_size": batch_size}
-    settings |= {"sampler": sampler, "precision": precision}
-    task = prepare(images, indices, devices, **settings)
+    settings |= {"sampler": sampler, "precision": precision, "progress": progress}
+    task = prepare(apply_fn, images, indices, devices, **settings)
     check_attacks(task.settings.n, alpha=alpha, slack=task.settings.law.slack)
     effort = check_effort(copies=copies, steps=steps, restarts=restarts)
     asked = (lambda _, batch: apply_fn(batch), (), task.images, task.indices)

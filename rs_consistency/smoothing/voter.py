@@ -13,6 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from rs_consistency import noise
+from rs_consistency.common.checks import check_kind
 from rs_consistency.common.errors import UserError, first_line
 from rs_consistency.data import to_unit
 from rs_consistency.statistics.rounded_gaussian import grid_table
@@ -100,6 +101,7 @@ class Voter(NamedTuple):
                 f"the model gives {getattr(logits, 'shape', type(logits).__name__)} for a batch of {batch_size} images,"
                 f" but num_classes={self.num_classes} needs logits of shape {(batch_size, self.num_classes)}"
             )
+        check_kind("logits of the model", logits, logits.dtype, "biuf")
 
 
 def scale_of(sampler: str, sigma: float) -> Any:

@@ -31,13 +31,14 @@ from rs_consistency.common.checks import (
     number_above,
     number_array,
     number_from,
+    one_of,
     probability,
     whole_number,
 )
 from rs_consistency.common.errors import UserError
 from rs_consistency.statistics import bounds
 from rs_consistency.statistics.bounds import upper_confidence_bound
-from rs_consistency.statistics.limits import fewest_votes
+from rs_consistency.statistics.limits import MOST_VOTES, fewest_votes
 
 N0 = 1000  # votes of a pilot that is worth its votes: docs/statistics.md has the measurement
 RULE = 1  # version of the rule, for records: another one gives other numbers for the same pilot
@@ -56,9 +57,12 @@ def pilot_votes(n0: Any, *, tolerance: Any, bound: str) -> Any:
       UserError: for a tolerance that is not above 0, or with the bound `two_class`: it gains most where p_A is below
         1/2, and such images get few votes.
     """
+    one_of("bound", bound, bounds.BOUNDS)
+    if n0 is not None:
+        n0 = whole_number("n0", n0, at_least=1, at_most=MOST_VOTES)
     if tolerance is None:
         return bounds.N0 if n0 is None else n0
-    number_above("tolerance", tolerance, 0)
+    tolerance = number_above("tolerance", tolerance, 0)
     if bound == "two_class":
         raise UserError(
             f"tolerance={tolerance}: it leaves few votes to images that bound=two_class would certify; leave one of"
