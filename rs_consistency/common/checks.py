@@ -118,8 +118,9 @@ def number_array(name: str, value: ArrayLike, *, kinds: str = "iuf") -> np.ndarr
 
 def whole_array(name: str, value: ArrayLike, axes: str, *, at_least: int = 0, at_most: int = MAX_INDEX) -> np.ndarray:
     """Return an int64 array of whole numbers in a range, with these axes, as for `any_array`."""
-    array = any_array(name, number_array(name, value, kinds="iu"), axes, kinds="iu")
-    check_all(name, array, (array >= at_least) & (array <= at_most), f"use whole numbers from {at_least} to {at_most}")
+    array = any_array(name, number_array(name, value), axes)
+    good = (array >= at_least) & (array <= at_most) & (array.dtype.kind != "f")
+    check_all(name, array, good, f"use whole numbers from {at_least} to {at_most}")
     return array.astype(np.int64)
 
 

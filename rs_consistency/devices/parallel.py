@@ -14,14 +14,20 @@ import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from rs_consistency.common.checks import finite_number, shown
-from rs_consistency.common.errors import UserError
+from rs_consistency.common.errors import UserError, first_line
 
 AXIS = "devices"
 
 
 def choose_devices(count: int = 0) -> list[jax.Device]:
     """Return the first `count` local devices; 0 means all. Raise a `UserError` if there are fewer."""
-    devices = jax.local_devices()
+    try:
+        devices = jax.local_devices()
+    except (RuntimeError, AssertionError) as error:  # a platform that is not there
+        raise UserError(
+            f"JAX_PLATFORMS={jax.config.jax_platforms}: JAX finds no such devices here ({first_line(error)}); unset it,"
+            " or install what they need"
+        ) from None
     number = finite_number("num_devices", count)
     if number is None or int(number) != number or not 0 <= number <= len(devices):
         raise UserError(

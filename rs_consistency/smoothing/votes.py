@@ -115,7 +115,6 @@ def vote_settings(
     Raises:
       UserError: for the first setting that cannot work.
     """
-    devices = parallel.check_devices(devices)
     if not isinstance(image_shape, tuple | list) or len(image_shape) != 3:
         raise UserError(f"image_shape={shown(image_shape)}: use (H, W, C)")
     image_shape = tuple(whole_number("image_shape", axis, at_least=1, at_most=MOST) for axis in image_shape)
@@ -221,7 +220,7 @@ def count_votes(
     per_device = settings.rows_per_device
     program = vote_program(apply_fn, settings, devices) if program is None else program
     voter = program.voter
-    voter.check(variables, images.shape[1:], per_device)
+    voter.check(variables, images.shape[1:], per_device, devices)
     rows_per_call = per_device * len(devices) * program.batches_per_call
     expected = n0 + n if plan is None else n0 + -(-n // _PLANNED)
     group = min(max(len(images), 1), -(-_CALLS_IN_GROUP * rows_per_call // expected))

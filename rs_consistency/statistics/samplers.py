@@ -46,7 +46,8 @@ def noise_law(sampler: Any, *, sigma: float, dimension: int, steps: int = STEPS)
     """
     one_of("sampler", sampler, SAMPLERS)
     sigma = number_above("sigma", sigma, 0)
-    whole_number("dimension", dimension, at_least=1)
+    for name, value in (("dimension", dimension), ("steps", steps)):
+        whole_number(name, value, at_least=1)
     if sampler == GRID:
         return NoiseLaw(sigma, sampler_error(sigma, dimension, steps))
     with np.errstate(over="ignore", under="ignore"):
