@@ -11,7 +11,10 @@ import jax
 import jax.numpy as jnp
 
 from rs_consistency import losses
+from rs_consistency.common.checks import any_array, count, finite_number, function, is_traced, number_from, shown
+from rs_consistency.common.errors import UserError
 from rs_consistency.devices.compiler import repeat
+from rs_consistency.noise import checked_keys
 
 ApplyFn = Callable[[jax.Array], jax.Array]
 
@@ -55,7 +58,7 @@ def smooth_adv(
       `[B, H, W, C]`: the attacked images, in the box exactly and in the ball up to rounding. No gradient flows through.
 
     Raises:
-      ValueError: for a number of steps below 1.
+      UserError: a `ValueError`, for a number of steps below 1, or arrays that do not fit together.
 
     Example:
       A bright image is darkened, by a distance of epsilon.
@@ -68,8 +71,12 @@ def smooth_adv(
       >>> round(attacked.max().item(), 3), round(attacks.l2_norm(attacked - images).item(), 3)
       (0.5, 0.5)
     """
-    _check_steps(num_steps)
-    images, labels, noise = jax.lax.stop_gradient((images, labels, noise))
+    num_steps, epsilon = _checked_steps(num_steps), _checked_length("epsilon", epsilon)
+    mean_over = count("mean_over", mean_over)
+    images, noise = jax.lax.stop_gradient(_checked_batch(apply_fn, images, noise))
+    labels = jax.lax.stop_gradient(_checked_labels(labels, images))
+    if keys is not None:
+        keys = checked_keys("keys", keys, images.shape[:1])
     step_size = 2 * epsilon / num_steps
 
     def project_then_clip(_: jax.Array, attacked: jax.Array) -> jax.Array:
@@ -116,7 +123,8 @@ def unbounded(
       (iterate number keep_step, last iterate), both `[B, H, W, C]` in [0, 1]. No gradient flows through.
 
     Raises:
-      ValueError: for a number of steps below 1, or a keep_step outside 0..T.
+      UserError: a `ValueError`, for a number of steps below 1, or a keep_step outside 0..T, or arrays that do not fit
+        together.
 
     Example:
       >>> import jax.numpy as jnp
@@ -129,10 +137,13 @@ def unbounded(
       >>> [round(attacks.l2_norm(iterate - images).item(), 3) for iterate in iterates]
       [0.5, 1.5]
     """
-    _check_steps(num_steps)
-    if not 0 <= keep_step <= num_steps:
-        raise ValueError(f"keep_step={keep_step}: use a number from 0 to num_steps={num_steps}")
-    images, labels, noise = jax.lax.stop_gradient((images, labels, noise))
+    num_steps, step_size = _checked_steps(num_steps), _checked_length("step_size", step_size)
+    number = finite_number("keep_step", keep_step)
+    if number is None or int(number) != number or not 0 <= number <= num_steps:
+        raise UserError(f"keep_step={shown(keep_step)}: use a number from 0 to num_steps={num_steps}")
+    keep_step = int(number)
+    images, noise = jax.lax.stop_gradient(_checked_batch(apply_fn, images, noise))
+    labels = jax.lax.stop_gradient(_checked_labels(labels, images))
 
     def step(_: jax.Array, attacked: jax.Array) -> jax.Array:
         return jnp.clip(attacked + step_size * unit(_gradient(apply_fn, attacked, labels, noise)), 0, 1)
@@ -169,7 +180,7 @@ def worst_noise(
       `[M, B, H, W, C]`: the attacked noise. No gradient flows through.
 
     Raises:
-      ValueError: for a number of steps below 1.
+      UserError: a `ValueError`, for a number of steps below 1, or arrays that do not fit together.
 
     Example:
       The noise moves from the first pixel, which speaks for the target, to the second one, and keeps its mean and size.
@@ -183,8 +194,9 @@ def worst_noise(
       >>> [round(pixel, 3) for pixel in attacked.ravel().tolist()]
       [-0.216, 0.216, 0.673, -0.673]
     """
-    _check_steps(num_steps)
-    images, log_target, noise = jax.lax.stop_gradient((images, log_target, noise))
+    num_steps, epsilon = _checked_steps(num_steps), _checked_length("epsilon", epsilon)
+    images, noise = jax.lax.stop_gradient(_checked_batch(apply_fn, images, noise))
+    log_target = jax.lax.stop_gradient(any_array("log_target", log_target, "[B, K]"))
     step_size = 2 * epsilon / num_steps
 
     def divergence(noise: jax.Array) -> jax.Array:
@@ -227,7 +239,7 @@ def on_sphere(
       `[M, B, H, W, C]`: the attacked noise. No gradient flows through.
 
     Raises:
-      ValueError: for a number of steps below 1.
+      UserError: a `ValueError`, for a number of steps below 1, or arrays that do not fit together.
 
     Example:
       The first copy turns towards the second pixel and is misclassified after a step; the second copy already is.
@@ -240,8 +252,9 @@ def on_sphere(
       >>> [round(pixel, 3) for pixel in attacked.ravel().tolist()]
       [0.414, 0.662, -0.5, 0.6]
     """
-    _check_steps(num_steps)
-    images, labels, noise = jax.lax.stop_gradient((images, labels, noise))
+    num_steps, step_size = _checked_steps(num_steps), _checked_length("step_size", step_size)
+    images, noise = jax.lax.stop_gradient(_checked_batch(apply_fn, images, noise))
+    labels = jax.lax.stop_gradient(_checked_labels(labels, images))
 
     def loss(noise: jax.Array) -> tuple[jax.Array, jax.Array]:
         logits = copies(apply_fn, images, noise)
@@ -260,11 +273,17 @@ def on_sphere(
 
 def copies(apply_fn: ApplyFn, images: jax.Array, noise: jax.Array) -> jax.Array:
     """Return the logits `[M, B, K]` of images `[B, H, W, C]` under noise `[M, B, H, W, C]`."""
-    return jax.vmap(lambda draw: apply_fn(images + draw))(noise)
+    images, noise = _checked_batch(apply_fn, images, noise)
+    logits = jax.vmap(lambda draw: apply_fn(images + draw))(noise)
+    if getattr(logits, "ndim", None) != 3 or logits.shape[:2] != noise.shape[:2]:
+        given = getattr(logits, "shape", type(logits).__name__)
+        raise UserError(f"apply_fn gives {given} for noise {noise.shape}; it must give [M, B, K]: logits of each copy")
+    return logits
 
 
 def l2_norm(x: jax.Array) -> jax.Array:
     """Return l2 norms over H, W, C, kept as axes of length 1. The squares of finite numbers do not overflow."""
+    x = _checked_images("x", x)
     largest = jnp.abs(x).max(axis=(-3, -2, -1), keepdims=True)
     safe = jnp.where(largest > 0, largest, 1)
     return largest * jnp.sqrt(jnp.square(x / safe).sum(axis=(-3, -2, -1), keepdims=True))
@@ -276,11 +295,13 @@ def unit(gradient: jax.Array, mean_over: int = 1) -> jax.Array:
     Where the published code takes the gradient of a mean over examples or copies, and ours that of the sum, `mean_over`
     is their number. It multiplies the 1e-8, which shortens the steps of examples that are nearly certain.
     """
+    gradient, mean_over = _checked_images("gradient", gradient), count("mean_over", mean_over)
     return gradient / (l2_norm(gradient) + mean_over * _SMALLEST_NORM)
 
 
 def project(offset: jax.Array, radius: float | jax.Array) -> jax.Array:
     """Return the nearest point of the l2 ball over H, W, C."""
+    offset, radius = _checked_images("offset", offset), _checked_length("radius", radius)
     norm = l2_norm(offset)
     outside = norm > radius
     return offset * jnp.where(outside, radius / jnp.where(outside, norm, 1), 1)
@@ -292,8 +313,8 @@ def _gradient(
     """Return the gradient `[B, H, W, C]` of `-log(mean_i F_y(x + d_i))`, the mean clipped at 1e-20 or not."""
 
     def loss(images: jax.Array) -> jax.Array:  # examples do not interact: the gradient of the sum holds theirs
-        log_mean = losses.log_mean_softmax(copies(apply_fn, images, noise))  # [B, K]
-        of_label = jnp.take_along_axis(log_mean, labels[:, None], axis=-1)
+        logits, of, _ = losses.checked_labels(copies(apply_fn, images, noise), labels)
+        of_label = jnp.take_along_axis(losses.log_mean_softmax(logits), of[:, None], axis=-1)
         return -jnp.maximum(of_label, _LOG_OF_SMALLEST_MEAN if clipped else -jnp.inf).sum()
 
     return jax.grad(loss)(images)
@@ -304,6 +325,42 @@ def _mean(x: jax.Array) -> jax.Array:
     return x.mean(axis=(-3, -2, -1), keepdims=True)
 
 
-def _check_steps(num_steps: int) -> None:
-    if num_steps < 1:
-        raise ValueError(f"num_steps={num_steps}: use at least 1")
+def _checked_batch(apply_fn: ApplyFn, images: jax.Array, noise: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """Return images `[B, H, W, C]` and noise `[M, B, H, W, C]`; a `UserError` if they do not fit together."""
+    function("apply_fn", apply_fn, "from images [B, H, W, C] to logits [B, K]")
+    images = any_array("images", images, "[B, H, W, C]", kinds="f")
+    noise = any_array("noise", noise, "[M, B, H, W, C]", kinds="f")
+    if noise.shape[1:] != images.shape or not noise.shape[0]:
+        raise UserError(
+            f"noise has shape {noise.shape}; images {images.shape} need [M, B, H, W, C] with M of at least 1"
+        )
+    return images, noise
+
+
+def _checked_labels(labels: jax.Array, images: jax.Array) -> jax.Array:
+    labels = any_array("labels", labels, "[B]", kinds="iu")
+    if labels.shape != images.shape[:1]:
+        raise UserError(f"labels has shape {labels.shape}; images {images.shape} need [B] = {images.shape[:1]}")
+    return labels
+
+
+def _checked_images(name: str, x: jax.Array) -> jax.Array:
+    """Return an array with axes H, W, C at its end."""
+    x = any_array(name, x, kinds="f")
+    if x.ndim < 3 or 0 in x.shape[-3:]:
+        raise UserError(f"{name} has shape {x.shape}; it must be [..., H, W, C]")
+    return x
+
+
+def _checked_length(name: str, value: float | jax.Array) -> float | jax.Array:
+    """Return a length, at least 0; a traced one, or an array with an entry for each image, is not looked at."""
+    if is_traced(value) or getattr(value, "ndim", 0):
+        return any_array(name, value)
+    return number_from(name, value, at_least=0)
+
+
+def _checked_steps(num_steps: int) -> int:
+    number = finite_number("num_steps", num_steps)
+    if number is None or int(number) != number or number < 1:
+        raise UserError(f"num_steps={shown(num_steps)}: use at least 1, and a whole number")
+    return int(number)

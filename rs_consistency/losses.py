@@ -1,6 +1,7 @@
 """Training objectives: pure, per example, on logits of M noisy copies.
 
 Axes: `M` noisy copies, `B` examples, `K` classes. The functions return a value for each example; the caller reduces.
+Arrays may be traced by `jit`, `vmap` and `grad`. Numbers, such as weights, may not: they are checked.
 `F_i = softmax(logits[i])`, and `Fbar` is the mean of F over the M copies.
 """
 
@@ -8,9 +9,11 @@ import math
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax.scipy.special import ndtri
 
-from rs_consistency.common.checks import LARGEST
+from rs_consistency.common.checks import LARGEST, any_array, check_all, finite_number, shown
+from rs_consistency.common.errors import UserError
 
 FORMS = ("default", "xent", "kl", "mse")
 
@@ -30,6 +33,9 @@ def log_softmax(logits: jax.Array) -> jax.Array:
       >>> print(losses.log_softmax(jnp.array([0.0, 0.0, 3e38])))
       [-1.e+30 -1.e+30  0.e+00]
     """
+    logits = any_array("logits", logits)
+    if not logits.ndim:
+        raise UserError("logits has shape (); it must be [..., K]: classes on its last axis")
     logits = logits.astype(jnp.promote_types(logits.dtype, jnp.float32))
     return jnp.maximum(jax.nn.log_softmax(logits, axis=-1), _FLOOR)
 
@@ -44,7 +50,7 @@ def log_mean_softmax(logits: jax.Array) -> jax.Array:
       >>> [round(float(p), 3) for p in jnp.exp(losses.log_mean_softmax(logits))[0]]
       [0.75, 0.25]
     """
-    _check_logits(logits)
+    logits = _checked_logits(logits)
     return jax.nn.logsumexp(log_softmax(logits), axis=0) - math.log(logits.shape[0])
 
 
@@ -63,7 +69,7 @@ def cross_entropy(logits: jax.Array, labels: jax.Array) -> jax.Array:
       a label is outside 0..K-1.
 
     Raises:
-      ValueError: when the shapes do not fit together, or (outside `jit`) a label is outside 0..K-1.
+      UserError: a `ValueError`, when the shapes do not fit together, or (outside `jit`) a label is outside 0..K-1.
 
     Example:
       >>> import jax.numpy as jnp
@@ -87,7 +93,7 @@ def cross_entropies(logits: jax.Array, labels: jax.Array) -> jax.Array:
       >>> [round(float(copy), 3) for copy in losses.cross_entropies(logits, jnp.array([0]))[:, 0]]
       [0.105, 0.511]
     """
-    known = _check_labels(logits, labels)
+    logits, labels, known = checked_labels(logits, labels)
     picked = jnp.take_along_axis(log_softmax(logits), labels[None, :, None], axis=-1)  # [M, B, 1]
     return jnp.where(known[None], -picked[..., 0], jnp.nan)
 
@@ -116,8 +122,8 @@ def consistency(logits: jax.Array, *, lbd: float, eta: float = 0.5, form: str = 
       Finite, with finite gradients, for all finite logits.
 
     Raises:
-      ValueError: for an unknown form, a weight outside its range, or `M = 1` with `lbd > 0`. A single copy is always
-        consistent with itself, so the term would silently do nothing.
+      UserError: a `ValueError`, for an unknown form, a weight outside its range, or `M = 1` with `lbd > 0`. A single
+        copy is always consistent with itself, so the term would silently do nothing.
 
     Example:
       The copies of the first image differ. Those of the second are equal, so only the entropy is left.
@@ -128,14 +134,16 @@ def consistency(logits: jax.Array, *, lbd: float, eta: float = 0.5, form: str = 
       >>> [round(float(loss), 3) for loss in losses.consistency(logits, lbd=10.0)]
       [0.992, 0.163]
     """
-    _check_logits(logits)
-    if form not in FORMS:
-        raise ValueError(f"form={form!r} is unknown; use one of {', '.join(FORMS)}")
-    if not (0 <= lbd <= LARGEST and 0 <= eta <= LARGEST):
-        raise ValueError(f"lbd={lbd} and eta={eta} must be from 0 to {LARGEST:g}")
+    logits = _checked_logits(logits)
+    if not isinstance(form, str) or form not in FORMS:
+        raise UserError(f"form={shown(form)} is unknown; use one of {', '.join(FORMS)}")
+    given, (lbd, eta) = (lbd, eta), (finite_number("lbd", lbd), finite_number("eta", eta))
+    if lbd is None or eta is None or not (0 <= lbd <= LARGEST and 0 <= eta <= LARGEST):
+        raise UserError(f"lbd={shown(given[0])} and eta={shown(given[1])} must be from 0 to {LARGEST:g}")
+    lbd, eta = float(lbd), float(eta)
     num_copies = logits.shape[0]
     if num_copies == 1 and lbd > 0:
-        raise ValueError(f"lbd={lbd} needs at least two noisy copies, but logits {logits.shape} have M = 1")
+        raise UserError(f"lbd={lbd} needs at least two noisy copies, but logits {logits.shape} have M = 1")
 
     log_probs = log_softmax(logits)  # [M, B, K]
     if form == "mse":
@@ -167,7 +175,7 @@ def stability(clean_logits: jax.Array, noisy_logits: jax.Array) -> jax.Array:
       both. Finite, with finite gradients, for all finite logits.
 
     Raises:
-      ValueError: when the shapes are not two equal `[B, K]`.
+      UserError: a `ValueError`, when the shapes are not two equal `[B, K]`.
 
     Example:
       >>> import jax.numpy as jnp
@@ -176,8 +184,9 @@ def stability(clean_logits: jax.Array, noisy_logits: jax.Array) -> jax.Array:
       >>> round(losses.stability(logits[0], logits[1]).item(), 3)  # -(0.9 log 0.6 + 0.1 log 0.4)
       0.551
     """
+    clean_logits, noisy_logits = any_array("clean_logits", clean_logits), any_array("noisy_logits", noisy_logits)
     if clean_logits.ndim != 2 or clean_logits.shape != noisy_logits.shape:
-        raise ValueError(
+        raise UserError(
             f"clean_logits {clean_logits.shape} and noisy_logits {noisy_logits.shape} must both be [B, K]: examples,"
             " classes"
         )
@@ -210,7 +219,8 @@ def macer(
       finite gradients, for all finite logits. Under `jit` the classification is NaN where a label is outside 0..K-1.
 
     Raises:
-      ValueError: when the shapes do not fit, a number is outside its range, or (outside `jit`) a label is.
+      UserError: a `ValueError`, when the shapes do not fit, a number is outside its range, or (outside `jit`) a label
+        is.
 
     Example:
       >>> import jax.numpy as jnp
@@ -220,14 +230,14 @@ def macer(
       >>> [round(term.item(), 3) for term in terms]  # -log 0.75, and (8 - 2 * 0.674) / 4
       [0.288, 1.663]
     """
-    known = _check_labels(logits, labels)
+    logits, labels, known = checked_labels(logits, labels)
     if logits.shape[2] < 2:
-        raise ValueError(f"logits {logits.shape} have one class; MACER compares the two largest")
+        raise UserError(f"logits {logits.shape} have one class; MACER compares the two largest")
+    given = {"sigma": sigma, "beta": beta, "gamma": gamma}
+    sigma, beta, gamma = (-1.0 if (number := finite_number(*each)) is None else float(number) for each in given.items())
     if not (0 < sigma <= LARGEST and 0 < beta <= LARGEST and 0 <= gamma <= LARGEST):
-        raise ValueError(
-            f"sigma={sigma}, beta={beta}, gamma={gamma}: use sigma and beta in (0, {LARGEST:g}], gamma in"
-            f" [0, {LARGEST:g}]"
-        )
+        values = ", ".join(f"{name}={shown(value)}" for name, value in given.items())
+        raise UserError(f"{values}: use sigma and beta in (0, {LARGEST:g}], gamma in [0, {LARGEST:g}]")
     of_label = jnp.take_along_axis(log_mean_softmax(logits), labels[:, None], axis=-1)[:, 0]
     classification = jnp.where(known, -jnp.log(jnp.exp(of_label) + _MACER_FLOOR), jnp.nan)
 
@@ -259,7 +269,7 @@ def kl_divergence(log_target: jax.Array, logits: jax.Array) -> jax.Array:
       finite logits.
 
     Raises:
-      ValueError: when the shapes do not fit together.
+      UserError: a `ValueError`, when the shapes do not fit together.
 
     Example:
       >>> import jax.numpy as jnp
@@ -269,25 +279,32 @@ def kl_divergence(log_target: jax.Array, logits: jax.Array) -> jax.Array:
       >>> round(divergence.mean().item(), 3)  # the consistency form `kl` at lbd = 1
       0.071
     """
-    _check_logits(logits)
+    logits, log_target = _checked_logits(logits), any_array("log_target", log_target)
     if log_target.shape != logits.shape[1:]:
-        raise ValueError(f"log_target has shape {log_target.shape}; logits {logits.shape} need {logits.shape[1:]}")
+        raise UserError(f"log_target has shape {log_target.shape}; logits {logits.shape} need {logits.shape[1:]}")
     log_target = jnp.maximum(log_target, _FLOOR)
     return (jnp.exp(log_target)[None] * (log_target[None] - log_softmax(logits))).sum(axis=-1)
 
 
-def _check_labels(logits: jax.Array, labels: jax.Array) -> jax.Array:
-    """Return whether labels `[B]` are classes. Raise a ValueError for wrong shapes and, outside `jit`, other labels."""
-    _check_logits(logits)
+def checked_labels(logits: jax.Array, labels: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """Return logits, labels `[B]`, and whether they are classes; a `UserError` for labels that cannot be any.
+
+    Under `jit` their values are not known, and outside of it they are read.
+    """
+    logits, labels = _checked_logits(logits), any_array("labels", labels, kinds="iu")
     num_classes = logits.shape[2]
     if labels.shape != logits.shape[1:2]:
-        raise ValueError(f"labels has shape {labels.shape}; logits {logits.shape} need [B] = {logits.shape[1:2]}")
+        raise UserError(f"labels has shape {labels.shape}; logits {logits.shape} need [B] = {logits.shape[1:2]}")
+    if labels.dtype.itemsize < 4:  # for the comparison with K
+        labels = labels.astype(jnp.int32)
     known = (labels >= 0) & (labels < num_classes)
-    if not isinstance(known, jax.core.Tracer) and not known.all():
-        raise ValueError(f"labels={labels[~known][0]}: use whole numbers from 0 to {num_classes - 1}")
-    return known
+    if not isinstance(known, jax.core.Tracer):
+        check_all("labels", labels, np.asarray(known), f"use whole numbers from 0 to {num_classes - 1}")
+    return logits, labels, known
 
 
-def _check_logits(logits: jax.Array) -> None:
-    if logits.ndim != 3:
-        raise ValueError(f"logits has shape {logits.shape}; it must be [M, B, K]: copies, examples, classes")
+def _checked_logits(logits: jax.Array) -> jax.Array:
+    logits = any_array("logits", logits, "[M, B, K]: copies, examples, classes")
+    if not logits.shape[0] or not logits.shape[2]:
+        raise UserError(f"logits has shape {logits.shape}; it needs at least one copy and one class")
+    return logits

@@ -11,12 +11,28 @@ shaped afterwards, which XLA compiles to faster code on a CPU.
 
 import math
 from enum import IntEnum
-from typing import Literal
+from typing import Any, Literal, get_args
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.extend.random import threefry2x32_p
+
+from rs_consistency.common.checks import (
+    MAX_SEED,
+    MOST,
+    any_array,
+    check_all,
+    is_jax,
+    number_array,
+    one_of,
+    shown,
+    whole_array,
+    whole_number,
+)
+from rs_consistency.common.errors import UserError
+
+_CIPHER = "threefry2x32"
 
 
 class Stream(IntEnum):
@@ -39,13 +55,16 @@ class Stream(IntEnum):
 
 def stream_key(seed: int, stream: Stream) -> jax.Array:
     """Return the root key of a stream. It is always Threefry: results must not depend on JAX's default."""
-    return jax.random.fold_in(jax.random.key(seed, impl="threefry2x32"), int(stream))
+    seed = whole_number("seed", seed, at_least=0, at_most=MAX_SEED)
+    stream = whole_number("stream", stream, at_least=0, at_most=MAX_SEED)
+    return jax.random.fold_in(jax.random.key(seed, impl=_CIPHER), stream)
 
 
 def fold(key: jax.Array, *indices: jax.Array | int) -> jax.Array:
     """Return the key with several global indices folded in, in order."""
+    key = checked_keys("key", key, ())
     for index in indices:
-        key = jax.random.fold_in(key, index)
+        key = jax.random.fold_in(key, _checked_index("index", index))
     return key
 
 
@@ -64,6 +83,8 @@ def training_noise(
     Returns:
       `[M, B, H, W, C]` float32; entry `[i, b]` is a function of (key, step, positions[b], i) alone.
     """
+    key, positions, shape = checked_keys("key", key, ()), _checked_words("positions", positions, "[B]"), _checked(shape)
+    step, num_noise = _checked_index("step", step), whole_number("num_noise", num_noise, at_least=0, at_most=MOST)
     over_batch = jax.vmap(lambda copy, position: fold(key, step, position, copy), in_axes=(None, 0))
     keys = jax.vmap(over_batch, in_axes=(0, None))(jnp.arange(num_noise, dtype=jnp.int32), positions)  # [M, B]
     return _normal(keys.ravel(), math.prod(shape)).reshape(*keys.shape, *shape)
@@ -71,6 +92,8 @@ def training_noise(
 
 def keys_of(key: jax.Array, step: jax.Array, positions: jax.Array) -> jax.Array:
     """Return the keys `[B]` of the examples at `positions` `[B]` of a step's global batch."""
+    key, positions = checked_keys("key", key, ()), _checked_words("positions", positions, "[B]")
+    step = _checked_index("step", step)
     return jax.vmap(lambda position: fold(key, step, position))(positions)
 
 
@@ -85,7 +108,8 @@ def addressed_noise(key: jax.Array, *addresses: jax.Array, shape: tuple[int, ...
     Returns:
       `[N, H, W, C]` float32; row j is a function of (key, addresses[0][j], addresses[1][j], ...) alone.
     """
-    return _normal(_keys(key, addresses), math.prod(shape)).reshape(-1, *shape)
+    keys, shape = _keys(key, addresses), _checked(shape)
+    return _normal(keys, math.prod(shape)).reshape(len(keys), *shape)
 
 
 Lookup = Literal["gather", "one_hot"]
@@ -126,9 +150,10 @@ def grid_noise(
       >>> noise.grid_noise(key, jnp.arange(2), shape=(1, 4, 1), packed=table.packed, low=table.low)[..., 0].tolist()
       [[[229, 59, 9, -101]], [[218, 27, 149, -83]]]
     """
-    high_words, low_words = blocks(_keys(key, addresses), math.prod(shape))
+    keys, shape = _keys(key, addresses), _checked(shape)
+    high_words, low_words = blocks(keys, math.prod(shape))
     draws = whole_numbers(high_words, low_words, packed=packed, low=low, lookup=lookup)
-    return draws.reshape(-1, *shape)
+    return draws.reshape(len(keys), *shape)
 
 
 def whole_numbers(
@@ -148,7 +173,19 @@ def whole_numbers(
     Returns:
       int32 of the same shape.
     """
-    packed, low = jnp.asarray(packed, jnp.uint32), jnp.asarray(low, jnp.uint32)
+    one_of("lookup", lookup, get_args(Lookup))
+    packed, low, high_words, low_words = (
+        jnp.asarray(_checked_words(name, value, axes), jnp.uint32)
+        for name, value, axes in (
+            ("packed", packed, "[K]"),
+            ("low", low, "[K]"),
+            ("high_words", high_words, ""),
+            ("low_words", low_words, ""),
+        )
+    )
+    if packed.shape != low.shape or len(packed).bit_count() != 1 or high_words.shape != low_words.shape:
+        shapes = f"packed {packed.shape}, low {low.shape}, high_words {high_words.shape}, low_words {low_words.shape}"
+        raise UserError(f"{shapes}: use the two arrays of a GridTable, [K] with a power of two, and words of one shape")
     b = len(packed).bit_length() - 1
     bucket = (high_words >> np.uint32(31 - b) & np.uint32(2**b - 1)).astype(jnp.int32)
     rest = high_words & np.uint32(2 ** (31 - b) - 1)
@@ -199,9 +236,13 @@ def blocks(keys: jax.Array, size: int) -> tuple[jax.Array, jax.Array]:
     Returns:
       Two arrays `[N, size]` uint32. Their XOR is `jax.random.bits(key, (size,))` of each key.
     """
+    keys = checked_keys("keys", keys)
+    if str(jax.random.key_impl(keys)) != _CIPHER:
+        raise UserError(f"keys={shown(keys)}: use keys of {_CIPHER}, such as stream_key makes")
+    size = whole_number("size", size, at_least=0, at_most=2**32)
 
     def of_key(key: jax.Array) -> tuple[jax.Array, jax.Array]:
-        first, second = jax.random.key_data(key)  # a key of another cipher has more words, and fails here
+        first, second = jax.random.key_data(key)
         count = jnp.arange(size, dtype=jnp.uint32)
         return threefry2x32_p.bind(first, second, jnp.zeros_like(count), count)
 
@@ -210,6 +251,10 @@ def blocks(keys: jax.Array, size: int) -> tuple[jax.Array, jax.Array]:
 
 def _keys(key: jax.Array, addresses: tuple[jax.Array, ...]) -> jax.Array:
     """Return the key of each row of the addresses, `[N]`."""
+    key, addresses = checked_keys("key", key, ()), tuple(_checked_words("address", each, "[N]") for each in addresses)
+    if len({each.shape for each in addresses}) != 1:
+        shapes = ", ".join(str(each.shape) for each in addresses)
+        raise UserError(f"addresses of shapes {shapes or 'none'}: use one or more, all [N]")
     return jax.vmap(lambda *address: fold(key, *address))(*addresses)
 
 
@@ -239,8 +284,8 @@ def bound_uniform(seed: int, indices: np.ndarray) -> np.ndarray:
     Returns:
       `[B]` float64, multiples of 2**-53.
     """
-    key = stream_key(seed, Stream.BOUND)
-    return _uniforms(_bits(_keys(key, (jnp.asarray(indices, jnp.int32),)), 2))
+    indices = whole_array("indices", indices, "[B]").astype(np.int32)
+    return _uniforms(_bits(_keys(stream_key(seed, Stream.BOUND), (indices,)), 2))
 
 
 def weighted_draws(key: jax.Array, weights: np.ndarray) -> np.ndarray:
@@ -253,6 +298,10 @@ def weighted_draws(key: jax.Array, weights: np.ndarray) -> np.ndarray:
     Returns:
       `[N]` int32. A number with weight 0 is never drawn.
     """
+    key, weights = checked_keys("key", key, ()), any_array("weights", number_array("weights", weights), "[N]")
+    check_all("weights", weights, np.isfinite(weights) & (weights >= 0), "use numbers of at least 0")
+    if not weights.any():
+        raise UserError(f"weights={shown(weights)}: use at least one number above 0")
     ends = np.cumsum(weights, dtype=np.float64)
     uniforms = _uniforms(_bits(key[None], 2 * len(weights)).reshape(-1, 2))
     return np.searchsorted(ends, uniforms * ends[-1]).astype(np.int32)  # the first end at or after a draw in (0, last]
@@ -262,3 +311,36 @@ def _uniforms(words: jax.Array) -> np.ndarray:
     """Return numbers `[N]` float64 from (0, 1], multiples of 2**-53, from random words `[N, 2]` uint32."""
     high, low = np.asarray(words, np.uint64).T
     return ((high << np.uint64(21) | low >> np.uint64(11)) + np.uint64(1)) * 2.0**-53
+
+
+def checked_keys(name: str, keys: jax.Array, shape: tuple[int, ...] | None = None) -> jax.Array:
+    """Return random keys of this shape, or `[N]` for None; a `UserError` for anything else."""
+    is_key = is_jax(keys) and jax.dtypes.issubdtype(keys.dtype, jax.dtypes.prng_key)
+    if not is_key or (keys.ndim != 1 if shape is None else keys.shape != shape):
+        axes = "[N]" if shape is None else shape
+        raise UserError(f"{name}={shown(keys)}: use random keys of shape {axes}, such as stream_key makes")
+    return keys
+
+
+def _checked_words(name: str, value: Any, axes: str) -> Any:
+    """Return whole numbers that fit into 32 bits, as int32 or uint32; JAX's, which have 32, are not looked at."""
+    if is_jax(value):
+        return any_array(name, value, axes, kinds="iu")
+    value = number_array(name, value, kinds="iu")
+    check_all(name, value, (value >= 0) & (value <= MAX_SEED), f"use whole numbers from 0 to {MAX_SEED}")
+    value = any_array(name, value, axes, kinds="iu")
+    return value if value.dtype.itemsize == 4 else value.astype(np.uint32)
+
+
+def _checked_index(name: str, value: Any) -> Any:
+    """Return an index of an address: an int, or JAX's without axes."""
+    if is_jax(value) and not value.ndim:
+        return any_array(name, value, kinds="iu")
+    return whole_number(name, value, at_least=0, at_most=MAX_SEED)
+
+
+def _checked(shape: Any) -> tuple[int, ...]:
+    """Return the shape of an image."""
+    if not isinstance(shape, tuple | list):
+        raise UserError(f"shape={shown(shape)}: use whole numbers, such as (28, 28, 1)")
+    return tuple(whole_number("shape", axis, at_least=0, at_most=MOST) for axis in shape)

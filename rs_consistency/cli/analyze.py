@@ -36,7 +36,7 @@ certificates, and margins.png and images_1.png a checkpoint and its dataset.
 
 import json
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any

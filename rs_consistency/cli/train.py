@@ -49,10 +49,11 @@ def _main(argv: Sequence[str]) -> None:
 
 def set_up(config: ConfigDict) -> None:
     """Set up JAX for training, before its first computation."""
-    from rs_consistency.devices.host import CPU_DEVICES, fix_number_types, keep_memory, use_cores
+    from rs_consistency.devices.host import CPU_DEVICES, check_compiled, fix_number_types, keep_memory, use_cores
     from rs_consistency.training.config import validate
 
     fix_number_types()
+    check_compiled()
     with contextlib.suppress(UserError):  # two devices cannot share the step equally; `train` reports other errors
         validate(config, num_devices=CPU_DEVICES)
         use_cores()

@@ -7,12 +7,14 @@ Images are stored as uint8. `to_unit` returns the float32 images in [0, 1] that 
 """
 
 import hashlib
+import os
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, NamedTuple, Protocol
 
 import numpy as np
 
+from rs_consistency.common.checks import any_array, shown
 from rs_consistency.common.errors import UserError
 from rs_consistency.data.datasets import DATASETS, SPLITS, DatasetInfo, dataset_info
 
@@ -95,8 +97,11 @@ def load(name: str, split: str, *, data_dir: str = "", cache_dir: str = "") -> S
       UserError: for an unknown name or split, a dataset that is not prepared, or content that does not fit the dataset.
     """
     info = dataset_info(name)
-    if split not in SPLITS:
-        raise UserError(f"split={split!r} is unknown; use one of {', '.join(SPLITS)}")
+    if not isinstance(split, str) or split not in SPLITS:
+        raise UserError(f"split={shown(split)} is unknown; use one of {', '.join(SPLITS)}")
+    for folder, path in (("data_dir", data_dir), ("cache_dir", cache_dir)):
+        if not isinstance(path, str | os.PathLike) or "\0" in str(path):
+            raise UserError(f"{folder}={shown(path)}: use the path of a folder, or nothing for the usual one")
     if info.read is None:
         raise UserError(f"dataset {name!r} is too large for arrays; read it with open_split")
     images, labels = info.read(name, split, data_dir, cache_dir)
@@ -127,7 +132,7 @@ def open_split(name: str, split: str, *, data_dir: str = "", cache_dir: str = ""
     Arguments and errors are as for `load`.
     """
     info = dataset_info(name)
-    if info.read is not None or split not in SPLITS:
+    if info.read is not None or not isinstance(split, str) or split not in SPLITS:
         return load(name, split, data_dir=data_dir, cache_dir=cache_dir)
     from rs_consistency.data import streaming  # slow to import, and only needed here
 
@@ -153,4 +158,4 @@ def to_unit(images: "jax.Array") -> "jax.Array":
 
     `smoothing.voter.to_float` does the same on the host.
     """
-    return images.astype(np.float32) / 255
+    return any_array("images", images, kinds="iuf").astype(np.float32) / 255

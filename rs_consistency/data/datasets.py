@@ -6,7 +6,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from rs_consistency.common.errors import UserError
+from rs_consistency.common.checks import one_of
 from rs_consistency.data import tfds
 
 SPLITS = ("train", "test")
@@ -64,6 +64,5 @@ DATASETS: dict[str, DatasetInfo] = {
 
 def dataset_info(name: str) -> DatasetInfo:
     """Return the entry of a dataset. Raise a `UserError` with the known names for an unknown name."""
-    if name not in DATASETS:
-        raise UserError(f"dataset.name={name!r} is unknown; use one of {', '.join(sorted(DATASETS))}")
+    one_of("dataset.name", name, DATASETS)
     return DATASETS[name]

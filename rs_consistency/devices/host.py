@@ -5,11 +5,15 @@ import ctypes
 import hashlib
 import os
 import platform
+import tempfile
+import warnings
 from pathlib import Path
 
 import jax
 
+from rs_consistency.common.errors import first_line, note
 from rs_consistency.common.files import cache_folder
+from rs_consistency.devices.parallel import choose_devices
 
 CPU_DEVICES = 2  # number of JAX devices that `use_cores` makes of a CPU
 _M_TRIM_THRESHOLD, _M_MMAP_MAX = -1, -4  # from glibc's malloc.h
@@ -66,7 +70,7 @@ def keep_memory() -> None:
     3) and counts 1.4 times as many votes at 256 in a batch. The process then never shrinks below the largest memory
     that it needed. There is no effect under other C libraries or on accelerators. Call it before the first computation.
     """
-    if jax.default_backend() == "cpu" and platform.libc_ver()[0] == "glibc":
+    if choose_devices()[0].platform == "cpu" and platform.libc_ver()[0] == "glibc":
         mallopt = ctypes.CDLL(None).mallopt
         mallopt(_M_MMAP_MAX, 0)
         mallopt(_M_TRIM_THRESHOLD, 2**31 - 1)
@@ -80,6 +84,24 @@ def keep_compiled() -> None:
     """
     if jax.config.jax_compilation_cache_dir is None:
         jax.config.update("jax_compilation_cache_dir", str(compiled_folder(cache_folder())))
+    check_compiled()
+
+
+def check_compiled() -> None:
+    """Keep no compiled programs, and print a note, where the folder for them cannot be written.
+
+    JAX would warn at each program. So it does where the disk is full, which is silenced: nothing is lost but time.
+    """
+    warnings.filterwarnings("ignore", "Error (reading|writing) persistent compilation cache")
+    folder = jax.config.jax_compilation_cache_dir
+    if not folder or "://" in folder:
+        return
+    try:
+        Path(folder).mkdir(parents=True, exist_ok=True)
+        tempfile.TemporaryFile(dir=folder).close()
+    except (OSError, ValueError) as error:
+        jax.config.update("jax_compilation_cache_dir", None)
+        note(f"compiled programs are not kept: {first_line(error)}; make JAX_COMPILATION_CACHE_DIR a usable folder")
 
 
 def compiled_folder(home: Path) -> Path:

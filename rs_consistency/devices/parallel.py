@@ -13,20 +13,49 @@ import jax
 import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from rs_consistency.common.errors import UserError
+from rs_consistency.common.checks import finite_number, shown
+from rs_consistency.common.errors import UserError, first_line
 
 AXIS = "devices"
 
 
 def choose_devices(count: int = 0) -> list[jax.Device]:
     """Return the first `count` local devices; 0 means all. Raise a `UserError` if there are fewer."""
-    devices = jax.local_devices()
-    if not 0 <= count <= len(devices):
+    try:
+        devices = jax.local_devices()
+    except (RuntimeError, AssertionError) as error:  # a platform that is not there
         raise UserError(
-            f"num_devices={count}: this machine has {len(devices)} {devices[0].platform} device(s);"
+            f"JAX_PLATFORMS={jax.config.jax_platforms}: JAX finds no such devices here ({first_line(error)}); unset it,"
+            " or install what they need"
+        ) from None
+    number = finite_number("num_devices", count)
+    if number is None or int(number) != number or not 0 <= number <= len(devices):
+        raise UserError(
+            f"num_devices={shown(count)}: this machine has {len(devices)} {devices[0].platform} device(s);"
             f" use a number from 1 to {len(devices)}, or 0 for all"
         )
-    return devices[: count or len(devices)]
+    return devices[: int(number) or len(devices)]
+
+
+def check_devices(devices: Any) -> list[jax.Device]:
+    """Return devices that can share work; a `UserError` unless they are different local devices of one platform."""
+    remedy = "give a list of different ones of jax.local_devices(), or None for all"
+    try:
+        devices = list(devices)
+    except TypeError:
+        raise UserError(f"devices={shown(devices)}: {remedy}") from None
+    if not devices:
+        raise UserError("devices=[]: give at least one, or None for all")
+    for number, device in enumerate(devices):
+        if not isinstance(device, jax.Device):
+            raise UserError(f"devices has {shown(device)}, which is no device; {remedy}")
+        if device in devices[:number]:
+            raise UserError(f"devices has {shown(device)} twice; {remedy}")
+        if device.process_index != jax.process_index():
+            raise UserError(f"devices has {shown(device)}, which belongs to another process; {remedy}")
+        if device.platform != devices[0].platform:
+            raise UserError(f"devices are of two platforms, {devices[0].platform} and {device.platform}; {remedy}")
+    return devices
 
 
 def describe(devices: Sequence[jax.Device]) -> str:

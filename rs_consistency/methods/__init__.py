@@ -12,7 +12,8 @@ import jax
 from ml_collections import ConfigDict
 
 from rs_consistency import losses
-from rs_consistency.common.checks import one_of
+from rs_consistency.common.checks import one_of, shown
+from rs_consistency.common.errors import UserError
 from rs_consistency.methods import catrs, gaussian, macer, smoothadv, smoothmix, stability, sun
 from rs_consistency.methods.base import Batch, Classifier, Method
 
@@ -48,6 +49,8 @@ def make_objective(config: ConfigDict) -> Callable[[Classifier, Batch], Objectiv
     Raises:
       UserError: for an unknown method.
     """
+    if not isinstance(config, ConfigDict) or not {"method", "consistency"} <= set(config):
+        raise UserError(f"config={shown(config)}: use a configuration, such as configs/default.py makes")
     one_of("method", config.method, METHODS)
     method_terms = METHODS[config.method].build(config)
     lbd, eta, form = config.consistency.lbd, config.consistency.eta, config.consistency.form

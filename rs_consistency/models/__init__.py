@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from rs_consistency.common.checks import MOST, check_all, number_array, one_of, shown, whole_number
 from rs_consistency.common.errors import UserError
 from rs_consistency.models.cifar_resnet import CifarResNet
 from rs_consistency.models.densenet import DenseNet
@@ -55,15 +56,35 @@ def create_model(
       axis_name: names of the vmap and pmap axes that share batch statistics in training; empty for none.
 
     Raises:
-      UserError: for an unknown name.
+      UserError: for an unknown name, or another argument outside its range.
     """
-    if name not in MODELS:
-        raise UserError(f"model={name!r} is unknown; use one of {', '.join(sorted(MODELS))}")
-    return MODELS[name](
-        num_classes=num_classes, mean=tuple(mean), std=tuple(std), dtype=dtype, axis_name=tuple(axis_name)
-    )
+    one_of("model", name, MODELS)
+    num_classes = whole_number("num_classes", num_classes, at_least=1, at_most=MOST)
+    mean, std = (number_array(name, values).astype(np.float64) for name, values in (("mean", mean), ("std", std)))
+    if mean.ndim != 1 or mean.shape != std.shape:
+        raise UserError(f"mean has shape {mean.shape} and std {std.shape}; give one number of each for each channel")
+    check_all("mean", mean, np.isfinite(mean), "use finite numbers")
+    check_all("std", std, np.isfinite(std) & (std > 0), "use numbers greater than 0")
+    if not isinstance(axis_name, tuple | list) or not all(isinstance(name, str) for name in axis_name):
+        raise UserError(f"axis_name={shown(axis_name)}: use a tuple of names")
+    settings = {"mean": tuple(mean.tolist()), "std": tuple(std.tolist()), "dtype": _checked_dtype(dtype)}
+    return MODELS[name](num_classes=num_classes, axis_name=tuple(axis_name), **settings)
 
 
 def count_parameters(variables: Any) -> int:
     """Return the number of a model's parameters, without batch statistics."""
-    return sum(int(np.prod(leaf.shape)) for leaf in jax.tree.leaves(variables["params"]))
+    try:
+        return sum(int(np.prod(leaf.shape)) for leaf in jax.tree.leaves(variables["params"]))
+    except (TypeError, KeyError, IndexError, AttributeError):
+        raise UserError(f'variables={shown(variables)}: use the variables of a model, with "params"') from None
+
+
+def _checked_dtype(dtype: Any) -> Any:
+    """Return the type in which a model computes."""
+    try:
+        name = jnp.dtype(dtype).name if dtype is not None else None
+    except TypeError:
+        name = None
+    if name not in DTYPES:
+        raise UserError(f"dtype={shown(dtype)}: use one of {', '.join(DTYPES)}")
+    return dtype

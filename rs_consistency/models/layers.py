@@ -9,6 +9,8 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
+from rs_consistency.common.checks import any_array
+
 # `norm(name="bn1")` makes a batch normalization layer, ready for training or inference.
 Norm = Callable[..., nn.BatchNorm]
 
@@ -35,6 +37,7 @@ class ImageClassifier(nn.Module):
 
     def prepare(self, images: jax.Array, *, min_size: int = 1) -> jax.Array:
         """Return normalized images `[N, H, W, C]` in `dtype`. Raise a ValueError for images that do not fit."""
+        images = any_array("images", images, kinds="biuf")
         if images.ndim != 4:
             raise ValueError(f"images of shape {images.shape} are not [N, H, W, C]")
         height, width = images.shape[1:3]

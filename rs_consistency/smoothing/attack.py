@@ -139,8 +139,8 @@ def attack(
     """
     alpha = probability("alpha", alpha)
     settings = {"sigma": sigma, "num_classes": num_classes, "n": n, "seed": seed, "batch_size": batch_size}
-    settings |= {"sampler": sampler, "precision": precision}
-    task = prepare(images, indices, devices, **settings)
+    settings |= {"sampler": sampler, "precision": precision, "progress": progress}
+    task = prepare(apply_fn, images, indices, devices, **settings)
     check_attacks(task.settings.n, alpha=alpha, slack=task.settings.law.slack)
     effort = check_effort(copies=copies, steps=steps, restarts=restarts)
     asked = (lambda _, batch: apply_fn(batch), (), task.images, task.indices)
@@ -169,8 +169,11 @@ def attack_images(
     """
     if settings.sampler != GRID:
         images = to_float(images)
+    jobs = jobs_per_device(settings, effort, devices)
+    voter = settings.voter(apply_fn, devices[0].platform)
+    voter.check(variables, settings.image_shape, jobs * effort.copies, devices)  # a step of the search may be larger
     step, program = compile_step(apply_fn, settings, effort, devices), vote_program(apply_fn, settings, devices)
-    group = _GROUPS * jobs_per_device(settings, effort, devices) * len(devices)
+    group = _GROUPS * jobs * len(devices)
     for first in range(0, len(images), group):
         part = Task(images[first : first + group], indices[first : first + group], list(devices), settings)
         yield _attack(apply_fn, variables, part, step, program, alpha=alpha, effort=effort)

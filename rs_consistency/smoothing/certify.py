@@ -10,6 +10,7 @@ from numpy.typing import ArrayLike
 
 from rs_consistency import noise
 from rs_consistency.common.checks import PRECISIONS, one_of, probability
+from rs_consistency.common.errors import UserError
 from rs_consistency.smoothing.images import prepare
 from rs_consistency.statistics.allocation import pilot_votes, votes_for_tolerance
 from rs_consistency.statistics.bounds import (
@@ -18,6 +19,7 @@ from rs_consistency.statistics.bounds import (
     BOUNDS,
     N,
     certify_votes,
+    check_counts,
     most_of_others,
     share_of,
 )
@@ -122,8 +124,8 @@ def certify(
     shared = {"alpha": alpha, "bound": bound, "alpha_share": share_of(alpha_share, bound=bound)}
     n0 = pilot_votes(n0, tolerance=tolerance, bound=bound, n=n)
     settings = {"sigma": sigma, "num_classes": num_classes, "n0": n0, "n": n, "seed": seed, "batch_size": batch_size}
-    settings |= {"sampler": sampler, "precision": precision}
-    task = prepare(images, indices, devices, least_n0=1, **settings)
+    settings |= {"sampler": sampler, "precision": precision, "progress": progress}
+    task = prepare(apply_fn, images, indices, devices, least_n0=1, **settings)
     law, plan = task.settings.law._asdict(), None
     check_certificates(task.settings.n, **shared, slack=law["slack"])
     if tolerance is not None:
@@ -146,6 +148,9 @@ def conclude(
     alpha_share: float | None = None,
 ) -> Certification:
     """Return predictions and radii from votes `[B, K]`; see `certify`, and `bounds.certify_votes` for the others."""
+    counts0, counts = check_counts("counts0", counts0), check_counts("counts", counts)
+    if counts0.shape != counts.shape:
+        raise UserError(f"counts0 {counts0.shape} and counts {counts.shape} must have the same shape [B, K]")
     selected = counts0.argmax(axis=1)
     for_selected = np.take_along_axis(counts, selected[:, None], axis=1)[:, 0]
     runner_up = most_of_others(counts, selected)

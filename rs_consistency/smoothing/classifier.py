@@ -6,11 +6,12 @@ from typing import Any
 import jax
 from numpy.typing import ArrayLike
 
-from rs_consistency.common.checks import LARGEST, number_above, whole_number
+from rs_consistency.common.checks import LARGEST, MOST, number_above, shown, whole_number
 from rs_consistency.common.errors import UserError
 from rs_consistency.smoothing.attack import Attacks, attack
 from rs_consistency.smoothing.certify import Certification, certify
 from rs_consistency.smoothing.decide import decide
+from rs_consistency.smoothing.images import check_function
 from rs_consistency.smoothing.pool import Decisions
 from rs_consistency.smoothing.predict import Prediction, predict
 
@@ -44,11 +45,10 @@ class SmoothedClassifier:
 
     def __init__(self, apply_fn: Callable[[jax.Array], jax.Array], sigma: float, num_classes: int) -> None:
         """Check the attributes; a `UserError` for one that cannot work."""
-        if not callable(apply_fn):
-            raise UserError(f"apply_fn={apply_fn!r}: give a function from images [N, H, W, C] to logits [N, K]")
+        check_function(apply_fn)
         self.apply_fn = apply_fn
         self.sigma = number_above("sigma", sigma, 0, at_most=LARGEST)
-        self.num_classes = whole_number("num_classes", num_classes, at_least=1)
+        self.num_classes = whole_number("num_classes", num_classes, at_least=1, at_most=MOST)
 
     def predict(self, images: ArrayLike, **settings: Any) -> Prediction:
         """Predict the classes of images `[B, H, W, C]`, or abstain; see `rs_consistency.predict`."""
@@ -71,8 +71,8 @@ class SmoothedClassifier:
         for name in ("apply_fn", "sigma", "num_classes"):
             if name in settings:
                 raise UserError(
-                    f"{name}={settings[name]!r}: this smoothed classifier has {name}={getattr(self, name)!r}; leave it"
-                    " out, or make another SmoothedClassifier"
+                    f"{name}={shown(settings[name])}: this smoothed classifier has {name}={shown(getattr(self, name))};"
+                    " leave it out, or make another SmoothedClassifier"
                 )
         return {"sigma": self.sigma, "num_classes": self.num_classes, **settings}
 

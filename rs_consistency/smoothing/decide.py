@@ -61,8 +61,8 @@ def decide(
       NumPy arrays in the order of the images, see `Decisions`.
     """
     settings = {"sigma": sigma, "num_classes": num_classes, "n0": n0, "n": n, "seed": seed, "batch_size": batch_size}
-    settings |= {"sampler": sampler, "precision": precision}
-    task = prepare(images, indices, devices, least_n0=1, **settings)
+    settings |= {"sampler": sampler, "precision": precision, "progress": progress}
+    task = prepare(apply_fn, images, indices, devices, least_n0=1, **settings)
     radius, alpha = check_radius(radius), probability("alpha", alpha)
     check_decisions(task.settings.n, radius=radius, alpha=alpha, **task.settings.law._asdict())
     asked = (lambda _, batch: apply_fn(batch), (), task.images, task.indices)

@@ -8,7 +8,7 @@ import numpy as np
 from numpy.typing import ArrayLike
 
 from rs_consistency import noise
-from rs_consistency.common.checks import MAX_INDEX, one_of
+from rs_consistency.common.checks import boolean, function, number_array, one_of, whole_array
 from rs_consistency.common.errors import UserError
 from rs_consistency.common.progress import progress_bar
 from rs_consistency.devices import parallel
@@ -52,16 +52,28 @@ def join(empty: _Group, groups: Iterable[_Group], desc: str, total: int, progres
 
 
 def prepare(
-    images: ArrayLike, indices: ArrayLike | None, devices: Sequence[jax.Device] | None, *, sampler: str, **settings: Any
+    apply_fn: Callable[[jax.Array], jax.Array],
+    images: ArrayLike,
+    indices: ArrayLike | None,
+    devices: Sequence[jax.Device] | None,
+    *,
+    sampler: str,
+    progress: bool,
+    **settings: Any,
 ) -> Task:
     """Check the arguments of a function about images; `settings` are those of `votes.vote_settings`."""
+    check_function(apply_fn)
+    boolean("progress", progress)
     images = check_images(images, sampler)
     indices = check_indices(indices, len(images))
-    devices = parallel.choose_devices() if devices is None else list(devices)
-    if not devices:
-        raise UserError("devices=[]: give at least one, or None for all")
+    devices = parallel.choose_devices() if devices is None else parallel.check_devices(devices)
     about = {"sampler": sampler, "image_shape": images.shape[1:], "devices": devices}
     return Task(images, indices, devices, vote_settings(**settings, **about))
+
+
+def check_function(apply_fn: Any) -> None:
+    """Raise a `UserError` for a classifier that cannot be called."""
+    function("apply_fn", apply_fn, "from images [N, H, W, C] to logits [N, K]")
 
 
 def check_images(images: ArrayLike, sampler: str) -> np.ndarray:
@@ -71,9 +83,7 @@ def check_images(images: ArrayLike, sampler: str) -> np.ndarray:
       UserError: for an unknown sampler, a shape other than `[B, H, W, C]`, or values that do not fit the sampler.
     """
     one_of("sampler", sampler, SAMPLERS)
-    images = np.asarray(images)
-    if not (np.issubdtype(images.dtype, np.number) or images.dtype == bool):
-        raise UserError(f"images are of type {images.dtype}; they must be uint8, or numbers in [0, 1]")
+    images = number_array("images", images, kinds="biuf")
     if images.ndim != 4 or 0 in images.shape[1:]:
         raise UserError(f"images has shape {images.shape}; it must be [B, H, W, C], one image being images[None]")
     if images.dtype == np.uint8:
@@ -102,9 +112,8 @@ def check_indices(indices: ArrayLike | None, num_images: int) -> np.ndarray:
     """Return indices as int64 `[B]`, 0..B-1 for None; a `UserError` where they cannot number the images."""
     if indices is None:
         return np.arange(num_images)
-    array = np.asarray(indices)
-    if array.shape != (num_images,):
-        raise UserError(f"indices has shape {array.shape}; give one number for each of {num_images} images")
-    if array.size and not (np.issubdtype(array.dtype, np.integer) and array.min() >= 0 and array.max() <= MAX_INDEX):
-        raise UserError(f"indices={array}: use whole numbers from 0 to {MAX_INDEX}")
-    return array.astype(np.int64)
+    about = f"[B]: one number for each of {num_images} images"
+    array = whole_array("indices", indices, about)
+    if len(array) != num_images:
+        raise UserError(f"indices has shape {array.shape}; it must be {about}")
+    return array

@@ -36,6 +36,7 @@ def program_of(
       `platform`; `rows_per_device`, the rows of a batch; `xla_flags`, from the environment; `compiler_options` of the
       votes; `network_sha256`, of the network as XLA gets it.
     """
+    voter.check(variables, image_shape, rows, devices)
     noisy = jax.ShapeDtypeStruct((rows, *image_shape), jnp.int32 if voter.sampler == GRID else jnp.float32)
     # Shapes alone: where the variables are is no part of the network.
     shapes = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(jnp.shape(leaf), jnp.result_type(leaf)), variables)

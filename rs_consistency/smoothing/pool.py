@@ -104,7 +104,7 @@ def decide_images(
     per_device = rows // LOOK_EVERY  # blocks
     num_blocks = per_device * num_devices
     voter = settings.voter(apply_fn, devices[0].platform)
-    voter.check(variables, shape, rows)
+    voter.check(variables, shape, rows, devices)
     num_slots = min(max(len(images), 1), _SLOTS_PER_BLOCK * num_blocks)
     per_refill = min(num_slots, -(-num_blocks // _BLOCKS_PER_REFILL))
     count_blocks, write = _compile(voter, per_device, devices)

@@ -8,10 +8,9 @@ import numpy as np
 from numpy.typing import ArrayLike
 
 from rs_consistency import noise
-from rs_consistency.common.checks import PRECISIONS, check_all, number_array, probability
-from rs_consistency.common.errors import UserError
+from rs_consistency.common.checks import PRECISIONS, check_all, probability
 from rs_consistency.smoothing.images import prepare
-from rs_consistency.statistics.bounds import ABSTAIN, ALPHA, N, most_of_others, p_value_of
+from rs_consistency.statistics.bounds import ABSTAIN, ALPHA, N, check_counts, most_of_others, p_value_of
 from rs_consistency.statistics.limits import check_predictions
 from rs_consistency.statistics.samplers import GRID
 
@@ -72,8 +71,8 @@ def predict(
     """
     alpha = probability("alpha", alpha)
     settings = {"sigma": sigma, "num_classes": num_classes, "n": n, "seed": seed, "batch_size": batch_size}
-    settings |= {"sampler": sampler, "precision": precision}
-    task = prepare(images, indices, devices, **settings)
+    settings |= {"sampler": sampler, "precision": precision, "progress": progress}
+    task = prepare(apply_fn, images, indices, devices, **settings)
     check_predictions(task.settings.n, alpha=alpha, slack=task.settings.law.slack)
     votes = task.all_votes(apply_fn, noise.Stream.PREDICT, "predicting", progress)
     return conclude_prediction(votes.counts, alpha=alpha, slack=task.settings.law.slack)
@@ -91,12 +90,7 @@ def conclude_prediction(counts: ArrayLike, *, alpha: float, slack: float = 0.0) 
       UserError: for counts other than whole numbers `[B, K]`, or an image without votes.
     """
     alpha = probability("alpha", alpha)
-    counts = number_array("counts", counts)
-    if counts.ndim != 2 or not counts.shape[1]:
-        raise UserError(f"counts has shape {counts.shape}; it must be [B, K]")
-    whole = np.isfinite(counts) & (counts >= 0) & (counts == np.floor(counts))
-    check_all("counts", counts, whole, "use whole numbers of at least 0")
-    counts = counts.astype(np.int64)
+    counts = check_counts("counts", counts)
     check_all("votes of an image", counts.sum(axis=1), counts.sum(axis=1) >= 1, "use at least 1")
     most = counts.argmax(axis=1)
     n = counts.sum(axis=1)

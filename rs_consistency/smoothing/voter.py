@@ -5,7 +5,7 @@ The network is a function f of v alone: v to float32, divided by 255, network, t
 copy and f are separated by a barrier, so that the compiler cannot compute f from anything but v.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -13,8 +13,10 @@ import jax.numpy as jnp
 import numpy as np
 
 from rs_consistency import noise
+from rs_consistency.common.checks import check_kind
 from rs_consistency.common.errors import UserError, first_line
 from rs_consistency.data import to_unit
+from rs_consistency.devices.memory import check_memory, least_bytes
 from rs_consistency.statistics.rounded_gaussian import grid_table
 from rs_consistency.statistics.samplers import GRID
 
@@ -87,11 +89,16 @@ class Voter(NamedTuple):
         largest = logits.argmax(axis=-1).astype(jnp.int32)
         return jnp.where(jnp.isnan(logits).any(axis=-1), np.int32(self.num_classes), largest), checksum
 
-    def check(self, variables: Any, image_shape: tuple[int, ...], batch_size: int) -> None:
-        """Raise a `UserError` for a network that does not map a batch of images to K logits each."""
+    def check(
+        self, variables: Any, image_shape: tuple[int, ...], batch_size: int, devices: Sequence[jax.Device]
+    ) -> None:
+        """Raise a `UserError` for a network that does not map a batch of images to K logits each, or has no room.
+
+        The batch is that of each device. Nothing is computed, and nothing allocated.
+        """
         batch = jax.ShapeDtypeStruct((batch_size, *image_shape), jnp.float32)
         try:
-            logits = jax.eval_shape(self.apply_fn, variables, batch)
+            network, logits = jax.make_jaxpr(self.apply_fn, return_shape=True)(variables, batch)
         except Exception as error:  # a model may raise anything for images that do not fit
             message = f"the model does not accept images of shape {tuple(image_shape)}: {first_line(error)}"
             raise UserError(message) from error
@@ -100,6 +107,8 @@ class Voter(NamedTuple):
                 f"the model gives {getattr(logits, 'shape', type(logits).__name__)} for a batch of {batch_size} images,"
                 f" but num_classes={self.num_classes} needs logits of shape {(batch_size, self.num_classes)}"
             )
+        check_memory("batch_size", batch_size * len(devices), least_bytes(network.jaxpr, batch), devices)
+        check_kind("logits of the model", logits, logits.dtype, "biuf")
 
 
 def scale_of(sampler: str, sigma: float) -> Any:

@@ -11,7 +11,8 @@ import jax.numpy as jnp
 import numpy as np
 
 from rs_consistency import noise
-from rs_consistency.common.checks import LARGEST, MAX_SEED, PRECISIONS, number_above, one_of, whole_number
+from rs_consistency.common.checks import LARGEST, MAX_SEED, MOST, PRECISIONS, number_above, one_of, shown, whole_number
+from rs_consistency.common.errors import UserError
 from rs_consistency.data import DatasetInfo
 from rs_consistency.devices import parallel
 from rs_consistency.devices.compiler import deterministic_options
@@ -114,6 +115,9 @@ def vote_settings(
     Raises:
       UserError: for the first setting that cannot work.
     """
+    if not isinstance(image_shape, tuple | list) or len(image_shape) != 3:
+        raise UserError(f"image_shape={shown(image_shape)}: use (H, W, C)")
+    image_shape = tuple(whole_number("image_shape", axis, at_least=1, at_most=MOST) for axis in image_shape)
     if batch_size is None:
         usual, values = _ROWS.get(devices[0].platform, _ROWS_ELSEWHERE)
         rows = min(usual, values // max(1, math.prod(image_shape)))
@@ -122,12 +126,12 @@ def vote_settings(
     one_of("precision", precision, PRECISIONS)
     settings = VoteSettings(
         sigma=number_above("sigma", sigma, 0, at_most=LARGEST),
-        num_classes=whole_number("num_classes", num_classes, at_least=1),
+        num_classes=whole_number("num_classes", num_classes, at_least=1, at_most=MOST),
         n0=whole_number("n0", n0, at_least=least_n0, at_most=_MOST_VOTES),
         n=whole_number("n", n, at_least=1, at_most=_MOST_VOTES),
         seed=whole_number("seed", seed, at_least=0, at_most=MAX_SEED),
         rows_per_device=max(1, -(-rows // _MULTIPLE)) * _MULTIPLE,
-        image_shape=tuple(image_shape),
+        image_shape=image_shape,
         sampler=sampler,
         precision=precision,
     )
@@ -216,7 +220,7 @@ def count_votes(
     per_device = settings.rows_per_device
     program = vote_program(apply_fn, settings, devices) if program is None else program
     voter = program.voter
-    voter.check(variables, images.shape[1:], per_device)
+    voter.check(variables, images.shape[1:], per_device, devices)
     rows_per_call = per_device * len(devices) * program.batches_per_call
     expected = n0 + n if plan is None else n0 + -(-n // _PLANNED)
     group = min(max(len(images), 1), -(-_CALLS_IN_GROUP * rows_per_call // expected))

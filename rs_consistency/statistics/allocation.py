@@ -31,13 +31,14 @@ from rs_consistency.common.checks import (
     number_above,
     number_array,
     number_from,
+    one_of,
     probability,
     whole_number,
 )
 from rs_consistency.common.errors import UserError
 from rs_consistency.statistics import bounds
 from rs_consistency.statistics.bounds import upper_confidence_bound
-from rs_consistency.statistics.limits import fewest_votes
+from rs_consistency.statistics.limits import MOST_VOTES, fewest_votes
 
 N0 = 1000  # votes of a pilot that is worth its votes: docs/statistics.md has the measurement
 MOST_TOLERATED = 10**6  # of an image with a tolerance: the table of expected radii, 8 s there, grows like the root of n
@@ -57,9 +58,12 @@ def pilot_votes(n0: Any, *, tolerance: Any, bound: str, n: Any = None) -> Any:
       UserError: for a tolerance that is not above 0, more than `MOST_TOLERATED` further votes n, or the bound
         `two_class`: it gains most where p_A is below 1/2, and such images get few votes.
     """
+    one_of("bound", bound, bounds.BOUNDS)
+    if n0 is not None:
+        n0 = whole_number("n0", n0, at_least=1, at_most=MOST_VOTES)
     if tolerance is None:
         return bounds.N0 if n0 is None else n0
-    number_above("tolerance", tolerance, 0)
+    tolerance = number_above("tolerance", tolerance, 0)
     if n is not None:
         check_tolerated(n)
     if bound == "two_class":

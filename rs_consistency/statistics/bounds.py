@@ -21,12 +21,17 @@ from numpy.typing import ArrayLike
 from scipy import special
 
 from rs_consistency.common.checks import (
+    MOST_EXACT,
     SMALLEST_PROBABILITY,
+    any_array,
     check_all,
     decimal_value,
     number_array,
+    number_arrays,
     number_from,
     probability,
+    shown,
+    whole_array,
 )
 from rs_consistency.common.errors import UserError
 
@@ -67,7 +72,7 @@ def lower_confidence_bound(count: ArrayLike, n: ArrayLike, alpha: ArrayLike) -> 
       >>> lower_confidence_bound([0, 99_000, 100_000], 100_000, 0.001).round(6).tolist()
       [0.0, 0.988989, 0.999931]
     """
-    return _lower(*_checked(count, n, alpha))[()]
+    return _lower(*_checked(count=count, n=n, alpha=alpha))[()]
 
 
 def upper_confidence_bound(count: ArrayLike, n: ArrayLike, alpha: ArrayLike) -> np.ndarray:
@@ -82,7 +87,7 @@ def upper_confidence_bound(count: ArrayLike, n: ArrayLike, alpha: ArrayLike) -> 
       >>> upper_confidence_bound([0, 1_000, 100_000], 100_000, 0.001).round(6).tolist()
       [6.9e-05, 0.011011, 1.0]
     """
-    return _upper(*_checked(count, n, alpha))[()]
+    return _upper(*_checked(count=count, n=n, alpha=alpha))[()]
 
 
 def randomized_lower_bound(count: ArrayLike, n: ArrayLike, alpha: ArrayLike, uniform: ArrayLike) -> np.ndarray:
@@ -113,8 +118,7 @@ def randomized_lower_bound(count: ArrayLike, n: ArrayLike, alpha: ArrayLike, uni
       >>> randomized_lower_bound(90, 100, 0.001, [1.0, 0.5]).round(4).tolist()  # at 1.0: the Clopper-Pearson bound
       [0.7753, 0.7805]
     """
-    count, n, alpha = _checked(count, n, alpha)
-    uniform = number_array("uniform", uniform).astype(np.float64)
+    count, n, alpha, uniform = _checked(count=count, n=n, alpha=alpha, uniform=uniform)
     check_all("uniform", uniform, (uniform > 0) & (uniform <= 1), "use numbers greater than 0 and at most 1")
     count, n, alpha, uniform = np.broadcast_arrays(count, n, alpha, uniform)
     low = _lower(count, n, alpha)
@@ -155,8 +159,8 @@ def certified_radius(count: ArrayLike, n: ArrayLike, alpha: ArrayLike, sigma: Ar
       >>> certified_radius([50_000, 99_000, 100_000], 100_000, 0.001, 0.5).round(3).tolist()
       [0.0, 1.145, 1.906]
     """
-    sigma = _checked_sigma(sigma)
-    return _radius(_lower(*_checked(count, n, alpha)), sigma)[()]
+    count, n, alpha, sigma = _checked(count=count, n=n, alpha=alpha, sigma=sigma)
+    return _radius(_lower(count, n, alpha), sigma)[()]
 
 
 class Certified(NamedTuple):
@@ -223,12 +227,10 @@ def certify_votes(
       False 0.0 0.445
       True 0.171 0.445
     """
-    sigma, slack = _checked_sigma(sigma), number_from("slack", slack, at_least=0, at_most=1)
+    _check_bound(bound)
+    slack = number_from("slack", slack, at_least=0, at_most=1)
     if bound == "two_class":
-        count, n, alpha = _checked(count, n, alpha)
-        _, _, runner_up = np.broadcast_arrays(count, n, number_array("runner_up", runner_up))
-        good = (runner_up >= 0) & (runner_up <= n - count) & (runner_up == np.floor(runner_up))
-        check_all("runner_up", runner_up, good, "use whole numbers from 0 to n - count")
+        count, n, alpha, sigma, runner_up = _checked(count=count, n=n, alpha=alpha, sigma=sigma, runner_up=runner_up)
         share = probability("alpha_share", alpha_share)
         lower = _lowered(_lower(count, n, alpha * share), slack)
         upper = np.minimum(_raised(_upper(runner_up, n, alpha * float(1 - decimal_value(share))), slack), 1 - lower)
@@ -239,14 +241,14 @@ def certify_votes(
             radius = sigma / 2 * (at_lower - at_upper - rounding)
         radius = np.where(certified, np.maximum(radius, 0.0), 0.0)
         return Certified(certified, radius[()], lower)
-    if bound == "clopper_pearson":
-        lower = _lower(*_checked(count, n, alpha))
-    elif bound == "randomized":
-        if uniform is None:
-            raise UserError("bound=randomized needs uniform draws; take noise.bound_uniform(seed, indices)")
+    if bound == "randomized" and uniform is None:
+        raise UserError("bound=randomized needs uniform draws; take noise.bound_uniform(seed, indices)")
+    uniform = 1.0 if bound == "clopper_pearson" else uniform
+    count, n, alpha, sigma, uniform = _checked(count=count, n=n, alpha=alpha, sigma=sigma, uniform=uniform)
+    if bound == "randomized":
         lower = np.asarray(randomized_lower_bound(count, n, alpha, uniform))
     else:
-        raise UserError(f"bound={bound!r} is unknown; use one of {', '.join(BOUNDS)}")
+        lower = _lower(count, n, alpha)
     lower = _lowered(lower, slack)
     return Certified(lower >= 0.5, _radius(lower, sigma), lower)
 
@@ -273,10 +275,11 @@ def share_of(alpha_share: Any, *, bound: str) -> float | None:
     Raises:
       UserError: for a share outside (0, 1), or with another bound.
     """
+    _check_bound(bound)
     if bound == "two_class":
         return probability("alpha_share", ALPHA_SHARE if alpha_share is None else alpha_share)
     if alpha_share is not None:
-        raise UserError(f"alpha_share={alpha_share}: bound={bound} does not share alpha; leave it out")
+        raise UserError(f"alpha_share={shown(alpha_share)}: bound={bound} does not share alpha; leave it out")
     return None
 
 
@@ -329,21 +332,42 @@ def _tail(count: np.ndarray, n: np.ndarray, p: np.ndarray) -> np.ndarray:
     return np.where(count == 0, 1.0, tail)
 
 
-def _checked(count: ArrayLike, n: ArrayLike, alpha: ArrayLike) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Return the arguments as float64 arrays. Raise a `UserError` for a value outside its range."""
-    count, n, alpha = (number_array(name, value) for name, value in {"count": count, "n": n, "alpha": alpha}.items())
+def _checked(**values: ArrayLike) -> tuple[np.ndarray, ...]:
+    """Return count, n, alpha and other arguments as float64 arrays that broadcast together, in order.
+
+    Raise a `UserError` for a count, n, alpha, runner_up or sigma outside its range.
+    """
+    checked = dict(zip(values, number_arrays(**values), strict=True))
+    count, n, alpha, sigma = (checked.get(name) for name in ("count", "n", "alpha", "sigma"))
     check_all("alpha", alpha, (alpha > 0) & (alpha < 1), "use a number in (0, 1), such as 0.001")
     check_all("alpha", alpha, alpha >= SMALLEST_PROBABILITY, f"use a number of at least {SMALLEST_PROBABILITY}")
-    check_all("n", n, np.isfinite(n) & (n >= 1) & (n == np.floor(n)), "use a whole number of at least 1")
+    check_all(
+        "n", n, (n >= 1) & (n <= MOST_EXACT) & (n == np.floor(n)), "use a whole number of at least 1, at most 2**53"
+    )
     inside = (count >= 0) & (count <= n) & (count == np.floor(count))
     check_all("count", count, inside, "use whole numbers from 0 to n")
-    return tuple(value.astype(np.float64) for value in (count, n, alpha))
+    if "runner_up" in checked:
+        runner_up = checked["runner_up"]
+        inside = (runner_up >= 0) & (runner_up <= n - count) & (runner_up == np.floor(runner_up))
+        check_all("runner_up", runner_up, inside, "use whole numbers from 0 to n - count")
+    if sigma is not None:
+        check_all("sigma", sigma, np.isfinite(sigma) & (sigma > 0), "use a number greater than 0")
+    return tuple(value.astype(np.float64) for value in checked.values())
 
 
-def _checked_sigma(sigma: ArrayLike) -> np.ndarray:
-    sigma = number_array("sigma", sigma)
-    check_all("sigma", sigma, np.isfinite(sigma) & (sigma > 0), "use a number greater than 0")
-    return sigma.astype(np.float64)
+def _check_bound(bound: Any) -> None:
+    if not isinstance(bound, str) or bound not in BOUNDS:
+        raise UserError(f"bound={shown(bound)} is unknown; use one of {', '.join(BOUNDS)}")
+
+
+def check_counts(name: str, counts: ArrayLike) -> np.ndarray:
+    """Return counts of votes as int64 `[B, K]`; a `UserError` for anything else."""
+    counts = number_array(name, counts)
+    if counts.ndim != 2 or not counts.shape[1]:
+        raise UserError(f"{name} has shape {counts.shape}; it must be [B, K]")
+    whole = (counts >= 0) & (counts <= MOST_EXACT) & (counts == np.floor(counts))
+    check_all(name, counts, whole, "use whole numbers of at least 0 and at most 2**53")
+    return counts.astype(np.int64)
 
 
 def most_of_others(counts: np.ndarray, selected: np.ndarray) -> np.ndarray:
@@ -355,7 +379,11 @@ def most_of_others(counts: np.ndarray, selected: np.ndarray) -> np.ndarray:
       >>> most_of_others(np.array([[3, 9, 4], [5, 5, 0]]), selected=np.array([1, 0])).tolist()
       [4, 5]
     """
-    others = counts.copy()
+    others = any_array("counts", number_array("counts", counts), "[B, K]").copy()
+    about = "[B]: a class for each image"
+    selected = whole_array("selected", selected, about, at_most=max(others.shape[1] - 1, 0))
+    if selected.shape != others.shape[:1]:
+        raise UserError(f"selected has shape {selected.shape}; counts {others.shape} need {about}")
     np.put_along_axis(others, selected[:, None], 0, axis=1)
     return others.max(axis=1, initial=0)
 
@@ -371,11 +399,16 @@ def p_value_of(most: ArrayLike, runner_up: ArrayLike, *, n: ArrayLike | None = N
       >>> p_value_of([60, 70], [40, 30]).round(5).tolist()
       [0.05689, 8e-05]
     """
-    # P(X >= most) of X ~ Binomial(most + runner_up, 1/2), doubled: at 1/2 the other tail is as large.
-    tail = special.betainc(most, np.asarray(runner_up) + 1, 0.5)
-    p_value = np.where(np.equal(most, runner_up), 1.0, np.minimum(2 * tail, 1.0))
-    if not number_from("slack", slack, at_least=0, at_most=1):
-        return p_value
-    if n is None:
+    slack = number_from("slack", slack, at_least=0, at_most=1)
+    if slack and n is None:
         raise UserError(f"slack={slack} needs n, the number of all votes of an image")
-    return _raised(p_value, np.nextafter(np.multiply(n, slack), np.inf))
+    given = {"most": most, "runner_up": runner_up} | ({} if n is None else {"n": n})
+    arrays = number_arrays(**given)
+    for name, value in zip(given, arrays, strict=True):
+        whole = (value >= 0) & (value <= MOST_EXACT) & (value == np.floor(value))
+        check_all(name, value, whole, "use whole numbers from 0 to 2**53")
+    most, runner_up, *others = (value.astype(np.float64) for value in arrays)
+    # P(X >= most) of X ~ Binomial(most + runner_up, 1/2), doubled: at 1/2 the other tail is as large.
+    tail = special.betainc(most, runner_up + 1, 0.5)
+    p_value = np.where(np.equal(most, runner_up), 1.0, np.minimum(2 * tail, 1.0))
+    return _raised(p_value, np.nextafter(others[0] * slack, np.inf)) if slack else p_value

@@ -36,7 +36,7 @@ from fractions import Fraction
 from statistics import NormalDist
 from typing import Any
 
-from rs_consistency.common.checks import whole_number
+from rs_consistency.common.checks import boolean, finite_number, shown, whole_number
 from rs_consistency.common.errors import UserError
 from rs_consistency.statistics.series import pi, within
 
@@ -49,6 +49,8 @@ _NEGLIGIBLE = 1 << _SUM_BITS - 72  # a term from which on the rest is bounded, n
 _MOST_STEPS = 1000  # terms before the largest one, or 20 standard deviations of them; only for alpha >= 1/2
 _FEW = 512  # binomial coefficients up to it are exact, beyond it from Stirling's series
 _FAR = 10  # sigmas; the series of Phi is for less. Phi(10) > 1 - exp(-50) / (10 sqrt(2 pi)) > 1 - 2**-76
+
+_MOST_DIGITS = 1000  # before and behind the point of a Decimal
 
 Above = tuple[int, int]  # (m, e): the upper bound m 2**e of a positive number, with m below 2**257
 
@@ -104,6 +106,8 @@ def proves_radius(
     """
     n = whole_number("n", n, at_least=1)
     count = whole_number("count", count, at_least=0, at_most=n)
+    if not isinstance(bound, str) or bound not in ("clopper_pearson", "two_class", "randomized"):
+        raise UserError(f"bound={shown(bound)} is unknown; use clopper_pearson, two_class or randomized")
     distance, alpha, eps = _settings(radius, sigma, alpha, eps)
     if bound == "two_class":
         runner_up = whole_number("runner_up", runner_up, at_least=0, at_most=n - count)
@@ -113,10 +117,8 @@ def proves_radius(
     if bound == "randomized":
         weight = _fraction("uniform", uniform)
         if not 0 < weight <= 1:
-            raise UserError(f"uniform={uniform}: use a number greater than 0 and at most 1")
+            raise UserError(f"uniform={shown(uniform)}: use a number greater than 0 and at most 1")
         weight = Fraction(1) if count == n else weight
-    elif bound != "clopper_pearson":
-        raise UserError(f"bound={bound!r} is unknown; use clopper_pearson, two_class or randomized")
     return _tail_at_most(n, count, _cdf(distance)[1] + eps, alpha, weight)
 
 
@@ -154,6 +156,7 @@ def proves_decision(
     """
     votes = whole_number("votes", votes, at_least=1)
     hits = whole_number("hits", hits, at_least=0, at_most=votes)
+    certified = boolean("certified", certified)
     distance, alpha, eps = _settings(radius, sigma, alpha, eps)
     low, high = _cdf(distance)
     p = high + eps if certified else low - eps
@@ -407,30 +410,38 @@ def _at_most(value: Above, limit: Fraction) -> bool:
 
 def _settings(radius: Any, sigma: Any, alpha: Any, eps: Any) -> tuple[Fraction, Fraction, int]:
     """Return radius / sigma, alpha, and eps in units, rounded up."""
-    sigma = _fraction("sigma", sigma)
-    if sigma <= 0:
-        raise UserError(f"sigma={sigma}: use a number greater than 0")
+    exact_sigma = _fraction("sigma", sigma)
+    if exact_sigma <= 0:
+        raise UserError(f"sigma={_written(sigma)}: use a number greater than 0")
     eps = _not_negative("eps", eps)
-    return _not_negative("radius", radius) / sigma, _between("alpha", alpha), math.ceil(eps * _ONE)
+    return _not_negative("radius", radius) / exact_sigma, _between("alpha", alpha), math.ceil(eps * _ONE)
 
 
 def _between(name: str, value: Any) -> Fraction:
     exact = _fraction(name, value)
     if not 0 < exact < 1:
-        raise UserError(f"{name}={value}: use a number in (0, 1)")
+        raise UserError(f"{name}={_written(value)}: use a number in (0, 1)")
     return exact
 
 
 def _not_negative(name: str, value: Any) -> Fraction:
     exact = _fraction(name, value)
     if exact < 0:
-        raise UserError(f"{name}={value}: use a number of at least 0")
+        raise UserError(f"{name}={_written(value)}: use a number of at least 0")
     return exact
 
 
 def _fraction(name: str, value: Any) -> Fraction:
     """Return the exact value of a number, also of NumPy's."""
-    value = value.item() if getattr(value, "ndim", None) == 0 else value
-    if isinstance(value, Exact) and not isinstance(value, bool) and math.isfinite(value):
-        return Fraction(value)
-    raise UserError(f"{name}={value!r}: use a finite number")
+    if isinstance(value, Decimal):
+        # The fraction of 1e-999999999 would fill the memory.
+        number = value if value.is_finite() and abs(value.adjusted()) <= _MOST_DIGITS else None
+    else:
+        number = finite_number(name, value)
+    if number is None:
+        raise UserError(f"{name}={shown(value)}: use a finite number")
+    return Fraction(number)
+
+
+def _written(value: Any) -> str:
+    return str(value) if isinstance(value, Decimal) else shown(value)

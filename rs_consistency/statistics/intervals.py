@@ -9,7 +9,7 @@ import numpy as np
 from numpy.typing import ArrayLike
 from scipy import stats
 
-from rs_consistency.common.checks import probability, whole_number
+from rs_consistency.common.checks import MAX_SEED, MOST, check_all, number_array, probability, whole_number
 from rs_consistency.common.errors import UserError
 
 DEFAULT_LEVEL = 0.95
@@ -51,9 +51,10 @@ def binomial_interval(successes: ArrayLike, trials: int, *, level: float = DEFAU
       (0.658, 0.74)
     """
     level, trials = probability("level", level), whole_number("trials", trials, at_least=1)
-    hits = np.asarray(successes)
-    if hits.size and not (np.issubdtype(hits.dtype, np.integer) and hits.min() >= 0 and hits.max() <= trials):
-        raise UserError(f"successes={hits}: use whole numbers from 0 to trials={trials}")
+    hits = number_array("successes", successes)
+    whole = (hits >= 0) & (hits <= trials) & (hits == np.floor(hits))
+    check_all("successes", hits, whole, f"use whole numbers from 0 to trials={trials}")
+    hits = hits.astype(np.int64)
     tail = (1 - level) / 2
     low = np.where(hits == 0, 0.0, stats.beta.ppf(tail, np.maximum(hits, 1), trials - hits + 1))
     high = np.where(hits == trials, 1.0, stats.beta.isf(tail, hits + 1, np.maximum(trials - hits, 1)))
@@ -80,7 +81,7 @@ def standard_error(values: ArrayLike, *, population: int | None = None) -> float
     error = stats.sem(values)
     if population is None:
         return float(error)
-    whole_number("population", population, at_least=len(values))
+    population = whole_number("population", population, at_least=len(values))
     return float(error * np.sqrt(1 - len(values) / population))
 
 
@@ -110,7 +111,8 @@ def bootstrap_interval(
       (0.2, 1.4)
     """
     values = _values(values)
-    level, samples = probability("level", level), whole_number("samples", samples, at_least=1)
+    level, samples = probability("level", level), whole_number("samples", samples, at_least=1, at_most=MOST)
+    seed = whole_number("seed", seed, at_least=0, at_most=MAX_SEED)
     if np.ptp(values) == 0:  # scipy would warn
         return Interval(values[0], values[0])
     result = stats.bootstrap(
@@ -180,7 +182,7 @@ def paired_difference(a: ArrayLike, b: ArrayLike, *, seed: int = 0, level: float
 
 
 def _values(values: ArrayLike) -> np.ndarray:
-    array = np.asarray(values, np.float64)
+    array = number_array("values", values, kinds="biuf").astype(np.float64)
     if array.ndim != 1 or len(array) < 2 or not np.isfinite(array).all():
         raise UserError(f"values of shape {array.shape}: use a list of at least two finite numbers")
     return array

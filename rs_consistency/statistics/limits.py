@@ -6,13 +6,13 @@ from typing import Any
 import numpy as np
 from numpy.typing import ArrayLike
 
-from rs_consistency.common.checks import SMALLEST_PROBABILITY, number_from
+from rs_consistency.common.checks import SMALLEST_PROBABILITY, number_above, number_from, probability, whole_number
 from rs_consistency.common.errors import UserError
 from rs_consistency.statistics import sequential
 from rs_consistency.statistics.bounds import ATTACK_TESTS, certify_votes, p_value_of
 
 _FEW = np.arange(1, 1001)  # for the smallest alpha, 1e-100, it takes some 340 votes
-_MOST = 2**29  # of a certification
+MOST_VOTES = 2**29  # of a certification
 
 
 def fewest_votes(
@@ -27,6 +27,7 @@ def fewest_votes(
       >>> fewest_votes(alpha=0.001), fewest_votes(alpha=0.05)
       (10, 5)
     """
+    alpha = probability("alpha", alpha)
     settings = {"alpha": alpha, "sigma": 1.0, "bound": bound, "alpha_share": alpha_share, "uniform": 1.0}
     return _fewest(certify_votes(_FEW, 0, _FEW, **settings, slack=slack).certified)
 
@@ -41,6 +42,7 @@ def check_certificates(n: int, *, alpha: float, **settings: Any) -> None:
         ...
       rs_consistency.common.errors.UserError: n=9 votes certify nothing at alpha=0.001, even if all agree; use n=10
     """
+    n, alpha = whole_number("n", n, at_least=1, at_most=MOST_VOTES), probability("alpha", alpha)
     fewest = fewest_votes(alpha=alpha, **settings)
     _check("certify nothing", n, alpha, fewest, enough=fewest is not None and n >= fewest)
 
@@ -52,6 +54,7 @@ def check_predictions(n: int, *, alpha: float, slack: float = 0.0) -> None:
 
 def check_attacks(n: int, *, alpha: float, slack: float = 0.0) -> None:
     """Raise a `UserError` if n votes, all for one class, prove no attack; n and slack as for `bounds.p_value_of`."""
+    alpha = probability("alpha", alpha)
     number_from("alpha", alpha, at_least=ATTACK_TESTS * SMALLEST_PROBABILITY)
     _check_test("prove no attack", n, alpha, ATTACK_TESTS, slack)
 
@@ -68,6 +71,8 @@ def check_decisions(n: int, *, radius: float, sigma: float, alpha: float, slack:
         ...
       rs_consistency.common.errors.UserError: radius=1: n=100 votes cannot certify it; use radius=0.66 or n=459
     """
+    n, radius = whole_number("n", n, at_least=1, at_most=MOST_VOTES), number_from("radius", radius, at_least=0)
+    sigma, alpha = number_above("sigma", sigma, 0), probability("alpha", alpha)
 
     def certifies(votes: int, radius: float) -> bool:
         found = sequential.decide(votes, votes, radius=radius, sigma=sigma, alpha=alpha, slack=slack)
@@ -77,8 +82,8 @@ def check_decisions(n: int, *, radius: float, sigma: float, alpha: float, slack:
         return
     smaller = _last(lambda thousandths: certifies(n, thousandths / 1000), int(radius * 1000)) / 1000
     remedies = [f"radius={smaller:g}"] if certifies(n, smaller) else []
-    if certifies(_MOST, radius):
-        remedies.append(f"n={_last(lambda votes: not certifies(votes, radius), _MOST) + 1}")
+    if certifies(MOST_VOTES, radius):
+        remedies.append(f"n={_last(lambda votes: not certifies(votes, radius), MOST_VOTES) + 1}")
     remedy = " or ".join(remedies) or "a larger sigma"
     raise UserError(f"radius={radius:g}: n={n} votes cannot certify it; use {remedy}")
 
@@ -99,6 +104,7 @@ def _fewest(enough: np.ndarray) -> int | None:
 
 def _check_test(what: str, n: int, alpha: float, tests: int, slack: float) -> None:
     """Raise unless n votes can pass one of the tests that share alpha."""
+    n, alpha = whole_number("n", n, at_least=1, at_most=MOST_VOTES), probability("alpha", alpha)
 
     def enough(n: ArrayLike) -> np.ndarray:
         return p_value_of(n, 0, n=n, slack=slack) <= alpha / tests

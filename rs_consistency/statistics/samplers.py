@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from rs_consistency.common.checks import one_of
+from rs_consistency.common.checks import number_above, one_of, whole_number
 from rs_consistency.statistics.rounded_gaussian import STEPS, sampler_error
 
 GRID, FLOAT = SAMPLERS = ("grid", "float")
@@ -45,6 +45,10 @@ def noise_law(sampler: Any, *, sigma: float, dimension: int, steps: int = STEPS)
       NoiseLaw(sigma=0.11999999731779099, slack=0.0)
     """
     one_of("sampler", sampler, SAMPLERS)
+    sigma = number_above("sigma", sigma, 0)
+    for name, value in (("dimension", dimension), ("steps", steps)):
+        whole_number(name, value, at_least=1)
     if sampler == GRID:
-        return NoiseLaw(float(sigma), sampler_error(sigma, dimension, steps))
-    return NoiseLaw(min(float(sigma), float(np.float32(sigma))), 0.0)  # in float32 it may be a little smaller
+        return NoiseLaw(sigma, sampler_error(sigma, dimension, steps))
+    with np.errstate(over="ignore", under="ignore"):
+        return NoiseLaw(min(sigma, float(np.float32(sigma))), 0.0)  # in float32 it may be a little smaller

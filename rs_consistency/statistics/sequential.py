@@ -24,13 +24,12 @@ import numpy as np
 from numpy.typing import ArrayLike
 from scipy import special
 
-from rs_consistency.common.checks import SMALLEST_PROBABILITY, check_all, number_array, number_from
+from rs_consistency.common.checks import MOST_EXACT, SMALLEST_PROBABILITY, check_all, number_arrays, number_from
 
 CERTIFIED, UNDECIDED, NOT_CERTIFIED = 1, 0, -1
 
 # In units of sigma. Larger distances are taken for this one: it keeps the logarithms finite, and Phi(-40) is 0 anyway.
 _LARGEST_DISTANCE = 1e6
-_MOST_VOTES = 2**53  # whole numbers are exact in float64
 # Relative error of the sum of terms, whose gamma functions err by a few units in the last place. The evidence must
 # exceed its threshold by that much.
 _ROUNDING = 16 * np.finfo(np.float64).eps
@@ -61,8 +60,7 @@ def log_evidence(hits: ArrayLike, votes: ArrayLike, p0: ArrayLike) -> np.ndarray
       >>> log_evidence([5, 10, 20], [10, 10, 20], 0.5).round(2).tolist()
       [-1.4, 5.2, 11.79]
     """
-    hits, votes = _checked_votes(hits, votes)
-    p0 = number_array("p0", p0).astype(np.float64)
+    hits, votes, p0 = _checked(hits=hits, votes=votes, p0=p0)
     check_all("p0", p0, (p0 > 0) & (p0 < 1), "use a number in (0, 1)")
     return _log_evidence(hits, votes, np.log(p0), np.log1p(-p0))[()]
 
@@ -135,11 +133,7 @@ def decide(
       >>> decide(900, 1000, radius=[0.25, 0.5, 1.0], sigma=0.5, alpha=0.001).tolist()
       [1, 1, -1]
     """
-    hits, votes = _checked_votes(hits, votes)
-    radius, sigma, alpha = (
-        number_array(name, value).astype(np.float64)
-        for name, value in {"radius": radius, "sigma": sigma, "alpha": alpha}.items()
-    )
+    hits, votes, radius, sigma, alpha = _checked(hits=hits, votes=votes, radius=radius, sigma=sigma, alpha=alpha)
     check_all("radius", radius, np.isfinite(radius) & (radius >= 0), "use a number of at least 0")
     check_all("sigma", sigma, np.isfinite(sigma) & (sigma > 0), "use a number greater than 0")
     check_all("alpha", alpha, (alpha > 0) & (alpha < 1), "use a number in (0, 1), such as 0.001")
@@ -191,11 +185,14 @@ def _log_evidence(hits: np.ndarray, votes: np.ndarray, log_p: np.ndarray, log_q:
     return mixture - hits * log_p - misses * log_q
 
 
-def _checked_votes(hits: ArrayLike, votes: ArrayLike) -> tuple[np.ndarray, np.ndarray]:
-    """Return the arguments as float64 arrays. Raise a `UserError` for a value outside its range."""
-    hits, votes = number_array("hits", hits), number_array("votes", votes)
-    whole = (votes >= 1) & (votes <= _MOST_VOTES) & (votes == np.floor(votes))
+def _checked(**values: ArrayLike) -> tuple[np.ndarray, ...]:
+    """Return hits, votes and other arguments as float64 arrays that broadcast together, in order.
+
+    Raise a `UserError` for hits or votes outside their range.
+    """
+    hits, votes, *others = number_arrays(**values)
+    whole = (votes >= 1) & (votes <= MOST_EXACT) & (votes == np.floor(votes))
     check_all("votes", votes, whole, "use a whole number of at least 1 and at most 2**53")
     inside = (hits >= 0) & (hits <= votes) & (hits == np.floor(hits))
     check_all("hits", hits, inside, "use whole numbers from 0 to votes")
-    return hits.astype(np.float64), votes.astype(np.float64)
+    return tuple(value.astype(np.float64) for value in (hits, votes, *others))

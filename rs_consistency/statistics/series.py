@@ -7,6 +7,9 @@ from fractions import Fraction
 from functools import lru_cache
 from math import isqrt
 
+from rs_consistency.common.checks import shown, whole_number
+from rs_consistency.common.errors import UserError
+
 
 def within(a: Fraction, bits: int) -> int:
     """Return P(abs(Z) < a) for a standard normal Z, in units e = 2^-bits. The error is below 2^84 e.
@@ -34,6 +37,9 @@ def within(a: Fraction, bits: int) -> int:
       >>> round(within(Fraction(196, 100), 256) / 2**256, 6)
       0.950004
     """
+    if not isinstance(a, Fraction) or not 0 <= a < 10:
+        raise UserError(f"a={shown(a)}: use a Fraction from 0 to less than 10")
+    bits = whole_number("bits", bits, at_least=1, at_most=900)
     top, bottom = a.numerator**2, 2 * a.denominator**2
     u, total, k = (a.numerator << bits) // a.denominator, 0, 0
     while u:
@@ -44,7 +50,6 @@ def within(a: Fraction, bits: int) -> int:
     return _root_of_two_over_pi(bits) * total >> bits
 
 
-@lru_cache
 def pi(bits: int) -> int:
     """Return pi in units of 2^-bits, with an error below 2 units, for up to 2^10 bits.
 
@@ -52,7 +57,11 @@ def pi(bits: int) -> int:
     enough. So the error before the last rounding is below 20 * 3 * 2^9 < 2^15 of 2^32, and that rounding adds less than
     one.
     """
+    return _pi(whole_number("bits", bits, at_least=1, at_most=2**10))
 
+
+@lru_cache
+def _pi(bits: int) -> int:
     def arctan_of_inverse(n: int) -> int:
         total, power, k = 0, (1 << bits + 32) // n, 0
         while power:

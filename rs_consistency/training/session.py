@@ -15,7 +15,7 @@ from rs_consistency.training import runs
 from rs_consistency.training.array_inputs import ArrayInputs
 from rs_consistency.training.config import check_keys, flatten, validate
 from rs_consistency.training.inputs import Inputs, StepSizes, step_sizes
-from rs_consistency.training.step import TrainState, create_state
+from rs_consistency.training.step import TrainState, check_room, create_state
 from rs_consistency.training.teacher import smoothed_predictions
 
 _FEW = 10  # training images that a measurement asks the teacher about
@@ -43,6 +43,7 @@ class Session:
         _settle_sources(config, is_new=not (workdir / runs.CONFIG_FILE).exists())
         folders = {"data_dir": config.dataset.data_dir, "cache_dir": config.dataset.cache_dir}
         train, test = (data.open_split(config.dataset.name, split, **folders) for split in ("train", "test"))
+        check_room(config, devices, same_feed=isinstance(train, data.Split))
         return cls(config, devices, train, test)
 
     @property

@@ -1,6 +1,7 @@
 """The training step, the evaluation step, and the state that they change. No loop and no files here."""
 
 import functools
+import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -15,6 +16,7 @@ from rs_consistency import data, methods, models, noise
 from rs_consistency.common.errors import UserError, first_line
 from rs_consistency.data.augment import AUGMENTATIONS
 from rs_consistency.devices.compiler import pieces_of, repeat, steps_per_call, training_compiler_options
+from rs_consistency.devices.memory import check_memory, least_bytes
 from rs_consistency.devices.parallel import AXIS, replicated_sharding, spread, sum_over_devices
 from rs_consistency.training.inputs import Inputs, part_positions
 
@@ -130,9 +132,7 @@ def compile_steps(config: ConfigDict, inputs: Inputs, *, per_call: int | None = 
     if per_call is None:
         per_call = steps_per_call(platform) if inputs.same_feed else 1
     quick_in_loops = config.model in models.QUICK_IN_LOOPS
-    per_device = inputs.sizes.examples // config.accumulate_steps // num_devices
-    # The host cuts a streamed batch into the parts that the configuration asks for.
-    pieces = pieces_of(per_device, config.num_noise, platform) if quick_in_loops and inputs.same_feed else 1
+    pieces = _pieces(config, platform, num_devices, same_feed=inputs.same_feed)
     setup = _Setup(
         config=config,
         inputs=inputs,
@@ -150,6 +150,37 @@ def compile_steps(config: ConfigDict, inputs: Inputs, *, per_call: int | None = 
         compiler_options=training_compiler_options(platform, matrix_products=quick_in_loops),
     )
     return Steps(train, spread(functools.partial(_evaluate, setup), devices=inputs.devices), per_call)
+
+
+def _pieces(config: ConfigDict, platform: str, num_devices: int, *, same_feed: bool) -> int:
+    """Return the number of pieces of a part of a step on a device."""
+    if config.model not in models.QUICK_IN_LOOPS or not same_feed:
+        return 1  # the host cuts a streamed batch into the parts that the configuration asks for
+    per_device = config.batch_size // config.num_noise // config.accumulate_steps // num_devices
+    return pieces_of(per_device, config.num_noise, platform)
+
+
+def check_room(config: ConfigDict, devices: Sequence[jax.Device], *, same_feed: bool) -> None:
+    """Raise a `UserError` for a batch that surely has no room in memory: nothing is allocated, compiled or written.
+
+    It counts the images of a step, and the largest layer of the network on the noisy images that it takes at a time.
+    Arguments as in `Inputs`.
+    """
+    examples = config.batch_size // config.num_noise // config.accumulate_steps // len(devices)
+    shape = data.dataset_info(config.dataset.name).image_shape
+    check_memory("batch_size", config.batch_size, examples * math.prod(shape), devices)
+    pieces = _pieces(config, devices[0].platform, len(devices), same_feed=same_feed)
+    one = jax.ShapeDtypeStruct((1, *shape), jnp.float32)
+    try:
+        traced = jax.make_jaxpr(lambda image: make_model(config).init_with_output(jax.random.key(0), image)[0])(one)
+    except (TypeError, ValueError, ZeroDivisionError):
+        return  # `create_state` says that the model cannot take the images
+    rows = {
+        "batch_size": examples // pieces * config.num_noise,
+        "eval_batch_size": -(-config.eval_batch_size // len(devices)),
+    }
+    for name, number in rows.items():
+        check_memory(name, config[name], number * least_bytes(traced.jaxpr, one), devices)
 
 
 class _Setup(NamedTuple):
