@@ -276,7 +276,15 @@ def _table(counts: Mapping[tuple[str, str], Counter[str]]) -> str:
 def _properties_hold(seed: int) -> bool:
     """Run the tests with arbitrary files and counts, with ten times as many examples as in `make test`."""
     environment = {name: value for name, value in os.environ.items() if name != "LD_PRELOAD"}
-    command = [sys.executable, "-m", "pytest", "--durations=0", "tests/test_properties.py", f"--hypothesis-seed={seed}"]
+    command = [
+        sys.executable,
+        "-m",
+        "pytest",
+        "-o",
+        "addopts=-q",
+        "tests/test_properties.py",
+        f"--hypothesis-seed={seed}",
+    ]
     return subprocess.run(command, env=environment | {"RS_CONSISTENCY_EXAMPLES": "10"}, check=False).returncode == 0
 
 
