@@ -72,6 +72,25 @@ def programs(trained: Path) -> dict[str, Program]:
     return found
 
 
+def careless() -> Program:
+    """Return a program that does everything wrong that the suite looks for: its broken twin."""
+
+    def prepare(folder: Path) -> None:
+        folder.mkdir()
+        (folder / "lines.tsv").write_text("idx\n0\n1\n")
+
+    def call(folder: Path) -> None:
+        mark = folder / ".lines.tsv.tmp"
+        if mark.exists():
+            raise SystemExit(2)
+        mark.touch()
+        (folder / "record.json").write_text('{"lines": 3}')
+        (folder / "lines.tsv").write_text("idx\n0\n1\n2\n")
+        mark.unlink()
+
+    return Program(prepare, call)
+
+
 def stand_still() -> None:
     """Fix times and code version, which differ between two runs, and leave out networks, which no file depends on.
 
