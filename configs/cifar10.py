@@ -13,7 +13,7 @@ each part by itself, unlike in the published runs.
 `--config.dataset.name=cifar100` trains on CIFAR-100; for SVHN add `--config.dataset.augment=crop`, since digits have no
 mirror images.
 
-Needs the prepared dataset: `python -m rs_consistency.data.prepare cifar10`.
+Needs the prepared dataset: `python -m rs_consistency.cli.prepare cifar10`.
 
 Papers: the consistency paper above; Cohen et al. (ICML 2019, gaussian), Li et al. (NeurIPS 2019, stability), Salman
 et al. (NeurIPS 2019, smoothadv), Zhai et al. (ICLR 2020, macer), Jeong et al. (NeurIPS 2021, smoothmix), Jeong et al.

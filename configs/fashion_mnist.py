@@ -4,7 +4,7 @@
     python train.py --config=configs/fashion_mnist.py:method=macer,sigma=0.25 --workdir=...  # another cell
     python certify.py --workdir=runs/fashion
 
-Needs the prepared dataset: `python -m rs_consistency.data.prepare fashion_mnist`.
+Needs the prepared dataset: `python -m rs_consistency.cli.prepare fashion_mnist`.
 
 ACR over the 10,000 test images, n = 100,000, one seed, from the files that CAT-RS (Jeong et al., AAAI 2023) released:
 

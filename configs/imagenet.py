@@ -13,7 +13,7 @@ decode them. An epoch takes long, so there is a checkpoint every 1,000 steps. If
 each part by itself, unlike in the published runs.
 
 Needs the prepared dataset, `imagenet2012` of tensorflow-datasets, as array_record. ImageNet is not free to download:
-`python -m rs_consistency.data.prepare imagenet --manual_dir=DIR` needs a folder with ILSVRC2012_img_train.tar and
+`python -m rs_consistency.cli.prepare imagenet --manual_dir=DIR` needs a folder with ILSVRC2012_img_train.tar and
 ILSVRC2012_img_val.tar.
 
 ACR over 500 validation images, n = 100,000, as the papers report it:

@@ -10,7 +10,7 @@ The text after the colon picks a published cell: a method of the table below, an
 still be overridden, for example `--config.num_epochs=10`. `--config.sigma=...` alone changes sigma and nothing else;
 published settings differ between sigmas.
 
-Needs the prepared dataset: `python -m rs_consistency.data.prepare mnist`.
+Needs the prepared dataset: `python -m rs_consistency.cli.prepare mnist`.
 
 Papers: the consistency paper above; Cohen et al. (ICML 2019, gaussian), Li et al. (NeurIPS 2019, stability), Salman
 et al. (NeurIPS 2019, smoothadv), Zhai et al. (ICLR 2020, macer), Jeong et al. (NeurIPS 2021, smoothmix), Jeong et al.

@@ -9,8 +9,6 @@ from collections.abc import Callable, Collection, Iterable, Sequence
 from pathlib import Path
 from typing import Any, NoReturn
 
-from absl import logging as absl_logging
-
 from rs_consistency.common.errors import (
     EXIT_BROKEN_PIPE,
     EXIT_INTERRUPTED,
@@ -180,6 +178,8 @@ def quiet_libraries() -> None:
 
     Orbax and TFDS log every step, and errors that the programs print in one line. JAX warns of absent accelerators.
     """
+    from absl import logging as absl_logging  # slow to import, before the start of a module that `python -m` runs
+
     absl_logging.set_verbosity(absl_logging.FATAL)
     absl_logging.set_stderrthreshold("fatal")
     for name in ("jax", "orbax", "tensorflow_datasets"):

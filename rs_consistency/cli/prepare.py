@@ -1,6 +1,6 @@
 """Downloads a dataset and prepares it as array_record, which the programs read without TensorFlow.
 
-    python -m rs_consistency.data.prepare mnist [--data_dir=DIR] [--manual_dir=DIR]
+    python -m rs_consistency.cli.prepare mnist [--data_dir=DIR] [--manual_dir=DIR]
 
 Only this step needs TensorFlow (`pip install tensorflow-cpu`). It needs a network, unless the original files are in
 `--manual_dir`.
@@ -11,11 +11,13 @@ from collections.abc import Sequence
 from rs_consistency.cli import start
 from rs_consistency.cli.common import Parser, entry_point, user_place
 from rs_consistency.common.errors import say
-from rs_consistency.data.prepare import ORIGINALS, prepare
 
 
 def _main(argv: Sequence[str]) -> None:
-    parser = Parser(prog="python -m rs_consistency.data.prepare", description=__doc__)
+    # Slow to import, and `python -m` runs this module itself before the start.
+    from rs_consistency.data.prepare import ORIGINALS, prepare
+
+    parser = Parser(prog="python -m rs_consistency.cli.prepare", description=__doc__)
     parser.add_argument("name", help=", ".join(ORIGINALS))
     parser.add_argument(
         "--data_dir", type=user_place, help="folder to write to (default: $TFDS_DATA_DIR or TFDS's own)"

@@ -147,4 +147,4 @@ def unreadable(source: Path | str, reason: str, name: str) -> UserError:
 
 def prepare_command(name: str) -> str:
     """Return the command that prepares a dataset."""
-    return f"python -m rs_consistency.data.prepare {name}"
+    return f"python -m rs_consistency.cli.prepare {name}"

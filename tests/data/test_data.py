@@ -91,7 +91,7 @@ def test_datasets_of_another_name_in_tfds_keep_ours_in_messages(tmp_path):
     assert data.load("svhn", "train", data_dir=str(tmp_path)).labels.tolist() == [0, 1, 2]
     for name in ("svhn", "imagenet", "cifar100"):
         with pytest.raises(
-            UserError, match=rf"dataset.name='{name}' is not prepared .*data\.prepare {name} --data_dir="
+            UserError, match=rf"dataset.name='{name}' is not prepared .*cli\.prepare {name} --data_dir="
         ):
             data.open_split(name, "test", data_dir=str(tmp_path / "nothing"))
         assert name in prepare.ORIGINALS
@@ -123,7 +123,7 @@ def test_tfrecord_without_tensorflow_names_both_ways_out(tmp_path, monkeypatch):
     (home / "dataset_info.json").write_text(json.dumps({**info, "fileFormat": "tfrecord"}))
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
     with pytest.raises(
-        UserError, match=r"only TensorFlow reads.*pip install tensorflow-cpu.*data\.prepare mnist --data_dir="
+        UserError, match=r"only TensorFlow reads.*pip install tensorflow-cpu.*cli\.prepare mnist --data_dir="
     ):
         data.load("mnist", "train", data_dir=str(tmp_path), cache_dir=str(tmp_path / "cache"))
     with pytest.raises(UserError, match=r"is already prepared, as tfrecord.*give another --data_dir"):

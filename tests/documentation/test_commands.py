@@ -25,7 +25,7 @@ NOT_RUN = {
     r"python analyze\.py .*--match_images=": "files that are downloaded; tests/certificates/test_matching.py",
     r"python certify\.py --torch_checkpoint=": "a file that is downloaded; tests/cli/test_torch.py",
     r"(rs-export-torch|python -m rs_consistency\.cli\.export_torch)\b": "PyTorch; tests/cli/test_torch.py",
-    r"python -m rs_consistency\.data\.prepare ": "a download; tests/data/test_data.py",
+    r"python -m rs_consistency\.cli\.prepare ": "a download; tests/data/test_data.py",
     r"python benchmarks/": "minutes to hours, and PyTorch",
     r"(python reproduce\.py|rs-reproduce)\b": "hours; tests/reproduction/test_reproduce.py",
     r"python examples/": "tests/documentation/test_examples.py",

@@ -6,6 +6,7 @@ import fcntl
 import json
 import os
 import shutil
+import signal
 import subprocess
 import sys
 
@@ -38,7 +39,7 @@ def fake_plans(monkeypatch):
     """`reproduce.main` on `MACHINE`, with programs that only write files, and without the tables and pictures."""
     monkeypatch.setitem(Runner.__init__.__kwdefaults__, "modules", FAKES)
     monkeypatch.setattr("rs_consistency.reproduction.machine.this_machine", lambda jobs: MACHINE)
-    monkeypatch.setattr(reproduce, "_render", lambda *_: None)  # takes seconds; test_comparison.py is about them
+    monkeypatch.setattr(reproduce, "_render", lambda *_: "")  # takes seconds; test_comparison.py is about them
 
 
 @contextlib.contextmanager
@@ -64,6 +65,21 @@ def test_a_run_that_a_signal_ended_starts_again_and_says_where(tmp_path, capfd):
     calls = calls_of(tmp_path / cell.name)
     assert [call["program"] for call in calls] == ["train", "certify"]  # the first had made nothing
     assert {(call["device"], call["processor"]) for call in calls} == {("1 x cpu (cpu)", "a processor")}
+
+
+@pytest.mark.parametrize(("status", "number"), [(143, 15), (2, None)])
+def test_a_run_that_was_told_to_end_starts_again_and_another_error_does_not(status, number, tmp_path, capfd):
+    (cell,) = cells_of(tmp_path)
+    (tmp_path / f"crash_{cell.name}").write_text(str(status))
+    outcome = runner_of(tmp_path).run([cell])
+    assert outcome.finished == ([cell] if number else []) and bool(outcome.failed) == (not number)
+    assert (f"train ended by signal {number}; starting it again" in capfd.readouterr().err) == bool(number)
+
+
+def test_an_interrupted_plan_tells_its_runs_to_end():
+    process = subprocess.Popen(["sleep", "600"])
+    runner_module._end([process])
+    assert process.returncode == -signal.SIGTERM
 
 
 def test_calls_whose_work_was_taken_away_are_forgotten(tmp_path):
