@@ -158,6 +158,7 @@ class Suite:
             found.append(("not continued", f"status {again.status}: {again.err[-600:]}"))
         else:
             found += self._differences(left, known)
+        found += _steps_lost(ended, again, known)
         if again.err.count(" is unreadable") > known.ended.err.count(" is unreadable"):
             found.append(("lost", again.err[-600:]))
         return found
@@ -234,11 +235,18 @@ def _losses(ended: Ended, work: Path, after: Files, known: Undisturbed) -> list[
         name = Path(path).relative_to(work).as_posix()
         if not Path(path).name.startswith(".") and len(after.get(name, b"")) < size:
             found.append(("lost", f"{name}: {size} bytes were synced, {len(after.get(name, b''))} are there"))
-    saved = [Path(path) for what, _, path in ended.log if what == "named" and re.search(r"/checkpoints/\d+$", path)]
-    newest = max(saved, key=lambda path: int(path.name), default=None)
-    if newest and not any(newest.rglob("manifest.ocdbt")):
-        found.append(("lost", f"checkpoint {newest.name}"))
     return found
+
+
+def _steps_lost(ended: Ended, again: Ended, known: Undisturbed) -> list[tuple[str, str]]:
+    """Check that a training goes on after the newest checkpoint that was whole before, or that the fault came after."""
+    found = [re.search(r"run/checkpoints/(\d+)/.*/manifest.ocdbt", name) for name in known.before]
+    found += [re.search(r"/checkpoints/(\d+)$", path) for what, _, path in ended.log if what == "named"]
+    newest = max((int(match[1]) for match in found if match), default=0)
+    goes_on = re.search(r"continuing after step (\d+)", again.err)
+    if "loss" not in again.out or not newest or (goes_on and int(goes_on[1]) >= newest):
+        return []
+    return [("lost", f"checkpoint {newest}: the training goes on after {goes_on[1] if goes_on else 'none'}")]
 
 
 def _write_data(folder: Path) -> None:
