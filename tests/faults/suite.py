@@ -331,6 +331,8 @@ def main() -> None:
                 print(f"{injected} injections, {failed} failed, {time.monotonic() - begun:.0f} s", flush=True)
             for kind, text in found:
                 print(f"{kind}: {case}: {text}\n  make test-faults CASE='{case}'", flush=True)
+    except KeyboardInterrupt:
+        print("interrupted", flush=True)
     finally:
         shutil.rmtree(home, ignore_errors=True)
     print(f"\n{_table(counts)}")
