@@ -84,7 +84,6 @@ def certify(workdir, named):
     for number, index in enumerate(file.remaining):
         if number == 1 and hang.exists():
             time.sleep(600)
-        n = int(named["n"])  # all votes are for class 3, which proves more than this radius
-        file.append([[int(index), 3, 3, config["sigma"], 1, 1.0, 100, n, 0, 3, n, n]])
+        file.append([[int(index), 3, 3, config["sigma"], 1, 1.0, 100, 90, 10, 3, 90, int(named["n"])]])
     file.finish()
     file.close()
