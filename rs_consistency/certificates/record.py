@@ -45,6 +45,8 @@ _CHANGES_VOTES = ("device", "code_digest", "program")  # beside the versions
 # Keys of the network and the images: where a record has them, its identity names them, or files would not be compared.
 _BINDING = ("dataset", "split", "data_digest", "model", "dtype", "checkpoint_step", "parameter_digest")
 _BINDING_OF_TORCH = ("torch_checkpoint_sha256", "torch_input")
+_TEXTS = ("dataset", "split", "data_digest", "model", "dtype", "parameter_digest", *_BINDING_OF_TORCH)
+_TEXTS += ("device", "code_version", "code_digest", "git_commit", "command")
 
 
 class Settings(NamedTuple):
@@ -275,7 +277,7 @@ def differing_provenance(here: Mapping[str, Any], there: Mapping[str, Any]) -> l
 def _check_provenance(content: Mapping[str, Any]) -> None:
     for part in (content, *_list(content, "shards", dict)):
         for entry in (part, *_list(part, "continued_with", dict)):
-            for name in ("device", "code_version", "code_digest", "git_commit", "command"):
+            for name in _TEXTS:
                 if not isinstance(entry.get(name), str | None):
                     raise UserError(f"{name}={entry[name]!r} is no text")
             if not isinstance(entry.get("versions", {}), dict):
@@ -291,7 +293,8 @@ def _check_provenance(content: Mapping[str, Any]) -> None:
 
 def _list(content: Mapping[str, Any], key: str, kind: type) -> list[Any]:
     values = content.get(key, [])
-    if not isinstance(values, list) or not all(isinstance(value, kind) for value in values):
+    good = isinstance(values, list) and all(isinstance(value, kind) for value in values)
+    if not good or (kind is str and not all(map(str.isprintable, values))):
         raise UserError(f"{key}={values!r} is no list of {'texts' if kind is str else 'JSON objects'}")
     return values
 

@@ -223,6 +223,8 @@ NARROW = ["mode", "skip", "split_size", "shard", *VOTES, *OF_MODE[CERTIFY]]
         ({"finished": {"images": 6, "sha256": "0" * 64}}, "its SHA-256 is not the one in c.json"),
         ({"device": ["x"]}, "device=['x'] is no text"),
         ({"command": 1}, "command=1 is no text"),
+        ({"data_digest": []}, "data_digest=[] is no text"),
+        ({"identity": ["\x1b[2J\n"]}, "identity=['\\x1b[2J\\n'] is no list of texts"),
         ({"config": [1]}, "config=[1] is no JSON object"),
         ({"continued_with": [{"git_commit": 1}]}, "git_commit=1 is no text"),
         ({"shards": [{"shard": "1/2"}]}, "shards: number 1 of 1 is shard '1/2'"),
