@@ -157,4 +157,4 @@ def to_unit(images: jax.Array) -> jax.Array:
 
     `smoothing.voter.to_float` does the same on the host.
     """
-    return any_array("images", images, kinds="iuf").astype(jnp.float32) / 255
+    return any_array("images", images, kinds="iu").astype(jnp.float32) / 255
