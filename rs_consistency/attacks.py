@@ -19,6 +19,7 @@ from rs_consistency.noise import checked_keys
 ApplyFn = Callable[[jax.Array], jax.Array]
 
 _LOG_OF_SMALLEST_MEAN = math.log(1e-20)  # where the published attack clips the mean of the softmax vectors
+_MOST_STEPS = 100_000  # which a CPU compiles one after the other
 _SMALLEST_NORM = 1e-8  # added to a gradient's norm before the division
 
 
@@ -301,8 +302,8 @@ def unit(gradient: jax.Array, mean_over: int = 1) -> jax.Array:
 
 def project(offset: jax.Array, radius: float | jax.Array) -> jax.Array:
     """Return the nearest point of the l2 ball over H, W, C."""
-    offset, radius = _checked_images("offset", offset), _checked_length("radius", radius)
-    norm = l2_norm(offset)
+    norm = l2_norm(_checked_images("offset", offset))
+    radius = _checked_length("radius", radius, norm.shape)
     outside = norm > radius
     return offset * jnp.where(outside, radius / jnp.where(outside, norm, 1), 1)
 
@@ -352,15 +353,18 @@ def _checked_images(name: str, x: jax.Array) -> jax.Array:
     return x
 
 
-def _checked_length(name: str, value: float | jax.Array) -> float | jax.Array:
-    """Return a length, at least 0; a traced one, or an array with an entry for each image, is not looked at."""
-    if is_traced(value) or getattr(value, "ndim", 0):
-        return any_array(name, value)
-    return number_from(name, value, at_least=0)
+def _checked_length(name: str, value: float | jax.Array, shape: tuple[int, ...] = ()) -> float | jax.Array:
+    """Return a length, at least 0; a traced one, or an array of a shape like `[..., 1, 1, 1]`, is not looked at."""
+    if not is_traced(value) and not (shape and getattr(value, "ndim", 0)):
+        return number_from(name, value, at_least=0)
+    lengths = any_array(name, value)
+    if lengths.ndim and lengths.shape != shape:
+        raise UserError(f"{name} has shape {lengths.shape}; it must be a number" + f", or {shape}" * bool(shape))
+    return lengths
 
 
 def _checked_steps(num_steps: int) -> int:
     number = finite_number("num_steps", num_steps)
-    if number is None or int(number) != number or number < 1:
-        raise UserError(f"num_steps={shown(num_steps)}: use at least 1, and a whole number")
+    if number is None or int(number) != number or not 1 <= number <= _MOST_STEPS:
+        raise UserError(f"num_steps={shown(num_steps)}: use at least 1, and a whole number of at most {_MOST_STEPS}")
     return int(number)

@@ -290,6 +290,14 @@ def checked_labels(logits: jax.Array, labels: jax.Array) -> tuple[jax.Array, jax
     """Return logits, labels `[B]`, and whether they are classes; a `UserError` for labels that cannot be any.
 
     Under `jit` their values are not known, and outside of it they are read.
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> from rs_consistency import losses
+      >>> losses.checked_labels(jnp.zeros((2, 3, 4)), jnp.array([0, 1, 4]))
+      Traceback (most recent call last):
+        ...
+      rs_consistency.common.errors.UserError: labels=4: use whole numbers from 0 to 3
     """
     logits, labels = _checked_logits(logits), any_array("labels", labels, kinds="iu")
     num_classes = logits.shape[2]
@@ -304,7 +312,7 @@ def checked_labels(logits: jax.Array, labels: jax.Array) -> tuple[jax.Array, jax
 
 
 def _checked_logits(logits: jax.Array) -> jax.Array:
-    logits = any_array("logits", logits, "[M, B, K]: copies, examples, classes")
+    logits = jnp.asarray(any_array("logits", logits, "[M, B, K]: copies, examples, classes"))
     if not logits.shape[0] or not logits.shape[2]:
         raise UserError(f"logits has shape {logits.shape}; it needs at least one copy and one class")
     return logits

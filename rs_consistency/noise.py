@@ -23,6 +23,7 @@ from rs_consistency.common.checks import (
     MOST,
     any_array,
     check_all,
+    check_outside_jit,
     is_jax,
     number_array,
     one_of,
@@ -284,6 +285,7 @@ def bound_uniform(seed: int, indices: np.ndarray) -> np.ndarray:
     Returns:
       `[B]` float64, multiples of 2**-53.
     """
+    check_outside_jit("bound_uniform")
     indices = whole_array("indices", indices, "[B]").astype(np.int32)
     return _uniforms(_bits(_keys(stream_key(seed, Stream.BOUND), (indices,)), 2))
 
@@ -298,6 +300,7 @@ def weighted_draws(key: jax.Array, weights: np.ndarray) -> np.ndarray:
     Returns:
       `[N]` int32. A number with weight 0 is never drawn.
     """
+    check_outside_jit("weighted_draws")
     key, weights = checked_keys("key", key, ()), any_array("weights", number_array("weights", weights), "[N]")
     check_all("weights", weights, np.isfinite(weights) & (weights >= 0), "use numbers of at least 0")
     if not weights.any():
@@ -326,10 +329,11 @@ def _checked_words(name: str, value: Any, axes: str) -> Any:
     """Return whole numbers that fit into 32 bits, as int32 or uint32; JAX's, which have 32, are not looked at."""
     if is_jax(value):
         return any_array(name, value, axes, kinds="iu")
-    value = number_array(name, value, kinds="iu")
+    value = any_array(name, number_array(name, value, kinds="iu"), axes)
+    if value.dtype.itemsize == 4:
+        return value
     check_all(name, value, (value >= 0) & (value <= MAX_SEED), f"use whole numbers from 0 to {MAX_SEED}")
-    value = any_array(name, value, axes, kinds="iu")
-    return value if value.dtype.itemsize == 4 else value.astype(np.uint32)
+    return value.astype(np.uint32)
 
 
 def _checked_index(name: str, value: Any) -> Any:

@@ -6,6 +6,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from rs_consistency.common.checks import shown
 from rs_consistency.common.errors import UserError
 
 _SHARD = re.compile(r"([1-9][0-9]{0,8})/([1-9][0-9]{0,8})")
@@ -42,7 +43,7 @@ def parse_shard(text: Any) -> Shard:
     """
     found = _SHARD.fullmatch(text) if isinstance(text, str) else None
     if found is None or int(found[1]) > int(found[2]):
-        raise UserError(f"shard={text!r}: use I/K, share I of K with 1 <= I <= K, such as 2/5")
+        raise UserError(f"shard={shown(text)}: use I/K, share I of K with 1 <= I <= K, such as 2/5")
     return Shard(int(found[1]), int(found[2]))
 
 

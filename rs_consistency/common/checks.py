@@ -109,7 +109,7 @@ def no_such_key(key: str, known: Collection[str]) -> UserError:
 
 
 def number_array(name: str, value: ArrayLike, *, kinds: str = "iuf") -> np.ndarray:
-    """Return a NumPy array of real numbers, of their own type; of bfloat16 and the like, as float32.
+    """Return a NumPy array of real numbers, of their own type; of 16 bits and fewer, as float32.
 
     The `kinds` are NumPy's letters: booleans are numbers only with "b". Anything else is a `UserError`: complex
     numbers, rows of different lengths, masked values, times, objects, and arrays that JAX traces: they have no values.
@@ -119,7 +119,7 @@ def number_array(name: str, value: ArrayLike, *, kinds: str = "iuf") -> np.ndarr
         array = np.asarray(value)
     except Exception as error:  # arrays of other libraries raise many kinds
         raise UserError(f"{name}={shown(value)}: use numbers, in rows of equal length ({first_line(error)})") from None
-    if is_extended(array.dtype):
+    if is_extended(array.dtype) or array.dtype == np.float16:  # which compares with no number above 65504
         array = array.astype(np.float32)
     if not array.size and array.ndim == 1 and not isinstance(value, np.ndarray):
         array = array.astype(np.int64)  # an empty list
@@ -175,6 +175,13 @@ def is_jax(value: Any) -> bool:
 def is_traced(value: Any) -> bool:
     """Return whether a value stands for an array that `jax.jit`, `vmap` or `grad` traces: it has no number yet."""
     return is_jax(value) and isinstance(value, sys.modules["jax"].core.Tracer)
+
+
+def check_outside_jit(name: str) -> None:
+    """Raise inside a function that `jax.jit` traces, where JAX computes no values; `name` is what needs them."""
+    jax = sys.modules["jax"]
+    if isinstance(jax.numpy.zeros(()), jax.core.Tracer):
+        raise UserError(f"{name} cannot be traced by jax.jit, since it needs values; call it outside")
 
 
 def check_all(name: str, value: np.ndarray, good: np.ndarray, remedy: str) -> None:

@@ -158,4 +158,4 @@ def to_unit(images: "jax.Array") -> "jax.Array":
 
     `smoothing.voter.to_float` does the same on the host.
     """
-    return any_array("images", images, kinds="iuf").astype(np.float32) / 255
+    return any_array("images", images, kinds="iu").astype(np.float32) / 255

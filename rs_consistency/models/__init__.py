@@ -83,7 +83,7 @@ def _checked_dtype(dtype: Any) -> Any:
     """Return the type in which a model computes."""
     try:
         name = jnp.dtype(dtype).name if dtype is not None else None
-    except TypeError:
+    except Exception:  # anything may be given
         name = None
     if name not in DTYPES:
         raise UserError(f"dtype={shown(dtype)}: use one of {', '.join(DTYPES)}")

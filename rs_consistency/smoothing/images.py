@@ -8,7 +8,7 @@ import numpy as np
 from numpy.typing import ArrayLike
 
 from rs_consistency import noise
-from rs_consistency.common.checks import boolean, function, number_array, one_of, whole_array
+from rs_consistency.common.checks import boolean, check_outside_jit, function, number_array, one_of, whole_array
 from rs_consistency.common.errors import UserError
 from rs_consistency.common.progress import progress_bar
 from rs_consistency.devices import parallel
@@ -44,10 +44,16 @@ class Task(NamedTuple):
 def join(empty: _Group, groups: Iterable[_Group], desc: str, total: int, progress: bool) -> _Group:
     """Return groups of images as one group, each array of `empty` and theirs put together; with a progress bar."""
     parts = [empty]
-    with progress_bar(desc, total, show=progress) as bar:
-        for group in groups:
-            parts.append(group)
-            bar.update(len(group[0]))
+    try:
+        with progress_bar(desc, total, show=progress) as bar:
+            for group in groups:
+                parts.append(group)
+                bar.update(len(group[0]))
+    except jax.errors.JaxRuntimeError as error:
+        if "callback" not in str(error):
+            raise
+        message = f"the model calls a function on the host, which fails: {str(error).strip().splitlines()[-1]}"
+        raise UserError(message) from error
     return type(empty)(*(np.concatenate(arrays) for arrays in zip(*parts, strict=True)))
 
 
@@ -62,6 +68,7 @@ def prepare(
     **settings: Any,
 ) -> Task:
     """Check the arguments of a function about images; `settings` are those of `votes.vote_settings`."""
+    check_outside_jit("a smoothed classifier")
     check_function(apply_fn)
     boolean("progress", progress)
     images = check_images(images, sampler)
@@ -83,7 +90,9 @@ def check_images(images: ArrayLike, sampler: str) -> np.ndarray:
       UserError: for an unknown sampler, a shape other than `[B, H, W, C]`, or values that do not fit the sampler.
     """
     one_of("sampler", sampler, SAMPLERS)
-    images = number_array("images", images, kinds="biuf")
+    images = number_array("images", images, kinds="biufcmMOSUV")
+    if images.dtype.kind not in "biuf":
+        raise UserError(f"images are of type {images.dtype}; they must be uint8, or numbers in [0, 1]")
     if images.ndim != 4 or 0 in images.shape[1:]:
         raise UserError(f"images has shape {images.shape}; it must be [B, H, W, C], one image being images[None]")
     if images.dtype == np.uint8:
