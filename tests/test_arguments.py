@@ -261,6 +261,15 @@ def test_some_bad_arguments(function):
     assert not list(faults(function, CALLS[function], _FEW, ("complex", "masked")))
 
 
+def test_a_function_without_checks_is_found():
+    def unchecked(values):
+        return np.asarray(values, np.float32).real.sum()
+
+    found = " ".join(faults(unchecked, {"values": [1.0, 2.0]}, _FEW, ("complex", "masked")))
+    for label in (*_FEW, "masked", "values traced"):
+        assert label in found
+
+
 def test_a_value_in_a_message_is_short_and_on_one_line():
     for value in (*SINGLE.values(), np.ones((300, 300)), "two\nlines", KEY, UNIT):
         text = checks.shown(value)

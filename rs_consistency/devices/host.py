@@ -38,12 +38,14 @@ def _cpuinfo() -> list[str]:
 
 
 def fix_number_types() -> None:
-    """Make JAX compute with 32 bits where it has the choice, whatever `JAX_ENABLE_X64` says.
+    """Make JAX compute with 32 bits where it has the choice, and compile, whatever its environment variables say.
 
     The programs' results are a function of config, seed and data. All draws name their types, but a constant of 64 bits
-    in a network would give a record another digest.
+    in a network (`JAX_ENABLE_X64`) would give a record another digest. Operation by operation (`JAX_DISABLE_JIT`), a
+    step would take hours.
     """
     jax.config.update("jax_enable_x64", False)
+    jax.config.update("jax_disable_jit", False)
 
 
 def use_cores() -> None:
