@@ -302,7 +302,8 @@ def unit(gradient: jax.Array, mean_over: int = 1) -> jax.Array:
 
 def project(offset: jax.Array, radius: float | jax.Array) -> jax.Array:
     """Return the nearest point of the l2 ball over H, W, C."""
-    norm = l2_norm(_checked_images("offset", offset))
+    offset = _checked_images("offset", offset)
+    norm = l2_norm(offset)
     radius = _checked_length("radius", radius, norm.shape)
     outside = norm > radius
     return offset * jnp.where(outside, radius / jnp.where(outside, norm, 1), 1)
