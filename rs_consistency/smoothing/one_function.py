@@ -20,7 +20,6 @@ import jax.numpy as jnp
 import numpy as np
 
 from rs_consistency.common.errors import UserError
-from rs_consistency.devices.compiler import deterministic_options
 from rs_consistency.smoothing.voter import Voter
 from rs_consistency.statistics.samplers import GRID
 
@@ -46,7 +45,7 @@ def program_of(
         "platform": devices[0].platform,
         "rows_per_device": rows,
         "xla_flags": " ".join(sorted(flags)),
-        "compiler_options": deterministic_options(devices[0].platform) or {},
+        "compiler_options": voter.compiler_options(devices[0].platform) or {},
         "network_sha256": hashlib.sha256(text.encode()).hexdigest(),
     }
 
@@ -90,7 +89,7 @@ def check_one_function(
     ) -> jax.Array:
         return voter.noisy(images, addresses=addresses, **draws)
 
-    @functools.partial(jax.jit, compiler_options=deterministic_options(device.platform))
+    @functools.partial(jax.jit, compiler_options=voter.compiler_options(device.platform))
     def alone(variables: Any, noisy: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
         logits = voter.logits(variables, noisy)
         return logits, *voter.votes(logits)

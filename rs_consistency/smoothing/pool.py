@@ -28,7 +28,6 @@ import numpy as np
 from rs_consistency import noise
 from rs_consistency.common.checks import LARGEST, number_from, probability
 from rs_consistency.devices import parallel
-from rs_consistency.devices.compiler import deterministic_options
 from rs_consistency.smoothing.one_function import check_one_function
 from rs_consistency.smoothing.voter import ApplyFn, Voter, nan_error, pixels
 from rs_consistency.smoothing.votes import VoteSettings
@@ -175,7 +174,7 @@ def _compile(
     def write(shard: jax.Array, pool: jax.Array, slots: jax.Array, images: jax.Array) -> jax.Array:
         return pool.at[slots].set(images, mode="drop")  # the padding of a refill has slot P, which does not exist
 
-    options = deterministic_options(devices[0].platform) if voter.sampler == GRID else None
+    options = voter.compiler_options(devices[0].platform)
     return (
         parallel.spread(count_blocks, devices=devices, compiler_options=options),
         parallel.spread(write, devices=devices, donate=(0,)),

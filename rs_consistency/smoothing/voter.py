@@ -16,6 +16,7 @@ from rs_consistency import noise
 from rs_consistency.common.checks import check_kind
 from rs_consistency.common.errors import UserError, first_line
 from rs_consistency.data import to_unit
+from rs_consistency.devices.compiler import deterministic_options
 from rs_consistency.devices.memory import check_memory, least_bytes
 from rs_consistency.statistics.rounded_gaussian import grid_table
 from rs_consistency.statistics.samplers import GRID
@@ -43,6 +44,10 @@ class Voter(NamedTuple):
     sampler: str
     precision: str
     lookup: noise.Lookup
+
+    def compiler_options(self, platform: str) -> dict[str, bool] | None:
+        """Return the XLA options of its votes on a platform: on the grid they count for one function, bit for bit."""
+        return deterministic_options(platform) if self.sampler == GRID else None
 
     def noisy(
         self, images: jax.Array, *, key: jax.Array, addresses: tuple[jax.Array, jax.Array, jax.Array], scale: Any

@@ -15,7 +15,6 @@ from rs_consistency.common.checks import LARGEST, MAX_SEED, MOST, PRECISIONS, nu
 from rs_consistency.common.errors import UserError
 from rs_consistency.data import DatasetInfo
 from rs_consistency.devices import parallel
-from rs_consistency.devices.compiler import deterministic_options
 from rs_consistency.smoothing.one_function import check_one_function
 from rs_consistency.smoothing.voter import ApplyFn, Voter, nan_error, pixels, scale_of
 from rs_consistency.statistics.samplers import GRID, NoiseLaw, noise_law
@@ -312,5 +311,5 @@ def _compile(voter: Voter, per_device: int, batches: int, devices: Sequence[jax.
             added = jax.lax.fori_loop(np.int32(0), jnp.minimum(np.int32(batches), left), one_batch, added)
         return counts + parallel.sum_over_devices(added)
 
-    options = deterministic_options(devices[0].platform) if voter.sampler == GRID else None
+    options = voter.compiler_options(devices[0].platform)
     return parallel.spread(some_batches, devices=devices, donate=(0,), compiler_options=options)
