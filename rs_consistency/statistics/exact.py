@@ -364,6 +364,8 @@ def _cdf(a: Fraction) -> tuple[int, int]:
         return _ONE - high, _ONE - low
     if a >= _FAR:
         return _ONE - (_ONE >> 76), _ONE
+    if a == 0:
+        return _ONE >> 1, _ONE >> 1
     above_half = within(a, _BITS + 112) >> 113
     return (_ONE >> 1) + above_half - 1, min((_ONE >> 1) + above_half + 2, _ONE)
 
