@@ -7,11 +7,10 @@ Installed, the program is rs-export-torch. Needs PyTorch: pip install 'rs-consis
 
 from collections.abc import Sequence
 
-import jax
-
 from rs_consistency.cli.common import Parser, entry_points, user_path
 from rs_consistency.common.errors import UserError
 from rs_consistency.common.files import read_json
+from rs_consistency.devices.parallel import choose_devices
 from rs_consistency.models.torch_checkpoints import export_torch
 from rs_consistency.training import runs
 from rs_consistency.training.inputs import step_sizes
@@ -27,7 +26,7 @@ def _main(argv: Sequence[str]) -> None:
     workdir, output = args.workdir, args.output
     if not output.parent.is_dir():
         raise UserError(f"output={output}: its folder does not exist; create it, or choose another --output")
-    run = runs.restore(workdir, jax.local_devices()[:1])
+    run = runs.restore(workdir, choose_devices(1))
     examples = read_json(workdir / DATA_FILE).get("train_examples") if (workdir / DATA_FILE).exists() else None
     epoch = run.step // step_sizes(run.config, examples).steps if examples else 0
     export_torch(run.variables, run.config.model, output, epoch=epoch)
