@@ -20,13 +20,12 @@ def _main(argv: Sequence[str]) -> None:
     args = parser.parse_args(argv)
     workdir, output = args.workdir, args.output
     # Imported after the flags are parsed, and after the start: `python -m` runs this module itself.
-    import jax
-
+    from rs_consistency.devices.parallel import choose_devices
     from rs_consistency.models.torch_checkpoints import check_output, export_torch
     from rs_consistency.training import runs
 
     check_output(output)
-    run = runs.restore(workdir, jax.local_devices()[:1])
+    run = runs.restore(workdir, choose_devices(1))
     last = runs.finished_step(workdir, run.config)
     epoch = run.step * run.config.num_epochs // last if last else 0
     export_torch(run.variables, run.config.model, output, epoch=epoch)

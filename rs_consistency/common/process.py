@@ -72,6 +72,8 @@ def run(module: str, arguments: Sequence[str] | None = None) -> None:
     if _State.interrupted:  # something swallowed it
         _leave()
     _State.status = status
+    if status:
+        _end()  # threads of a library may wait for work that failed, and the interpreter would wait for them
     raise SystemExit(status)
 
 

@@ -10,6 +10,7 @@ import numpy as np
 from rs_consistency import data, noise
 from rs_consistency.common.errors import UserError
 from rs_consistency.common.progress import progress_bar
+from rs_consistency.devices.parallel import choose_devices
 from rs_consistency.models import DTYPES
 from rs_consistency.report.contents import Subject
 from rs_consistency.smoothing.voter import Voter, nan_error, pixels, to_float
@@ -103,7 +104,7 @@ def ask(subject: Subject, split: data.OpenSplit, *, images: int = 5, copies: int
       UserError: when there is no run around the file, or the run has no checkpoint, or that of another network.
     """
     record, table = subject.record, subject.certificates
-    devices = jax.local_devices()[:1]
+    devices = choose_devices(1)
     info = data.dataset_info(record["dataset"])
     question = VoteSettings.for_dataset(
         info,

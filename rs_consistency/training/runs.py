@@ -14,6 +14,7 @@ from ml_collections import ConfigDict
 from rs_consistency.common.errors import UserError, note
 from rs_consistency.common.files import check_utf8, lock, read_json, write_json
 from rs_consistency.data import dataset_info
+from rs_consistency.devices.parallel import choose_devices
 from rs_consistency.methods import METHODS
 from rs_consistency.models.inference import for_inference
 from rs_consistency.training.checkpoints import Checkpoints
@@ -148,7 +149,7 @@ def check_fits(config: ConfigDict, workdir: Path, *, name: str) -> None:
     Of that run only the config is read. The first variable that does not fit is named.
     """
     source = _with_checkpoint(workdir, name=name)
-    targets = (restore_target(each, jax.local_devices()[:1]).variables for each in (config, source))
+    targets = (restore_target(each, choose_devices(1)).variables for each in (config, source))
     mine, theirs = (
         {keystr(path): str(leaf.shape) for path, leaf in jax.tree.leaves_with_path(target)} for target in targets
     )
