@@ -138,11 +138,15 @@ def read_bytes(path: Path, *, at_most: int) -> bytes:
     Raises:
       UserError: for a folder, a pipe or a device, which may have no end, and for a file of more bytes than `at_most`.
     """
-    status = path.stat()
-    if not stat.S_ISREG(status.st_mode):
-        raise UserError(f"{path} is not a regular file; {_REMEDY}")
-    with path.open("rb") as file:
-        content = file.read(min(status.st_size, at_most) + 1)
+    descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK)  # without waiting for the writer of a pipe
+    try:
+        # Of the open file, since the path may name another at any time; not its size, which is 0 in /proc.
+        if not stat.S_ISREG(os.fstat(descriptor).st_mode):
+            raise UserError(f"{path} is not a regular file; {_REMEDY}")
+        with open(descriptor, "rb", closefd=False) as file, naming(path):
+            content = file.read(at_most + 1)
+    finally:
+        os.close(descriptor)
     if len(content) > at_most:
         raise UserError(f"{path} is damaged: it has more than {at_most} bytes; {_REMEDY}")
     return content

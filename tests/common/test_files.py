@@ -115,3 +115,22 @@ def test_what_is_no_regular_file_is_refused_unread(tmp_path):
         read_json(tmp_path / "sparse")
     with pytest.raises(FileNotFoundError):
         read_json(tmp_path / "nothing")
+
+
+def test_a_file_is_read_whole_while_others_replace_it_and_where_no_size_is_known(tmp_path, monkeypatch):
+    path, later = tmp_path / "a.json", {"b": [0] * 1000}
+    write_json(path, {})
+    of_open, of_path = os.fstat, os.stat
+
+    def replaced(look, file, **how):
+        status = look(file, **how)
+        write_json(path, later)  # after the look, before the reading
+        return status
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "fstat", lambda file: replaced(of_open, file))
+        assert read_json(path) == {}  # the file that was looked at
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "stat", lambda file, **how: replaced(of_path, file, **how) if file == path else of_path(file))
+        assert read_json(path) == later
+    assert files.read_bytes(files.Path("/proc/self/status"), at_most=2**20).startswith(b"Name:")
