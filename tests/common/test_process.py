@@ -90,13 +90,20 @@ def test_a_product_that_cannot_be_shown_is_an_error_that_names_stdout(tmp_path):
 
 # A job that gets a signal at some moment: it sends the signal itself. It works on a file, with a library.
 JOB = """
-import atexit, contextlib, os, signal, time
+import atexit, contextlib, ctypes, os, signal, threading, time
 from pathlib import Path
 from rs_consistency.common import process
 from rs_consistency.common.files import replace_atomically
 
 def hit(number=None):
     os.kill(os.getpid(), number or signal.{name})
+
+def hit_in_c(*seconds):
+    for each in (*seconds, 20):
+        threading.Timer(each, hit if each < 20 else lambda: os._exit(9)).start()
+    lock, twice = ctypes.create_string_buffer(64), ctypes.CDLL(None).pthread_mutex_lock
+    twice(lock)
+    twice(lock)  # does not return, and no signal ends it
 
 class Destructor:
     def __del__(self):
@@ -127,12 +134,14 @@ MOMENTS = {
     "in a destructor": "Destructor()",
     "in a library": "import lib\nlib.swallow(hit, 0.1)\ntime.sleep(9)",
     "in a library that does not return": "import lib\nprocess._LIBRARY_SECONDS = 1\nlib.swallow(hit, 9)",
+    "in C code that does not return": "process._LIBRARY_SECONDS = 0.2\nhit_in_c(0.1)",
+    "twice in C code": "process._LIBRARY_SECONDS, process._SAME_SECONDS = 60, 0.1\nhit_in_c(0.1, 0.4)",
     "in an import": "import late",
     "again, as the user is impatient": (
         "process._SAME_SECONDS = 0.01\ntry: hit()\nexcept BaseException: time.sleep(0.02); hit(); time.sleep(9)"
     ),
 }
-AT_ONCE = ("in a destructor", "in a library that does not return", "in an import", "again, as the user is impatient")
+CLOSED = ("in the work", "twice, as timeout(1) does", "turned into another error", "in a library")
 
 
 def interrupted(folder, moment, name="SIGTERM", how=RUN):
@@ -149,7 +158,7 @@ def test_a_signal_at_any_moment_is_one_line_and_leaves_whole_files(moment, tmp_p
     assert (done.returncode, done.stderr.strip()) == (143, LINE.strip())
     assert (tmp_path / "file").read_text() == "old"
     assert done.stdout == ("returned\n" if moment == "in a library" else "")  # no exception came into it
-    assert moment in AT_ONCE or not list(tmp_path.glob(".*.tmp"))
+    assert moment not in CLOSED or not list(tmp_path.glob(".*.tmp"))
 
 
 @pytest.mark.parametrize(("name", "status"), [("SIGINT", 130), ("SIGHUP", 129)])
@@ -174,6 +183,24 @@ def test_a_signal_after_the_work_changes_nothing(tmp_path):
     done = interrupted(tmp_path, "atexit.register(hit)")
     assert (done.returncode, done.stderr) == (0, "")
     assert (tmp_path / "file").read_text() == "new"
+
+
+def test_a_signal_for_a_child_is_not_the_parents(tmp_path):
+    moment = """
+        process._LIBRARY_SECONDS = 0
+        begun = time.monotonic()
+        child = os.fork()
+        while not child:
+            with contextlib.suppress(KeyboardInterrupt):
+                time.sleep(9)
+            os._exit(7)
+        time.sleep(0.1)
+        os.kill(child, signal.SIGTERM)
+        assert os.waitpid(child, 0)[1] == 7 << 8 and time.monotonic() - begun < 5
+        time.sleep(0.2)
+    """
+    done = interrupted(tmp_path, textwrap.dedent(moment))
+    assert (done.returncode, done.stderr) == (0, "")
 
 
 def test_ignored_signals_stay_ignored(tmp_path):
