@@ -61,7 +61,7 @@ def run(module: str, arguments: Sequence[str] | None = None) -> None:
         finally:
             _State.working = False
     except SystemExit as stop:
-        status = stop.code or 0
+        status = _status(stop)
         if _State.interrupted or status == EXIT_INTERRUPTED:
             # At once: XLA's threads still compute, and while the interpreter ends that can be a segmentation fault.
             with contextlib.suppress(OSError):
@@ -76,6 +76,14 @@ def run(module: str, arguments: Sequence[str] | None = None) -> None:
         _leave()
     _State.status = status
     raise SystemExit(status)
+
+
+def _status(stop: SystemExit) -> int:
+    """Return the exit status that Python gives a `SystemExit`; print its text, if it has one."""
+    if stop.code is None or isinstance(stop.code, int):
+        return (stop.code or 0) & 0xFF
+    print(stop.code, file=sys.stderr)
+    return 1
 
 
 def interrupted() -> bool:
