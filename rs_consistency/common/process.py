@@ -214,9 +214,11 @@ def _open_streams() -> None:
 def _output(number: int, stream: TextIO | None) -> TextIO:
     """Return a standard stream in the place of the one that Python has opened, or not."""
     raw = _Output(number, "w", closefd=False)
+    at_once = stream is not None and stream.write_through  # `python -u`
     return io.TextIOWrapper(
-        io.BufferedWriter(raw),
+        raw if at_once else io.BufferedWriter(raw),
         encoding=stream.encoding if stream else "utf-8",
         errors="backslashreplace",
         line_buffering=number == 2 or raw.isatty(),
+        write_through=at_once,
     )

@@ -88,6 +88,13 @@ def test_a_product_that_cannot_be_shown_is_an_error_that_names_stdout(tmp_path):
     assert started(tmp_path, job, redirected=">&-").returncode == 0
 
 
+@pytest.mark.parametrize("unbuffered", ["", "1"])
+def test_output_is_unbuffered_where_the_user_wants_it(unbuffered, tmp_path):
+    job = "import os\ndef main(arguments): print('\xe9', end=''); os._exit(0)"
+    done = started(tmp_path, job, env={**os.environ, "PYTHONUNBUFFERED": unbuffered, "PYTHONUTF8": "1"})
+    assert (done.returncode, done.stdout) == (0, "\xe9" if unbuffered else "")
+
+
 # A job that gets a signal at some moment: it sends the signal itself. It works on a file, with a library.
 JOB = """
 import atexit, contextlib, ctypes, os, signal, threading, time
