@@ -9,6 +9,7 @@ import os
 import platform
 import re
 import stat
+import threading
 import time
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, suppress
@@ -79,7 +80,7 @@ def replace_atomically(path: Path) -> Iterator[Path]:
     killed processes left are removed, too.
     """
     host = _host()
-    temporary = path.with_name(f".{path.name}.{host}.{os.getpid()}.tmp")
+    temporary = path.with_name(f".{path.name}.{host}.{os.getpid()}-{threading.get_native_id()}.tmp")
     _remove_left(path, host)
     try:
         with naming(path):
@@ -92,9 +93,13 @@ def replace_atomically(path: Path) -> Iterator[Path]:
 
 
 def _host() -> str:
-    """Return a name of the machine, or container, within which a process number is of one process at most."""
+    """Return a name of the machine, or container, within which a process number is of one process at most.
+
+    Machines can have the same host name, but each start of a kernel has a number of its own.
+    """
     try:
-        return f"{platform.node()}-{os.stat('/proc/self/ns/pid').st_ino}"
+        boot = Path("/proc/sys/kernel/random/boot_id").read_text(encoding="utf-8").strip()
+        return f"{boot}-{os.stat('/proc/self/ns/pid').st_ino}"
     except OSError:  # not Linux
         return platform.node()
 
@@ -102,9 +107,10 @@ def _host() -> str:
 def _remove_left(path: Path, host: str) -> None:
     """Remove the temporary files that dead processes of this host left, and those of other hosts after a day."""
     for left in path.parent.glob(f".{glob.escape(path.name)}.*.tmp"):
-        where, _, process = left.name.removeprefix(f".{path.name}.").removesuffix(".tmp").rpartition(".")
-        if not re.fullmatch("[0-9]+", process):
+        name = re.fullmatch(r"(.*)\.([0-9]+)-[0-9]+\.tmp", left.name.removeprefix(f".{path.name}."))
+        if not name:
             continue  # of another program
+        where, process = name.groups()
         with suppress(OSError):
             old = time.time() - left.stat().st_mtime > _DAY
             if not _is_running(int(process)) if where == host else old:

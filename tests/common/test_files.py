@@ -4,6 +4,8 @@ import os
 import platform
 import subprocess
 import sys
+import threading
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 
@@ -37,7 +39,7 @@ def test_temporary_files_of_the_living_and_of_other_hosts_stay(tmp_path):
     path = tmp_path / "a.json"
 
     def beside(host, process, age):
-        file = tmp_path / f".a.json.{host}.{process}.tmp"
+        file = tmp_path / f".a.json.{host}.{process}-1.tmp"
         file.write_text("")
         os.utime(file, (file.stat().st_mtime - age,) * 2)
         return file
@@ -50,11 +52,27 @@ def test_temporary_files_of_the_living_and_of_other_hosts_stay(tmp_path):
         beside(here, os.getppid(), 9 * day),
         beside(here, 1, 9 * day),
         beside("far.org", dead.pid, day - 60),
-        beside(platform.node() + "-1", dead.pid, 0),  # another container, whose numbers are not ours
+        beside(platform.node(), dead.pid, 0),  # another machine of this name
+        beside(here.rpartition("-")[0] + "-1", dead.pid, 0),  # another container, whose numbers are not ours
         beside("mine", "old", 9 * day),
     ]
     write_json(path, {})
     assert not any(file.exists() for file in gone) and all(file.exists() for file in stay)
+
+
+def test_two_threads_write_one_path(tmp_path):
+    path, barrier = tmp_path / "a.json", threading.Barrier(2)
+
+    def write(number):
+        with files.replace_atomically(path) as temporary:
+            barrier.wait(10)
+            temporary.write_text(number)
+            barrier.wait(10)
+        return number
+
+    with ThreadPoolExecutor(2) as threads:
+        assert list(threads.map(write, "12")) == ["1", "2"] and path.read_text() in ("1", "2")
+    assert os.listdir(tmp_path) == ["a.json"]
 
 
 BAD_JSON = {
