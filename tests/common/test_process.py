@@ -4,9 +4,12 @@ import os
 import subprocess
 import sys
 import textwrap
+import warnings
+from types import SimpleNamespace
 
 import pytest
 
+from rs_consistency.cli import common
 from rs_consistency.common.errors import EXIT_BROKEN_PIPE, INTERRUPTED
 from tests.helpers import CTRL_C_WORKS, ROOT
 
@@ -225,3 +228,27 @@ def test_the_end_of_a_program_is_its_own(ending, tmp_path):
     status, text = ENDINGS[ending]
     assert done.returncode == status and text in done.stderr
     assert text == "ZeroDivisionError" or done.stderr == text
+
+
+def test_main_may_be_called_again_though_another_tool_wraps_its_hook(monkeypatch):
+    seen = []
+    monkeypatch.setattr(common, "_others", [])
+    monkeypatch.setattr(sys, "unraisablehook", lambda unraisable: seen.append(unraisable.exc_value))
+    common.quiet_libraries()
+    ours = sys.unraisablehook
+    monkeypatch.setattr(sys, "unraisablehook", lambda unraisable: ours(unraisable))
+    common.quiet_libraries()
+    errors = [ValueError("of somebody"), RuntimeError("Event loop is closed")]
+    for error in errors:
+        sys.unraisablehook(SimpleNamespace(object=None, exc_value=error))
+    assert seen == errors[:1]
+
+
+def test_what_jax_says_of_a_damaged_cache_is_silenced():
+    text = "{} persistent compilation cache entry for 'jit_step': error: Error -5 while decompressing data"
+    with warnings.catch_warnings(record=True) as shown:
+        warnings.simplefilter("always")
+        common.quiet_libraries()
+        for how in ("Error reading", "Error writing", "No"):
+            warnings.warn(text.format(how), stacklevel=1)
+    assert [str(warning.message) for warning in shown] == [text.format("No")]
