@@ -62,6 +62,14 @@ def check_utf8(path: Path, name: str) -> None:
         )
 
 
+def check_output(path: Path) -> None:
+    """Raise a `UserError` unless a file can have the path: in a folder that exists, and neither folder nor device."""
+    if not path.parent.is_dir():
+        raise UserError(f"output={path}: its folder does not exist; create it, or choose another --output")
+    if path.exists() and not path.is_file():
+        raise UserError(f"output={path} is not a regular file; choose another --output")
+
+
 @contextmanager
 def naming(path: Path) -> Iterator[None]:
     """Put the path, as the user knows it, into an `OSError` of the block: a failed write does not name its file."""
