@@ -52,7 +52,7 @@ def test_temporary_files_of_the_living_and_of_other_hosts_stay(tmp_path):
         beside(here, os.getppid(), 9 * day),
         beside(here, 1, 9 * day),
         beside("far.org", dead.pid, day - 60),
-        beside(platform.node(), dead.pid, 0),  # another machine of this name
+        beside(f"{platform.node()}-{here.rpartition('-')[2]}", dead.pid, 0),  # another machine of this name
         beside(here.rpartition("-")[0] + "-1", dead.pid, 0),  # another container, whose numbers are not ours
         beside("mine", "old", 9 * day),
     ]
