@@ -347,11 +347,11 @@ def _checked_labels(labels: jax.Array, images: jax.Array) -> jax.Array:
 
 
 def _checked_images(name: str, x: jax.Array) -> jax.Array:
-    """Return an array with axes H, W, C at its end."""
-    x = any_array(name, x, kinds="f")
+    """Return a floating-point array with axes H, W, C at its end, also of whole numbers."""
+    x = any_array(name, x)
     if x.ndim < 3 or 0 in x.shape[-3:]:
         raise UserError(f"{name} has shape {x.shape}; it must be [..., H, W, C]")
-    return x
+    return jnp.asarray(x, jnp.float32) if x.dtype.kind in "iu" else x
 
 
 def _checked_length(name: str, value: float | jax.Array, shape: tuple[int, ...] = ()) -> float | jax.Array:

@@ -317,7 +317,12 @@ def _uniforms(words: jax.Array) -> np.ndarray:
 
 
 def checked_keys(name: str, keys: jax.Array, shape: tuple[int, ...] | None = None) -> jax.Array:
-    """Return random keys of this shape, or `[N]` for None; a `UserError` for anything else."""
+    """Return random keys of this shape, or `[N]` for None; a `UserError` for anything else.
+
+    Threefry's may be pairs of uint32 on another axis, as `jax.random.PRNGKey` makes them.
+    """
+    if (is_jax(keys) or isinstance(keys, np.ndarray)) and keys.dtype == np.uint32 and keys.shape[-1:] == (2,):
+        keys = jax.random.wrap_key_data(keys, impl=_CIPHER)
     is_key = is_jax(keys) and jax.dtypes.issubdtype(keys.dtype, jax.dtypes.prng_key)
     if not is_key or (keys.ndim != 1 if shape is None else keys.shape != shape):
         axes = "[N]" if shape is None else shape

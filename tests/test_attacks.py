@@ -253,3 +253,11 @@ def test_bad_numbers_of_steps(lenet):
         attacks.smooth_adv(apply_fn, images, labels, noise, epsilon=1.0, num_steps=0)
     with pytest.raises(ValueError, match="keep_step=3: use a number from 0 to num_steps=2"):
         attacks.unbounded(apply_fn, images, labels, noise, step_size=1.0, num_steps=2, keep_step=3)
+
+
+@pytest.mark.parametrize("dtype", ["uint8", "int8", "int32", "int64"])
+def test_lengths_of_whole_numbers(dtype):
+    x = np.array([-3 if dtype[0] == "i" else 3, 4]).reshape(1, 1, 2, 1).astype(dtype)
+    assert attacks.l2_norm(x).item() == pytest.approx(5)
+    np.testing.assert_allclose(attacks.unit(x), x / 5, rtol=1e-6)
+    np.testing.assert_allclose(attacks.project(x, 2.5), x / 2, rtol=1e-6)

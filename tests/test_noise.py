@@ -3,9 +3,10 @@
 import jax
 import jax.numpy as jnp
 import numpy as np
+import pytest
 from scipy import stats
 
-from rs_consistency import noise
+from rs_consistency import UserError, noise
 
 SHAPE = (4, 4, 1)
 
@@ -59,3 +60,12 @@ def test_weighted_draws_follow_the_weights():
     np.testing.assert_array_equal(draws, noise.weighted_draws(jax.random.key(0), weights))
     assert (draws != noise.weighted_draws(jax.random.key(1), weights)).mean() > 0.9
     assert set(noise.weighted_draws(jax.random.key(2), np.eye(4)[3])) == {3}
+
+
+def test_raw_keys_are_keys():
+    raw = jax.random.PRNGKey(3)
+    keys = [noise.fold(key, 1, 2) for key in (raw, np.asarray(raw), jax.random.wrap_key_data(raw, impl="threefry2x32"))]
+    expected = jax.random.fold_in(jax.random.fold_in(raw, 1), 2)
+    assert all((jax.random.key_data(key) == expected).all() for key in keys)
+    with pytest.raises(UserError, match=r"use random keys of shape \(\)"):
+        noise.fold(jax.random.split(raw), 1)

@@ -7,9 +7,9 @@ from pathlib import Path
 from rs_consistency.certificates.proof import check_table
 from rs_consistency.certificates.read import Table, read_table
 from rs_consistency.certificates.record import Record, record_path
-from rs_consistency.certificates.write import Progress, check_place, check_replaceable
+from rs_consistency.certificates.write import Progress, check_replaceable
 from rs_consistency.common.errors import UserError, note
-from rs_consistency.common.files import read_json, replace_atomically, write_json
+from rs_consistency.common.files import check_output, read_json, replace_atomically, write_json
 
 
 def merge(paths: Sequence[Path], output: Path) -> Progress:
@@ -25,7 +25,7 @@ def merge(paths: Sequence[Path], output: Path) -> Progress:
         prove, or an output that is there already with another content, or is replaced meanwhile.
     """
     beside = record_path(output)
-    check_place(output)
+    check_output(output)
     if output.exists() and any(path.exists() and path.samefile(output) for path in paths):
         raise UserError(f"output={output} is one of the files to merge; choose another --output")
     if not paths:

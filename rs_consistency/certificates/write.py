@@ -15,7 +15,7 @@ from rs_consistency.certificates.read import parse_own
 from rs_consistency.certificates.record import OF_NOISE, PROVENANCE, Record, differing_provenance, record_path
 from rs_consistency.certificates.selection import Selection
 from rs_consistency.common.errors import UserError
-from rs_consistency.common.files import lock, naming, read_json, replace_atomically, write_json
+from rs_consistency.common.files import check_output, lock, naming, read_json, replace_atomically, write_json
 from rs_consistency.statistics.bounds import ABSTAIN
 
 
@@ -215,14 +215,6 @@ def check_answers(path: Path, *, schema: Schema, identity: dict[str, Any], selec
     return set(held[1]) if held else set()
 
 
-def check_place(path: Path) -> None:
-    """Raise a `UserError` for a path where no file can be written."""
-    if not path.parent.is_dir():
-        raise UserError(f"output={path}: its folder does not exist; create it, or choose another --output")
-    if path.exists() and not path.is_file():
-        raise UserError(f"output={path} is not a regular file; give the name of a .tsv file")
-
-
 def check_replaceable(path: Path) -> None:
     """Raise a `UserError` for a `.json` that is there and is no record, of whatever version of this program."""
     if path.exists() and "parameter_digest" not in read_json(path):
@@ -231,7 +223,7 @@ def check_replaceable(path: Path) -> None:
 
 def _new_record(path: Path, schema: Schema, identity: dict[str, Any], selection: Selection, **about: Any) -> Record:
     beside, bound = record_path(path), {"mode": schema.name, **identity, **selection.identity()}
-    check_place(path)
+    check_output(path)
     return Record.from_json(beside, {**bound, "identity": list(bound), "max": selection.size, **about})
 
 

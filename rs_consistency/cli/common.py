@@ -5,6 +5,7 @@ import errno
 import logging
 import re
 import sys
+import warnings
 from collections.abc import Callable, Collection, Iterable, Sequence
 from pathlib import Path
 from typing import Any, NoReturn
@@ -176,7 +177,8 @@ def fail(message: str, *, status: int = EXIT_USER_ERROR) -> NoReturn:
 def quiet_libraries() -> None:
     """Silence the libraries, which log beside the programs' own lines.
 
-    Orbax and TFDS log every step, and errors that the programs print in one line. JAX warns of absent accelerators.
+    Orbax and TFDS log every step, and errors that the programs print in one line. JAX warns of absent accelerators, and
+    of compiled programs that it cannot keep or read, as on a full disk or after a kill: nothing is lost but time.
     """
     from absl import logging as absl_logging  # slow to import, before the start of a module that `python -m` runs
 
@@ -185,12 +187,13 @@ def quiet_libraries() -> None:
     for name in ("jax", "orbax", "tensorflow_datasets"):
         logging.getLogger(name).setLevel(logging.ERROR)
     logging.getLogger("asyncio").setLevel(logging.CRITICAL)
-    if sys.unraisablehook is not _unraisable:
+    warnings.filterwarnings("ignore", "Error (reading|writing) persistent compilation cache")
+    if not _others:  # once: another tool may call this hook from its own
         _others.append(sys.unraisablehook)
         sys.unraisablehook = _unraisable
 
 
-_others: list[Callable[["sys.UnraisableHookArgs"], object]] = []
+_others: list[Callable[["sys.UnraisableHookArgs"], object]] = []  # the hook before
 
 
 def _unraisable(unraisable: "sys.UnraisableHookArgs") -> None:
@@ -199,4 +202,4 @@ def _unraisable(unraisable: "sys.UnraisableHookArgs") -> None:
     of_orbax = code is not None and "orbax" in code.co_filename
     known = of_orbax or "Event loop is closed" in str(unraisable.exc_value)
     if not known or isinstance(unraisable.exc_value, KeyboardInterrupt):
-        _others[-1](unraisable)
+        _others[0](unraisable)

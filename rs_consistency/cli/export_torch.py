@@ -10,6 +10,7 @@ from collections.abc import Sequence
 from rs_consistency.cli import start
 from rs_consistency.cli.common import Parser, entry_point, user_path
 from rs_consistency.common.errors import say
+from rs_consistency.common.files import check_output
 
 
 def _main(argv: Sequence[str]) -> None:
@@ -21,7 +22,7 @@ def _main(argv: Sequence[str]) -> None:
     workdir, output = args.workdir, args.output
     # Imported after the flags are parsed, and after the start: `python -m` runs this module itself.
     from rs_consistency.devices.parallel import choose_devices
-    from rs_consistency.models.torch_checkpoints import check_output, export_torch
+    from rs_consistency.models.torch_checkpoints import export_torch
     from rs_consistency.training import runs
 
     check_output(output)

@@ -9,6 +9,7 @@ import os
 import platform
 import re
 import stat
+import threading
 import time
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, suppress
@@ -61,6 +62,14 @@ def check_utf8(path: Path, name: str) -> None:
         )
 
 
+def check_output(path: Path) -> None:
+    """Raise a `UserError` unless a file can have the path: in a folder that exists, and neither folder nor device."""
+    if not path.parent.is_dir():
+        raise UserError(f"output={path}: its folder does not exist; create it, or choose another --output")
+    if path.exists() and not path.is_file():
+        raise UserError(f"output={path} is not a regular file; choose another --output")
+
+
 @contextmanager
 def naming(path: Path) -> Iterator[None]:
     """Put the path, as the user knows it, into an `OSError` of the block: a failed write does not name its file."""
@@ -79,7 +88,7 @@ def replace_atomically(path: Path) -> Iterator[Path]:
     killed processes left are removed, too.
     """
     host = _host()
-    temporary = path.with_name(f".{path.name}.{host}.{os.getpid()}.tmp")
+    temporary = path.with_name(f".{path.name}.{host}.{os.getpid()}-{threading.get_native_id()}.tmp")
     _remove_left(path, host)
     try:
         with naming(path):
@@ -92,9 +101,13 @@ def replace_atomically(path: Path) -> Iterator[Path]:
 
 
 def _host() -> str:
-    """Return a name of the machine, or container, within which a process number is of one process at most."""
+    """Return a name of the machine, or container, within which a process number is of one process at most.
+
+    Machines can have the same host name, but each start of a kernel has a number of its own.
+    """
     try:
-        return f"{platform.node()}-{os.stat('/proc/self/ns/pid').st_ino}"
+        boot = Path("/proc/sys/kernel/random/boot_id").read_text(encoding="utf-8").strip()
+        return f"{boot}-{os.stat('/proc/self/ns/pid').st_ino}"
     except OSError:  # not Linux
         return platform.node()
 
@@ -102,9 +115,10 @@ def _host() -> str:
 def _remove_left(path: Path, host: str) -> None:
     """Remove the temporary files that dead processes of this host left, and those of other hosts after a day."""
     for left in path.parent.glob(f".{glob.escape(path.name)}.*.tmp"):
-        where, _, process = left.name.removeprefix(f".{path.name}.").removesuffix(".tmp").rpartition(".")
-        if not re.fullmatch("[0-9]+", process):
+        name = re.fullmatch(r"(.*)\.([0-9]+)-[0-9]+\.tmp", left.name.removeprefix(f".{path.name}."))
+        if not name:
             continue  # of another program
+        where, process = name.groups()
         with suppress(OSError):
             old = time.time() - left.stat().st_mtime > _DAY
             if not _is_running(int(process)) if where == host else old:
@@ -138,11 +152,15 @@ def read_bytes(path: Path, *, at_most: int) -> bytes:
     Raises:
       UserError: for a folder, a pipe or a device, which may have no end, and for a file of more bytes than `at_most`.
     """
-    status = path.stat()
-    if not stat.S_ISREG(status.st_mode):
-        raise UserError(f"{path} is not a regular file; {_REMEDY}")
-    with path.open("rb") as file:
-        content = file.read(min(status.st_size, at_most) + 1)
+    descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK)  # without waiting for the writer of a pipe
+    try:
+        # Of the open file, since the path may name another at any time; not its size, which is 0 in /proc.
+        if not stat.S_ISREG(os.fstat(descriptor).st_mode):
+            raise UserError(f"{path} is not a regular file; {_REMEDY}")
+        with open(descriptor, "rb", closefd=False) as file, naming(path):
+            content = file.read(at_most + 1)
+    finally:
+        os.close(descriptor)
     if len(content) > at_most:
         raise UserError(f"{path} is damaged: it has more than {at_most} bytes; {_REMEDY}")
     return content

@@ -6,8 +6,10 @@ import importlib
 import io
 import itertools
 import os
+import select
 import signal
 import sys
+import threading
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -24,11 +26,11 @@ _PACKAGE = str(Path(__file__).parents[1])
 
 
 class _State:
-    """The facts about this process that its signal handler needs."""
+    """The state of this process, for its signal handler and its watch."""
 
     working = False  # the program runs: there is something to close
     interrupted = 0  # the first signal
-    since = 0.0  # its time
+    until = 0.0  # the time, in `time.monotonic()`, at which an interrupted program must have closed all
     status: int | None = None  # the exit status, once the work is over
 
 
@@ -37,15 +39,16 @@ def run(module: str, arguments: Sequence[str] | None = None) -> None:
 
     - A closed standard stream is opened on /dev/null. No text is too foreign for stdout and stderr. Writing to stderr
       never fails.
-    - Ctrl-C, SIGTERM and SIGHUP, unless they are ignored, end the process with one line and status 130, 143 or 129. A
-      second signal, a second later, ends it at once.
+    - Ctrl-C, SIGTERM and SIGHUP, unless they are ignored, end the process with one line and status 130, 143 or 129. The
+      program closes all before. A library that does not return is left after 2 seconds. A second signal, a second
+      later, ends the process at once. C code that holds the interpreter's lock, as few calls do for long, delays this.
 
     The module is imported here, after all of that. `main` ends with a `SystemExit` or returns.
     """
     _open_streams()
     atexit.register(_end)  # the first to be registered is the last to be called
     sys.unraisablehook = _unraisable
-    signal.signal(signal.SIGALRM, _on_signal)
+    _start_watch()
     for number in _SIGNALS:
         if signal.getsignal(number) is not signal.SIG_IGN:
             signal.signal(number, _on_signal)
@@ -58,7 +61,7 @@ def run(module: str, arguments: Sequence[str] | None = None) -> None:
         finally:
             _State.working = False
     except SystemExit as stop:
-        status = stop.code or 0
+        status = _status(stop)
         if _State.interrupted or status == EXIT_INTERRUPTED:
             # At once: XLA's threads still compute, and while the interpreter ends that can be a segmentation fault.
             with contextlib.suppress(OSError):
@@ -77,35 +80,73 @@ def run(module: str, arguments: Sequence[str] | None = None) -> None:
     raise SystemExit(status)
 
 
+def _status(stop: SystemExit) -> int:
+    """Return the exit status that Python gives a `SystemExit`; print its text, if it has one."""
+    if stop.code is None or isinstance(stop.code, int):
+        return (stop.code or 0) & 0xFF
+    print(stop.code, file=sys.stderr)
+    return 1
+
+
 def interrupted() -> bool:
     """Return whether a signal has asked this process to end."""
     return _State.interrupted > 0
 
 
 def _on_signal(number: int, frame: FrameType | None) -> None:
-    """Raise a `KeyboardInterrupt` at the first signal, so that the program closes all; later, end the process.
+    """Raise a `KeyboardInterrupt` at the first signal, so that the program closes all.
 
-    It is raised in this package alone: a library's C++ code can abort at an exception of Python, and an import can hide
-    it. During an import the process ends at once, and so it does when a library takes too long to return.
+    It is raised in this package, in the standard library or in a user's file. While an installed library runs, it is
+    raised where that returns: C++ code can abort at an exception of Python. During an import, which can hide an
+    exception, the process ends at once. `_watch` ends it later.
     """
     if _State.status is not None:
-        os._exit(_State.status)  # the work is over, and so is its report
-    if not _State.interrupted:
-        _State.interrupted, _State.since = number, time.monotonic()
-        stack: list[FrameType] = []  # from `run` on
-        while frame and frame.f_code is not run.__code__:
-            stack, frame = [frame, *stack], frame.f_back
-        if not _State.working or any(each.f_code.co_filename.startswith("<frozen importlib") for each in stack):
-            _leave()
-        own = list(itertools.takewhile(_is_own, stack))
-        if own == stack:
-            _raise()
-        signal.alarm(_LIBRARY_SECONDS)
-        own[-1].f_trace = _raise  # at its next line
-        sys.settrace(lambda *_: None)
-        return
-    if number == signal.SIGALRM or time.monotonic() - _State.since > _SAME_SECONDS:
         _leave()
+    if _State.interrupted:
+        return
+    _State.interrupted = number
+    stack: list[FrameType] = []  # from `run` on
+    while frame and frame.f_code is not run.__code__:
+        stack, frame = [frame, *stack], frame.f_back
+    if not _State.working or any(each.f_code.co_filename.startswith("<frozen importlib") for each in stack):
+        _leave()
+    own = list(itertools.takewhile(_is_own, stack))
+    if own == stack:
+        _raise()
+    own[-1].f_trace = _raise  # at its next line
+    sys.settrace(lambda *_: None)
+
+
+def _start_watch() -> None:
+    """Start a thread that hears of each signal from Python's C code."""
+    source, sink = os.pipe()
+    os.set_blocking(sink, False)
+    signal.set_wakeup_fd(sink, warn_on_full_buffer=False)
+    os.register_at_fork(after_in_child=lambda: signal.set_wakeup_fd(-1))  # signals of a child are not this process's
+    threading.Thread(target=_watch, args=(source,), daemon=True).start()
+
+
+def _watch(source: int) -> None:
+    """End the process at a second signal, and when too little has come of the first.
+
+    Python calls a handler in the main thread between two of its own instructions, and so not before a call of C code
+    returns. This thread does not wait for that.
+    """
+    first, since = 0, 0.0
+    while True:
+        rest = max(_State.until, since + _LIBRARY_SECONDS) - time.monotonic() if first else None
+        if rest is not None and rest <= 0:
+            break
+        if not select.select([source], [], [], rest)[0]:
+            continue
+        number, now = os.read(source, 1)[0], time.monotonic()
+        if signal.getsignal(number) is not _on_signal:
+            continue  # a program has taken it over
+        if first and now - since > _SAME_SECONDS:
+            break
+        first, since = first or number, since or now
+    _State.interrupted = _State.interrupted or first
+    _leave()
 
 
 def _is_own(frame: FrameType) -> bool:
@@ -115,12 +156,14 @@ def _is_own(frame: FrameType) -> bool:
 
 
 def _raise(*_: object) -> NoReturn:
-    signal.alarm(_PATIENCE_SECONDS)
+    _State.until = time.monotonic() + _PATIENCE_SECONDS
     raise KeyboardInterrupt
 
 
 def _leave(*, told: bool = False) -> None:
-    """End the process at once as an interrupted one. Files are whole whenever a process ends."""
+    """End the process at once: as an interrupted one, unless its work is over. Files are whole whenever it ends."""
+    if _State.status is not None:
+        os._exit(_State.status)  # its report is over, too
     if not told:
         with contextlib.suppress(OSError):
             line = f"error: {INTERRUPTED}\n"
@@ -173,9 +216,11 @@ def _open_streams() -> None:
 def _output(number: int, stream: TextIO | None) -> TextIO:
     """Return a standard stream in the place of the one that Python has opened, or not."""
     raw = _Output(number, "w", closefd=False)
+    at_once = stream is not None and stream.write_through  # `python -u`
     return io.TextIOWrapper(
-        io.BufferedWriter(raw),
+        raw if at_once else io.BufferedWriter(raw),
         encoding=stream.encoding if stream else "utf-8",
         errors="backslashreplace",
         line_buffering=number == 2 or raw.isatty(),
+        write_through=at_once,
     )

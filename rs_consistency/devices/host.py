@@ -6,7 +6,6 @@ import hashlib
 import os
 import platform
 import tempfile
-import warnings
 from pathlib import Path
 
 import jax
@@ -90,11 +89,10 @@ def keep_compiled() -> None:
 
 
 def check_compiled() -> None:
-    """Keep no compiled programs, and print a note, where the folder for them cannot be written.
+    """Keep no compiled programs where there can be no folder for them. Print a note where nothing can be written.
 
-    JAX would warn at each program. So it does where the disk is full, which is silenced: nothing is lost but time.
+    A folder that only cannot be written serves the programs that it has.
     """
-    warnings.filterwarnings("ignore", "Error (reading|writing) persistent compilation cache")
     folder = jax.config.jax_compilation_cache_dir
     if not folder or "://" in folder:
         return
@@ -102,7 +100,8 @@ def check_compiled() -> None:
         Path(folder).mkdir(parents=True, exist_ok=True)
         tempfile.TemporaryFile(dir=folder).close()
     except (OSError, ValueError) as error:
-        jax.config.update("jax_compilation_cache_dir", None)
+        if "\0" in folder or not Path(folder).is_dir():
+            jax.config.update("jax_compilation_cache_dir", None)
         note(f"compiled programs are not kept: {first_line(error)}; make JAX_COMPILATION_CACHE_DIR a usable folder")
 
 

@@ -24,7 +24,7 @@ from flax.traverse_util import flatten_dict, unflatten_dict
 from rs_consistency import data, models
 from rs_consistency.common.checks import MOST, count, one_of
 from rs_consistency.common.errors import UserError, first_line
-from rs_consistency.common.files import replace_atomically
+from rs_consistency.common.files import check_output, replace_atomically
 from rs_consistency.models.torch_files import StoredTensor, read_torch_file
 
 # Model -> `arch` of the published checkpoints.
@@ -246,14 +246,6 @@ def export_torch(variables: Mapping[str, Any], model: str, path: Path, *, epoch:
     torch.save({"arch": ARCHITECTURES[model], "epoch": epoch, "state_dict": state}, content)
     with replace_atomically(path) as temporary:
         temporary.write_bytes(content.getbuffer())
-
-
-def check_output(path: Path) -> None:
-    """Raise a `UserError` unless a file can have the path: in a folder that exists, and neither folder nor device."""
-    if not path.parent.is_dir():
-        raise UserError(f"output={path}: its folder does not exist; create it, or choose another --output")
-    if path.exists() and not path.is_file():
-        raise UserError(f"output={path} is no file; choose another --output, such as checkpoint.pth.tar")
 
 
 class _Tensor(NamedTuple):

@@ -4,6 +4,8 @@ import os
 import platform
 import subprocess
 import sys
+import threading
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 
@@ -37,7 +39,7 @@ def test_temporary_files_of_the_living_and_of_other_hosts_stay(tmp_path):
     path = tmp_path / "a.json"
 
     def beside(host, process, age):
-        file = tmp_path / f".a.json.{host}.{process}.tmp"
+        file = tmp_path / f".a.json.{host}.{process}-1.tmp"
         file.write_text("")
         os.utime(file, (file.stat().st_mtime - age,) * 2)
         return file
@@ -50,11 +52,27 @@ def test_temporary_files_of_the_living_and_of_other_hosts_stay(tmp_path):
         beside(here, os.getppid(), 9 * day),
         beside(here, 1, 9 * day),
         beside("far.org", dead.pid, day - 60),
-        beside(platform.node() + "-1", dead.pid, 0),  # another container, whose numbers are not ours
+        beside(f"{platform.node()}-{here.rpartition('-')[2]}", dead.pid, 0),  # another machine of this name
+        beside(here.rpartition("-")[0] + "-1", dead.pid, 0),  # another container, whose numbers are not ours
         beside("mine", "old", 9 * day),
     ]
     write_json(path, {})
     assert not any(file.exists() for file in gone) and all(file.exists() for file in stay)
+
+
+def test_two_threads_write_one_path(tmp_path):
+    path, barrier = tmp_path / "a.json", threading.Barrier(2)
+
+    def write(number):
+        with files.replace_atomically(path) as temporary:
+            barrier.wait(10)
+            temporary.write_text(number)
+            barrier.wait(10)
+        return number
+
+    with ThreadPoolExecutor(2) as threads:
+        assert list(threads.map(write, "12")) == ["1", "2"] and path.read_text() in ("1", "2")
+    assert os.listdir(tmp_path) == ["a.json"]
 
 
 BAD_JSON = {
@@ -115,3 +133,22 @@ def test_what_is_no_regular_file_is_refused_unread(tmp_path):
         read_json(tmp_path / "sparse")
     with pytest.raises(FileNotFoundError):
         read_json(tmp_path / "nothing")
+
+
+def test_a_file_is_read_whole_while_others_replace_it_and_where_no_size_is_known(tmp_path, monkeypatch):
+    path, later = tmp_path / "a.json", {"b": [0] * 1000}
+    write_json(path, {})
+    of_open, of_path = os.fstat, os.stat
+
+    def replaced(look, file, **how):
+        status = look(file, **how)
+        write_json(path, later)  # after the look, before the reading
+        return status
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "fstat", lambda file: replaced(of_open, file))
+        assert read_json(path) == {}  # the file that was looked at
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "stat", lambda file, **how: replaced(of_path, file, **how) if file == path else of_path(file))
+        assert read_json(path) == later
+    assert files.read_bytes(files.Path("/proc/self/status"), at_most=2**20).startswith(b"Name:")

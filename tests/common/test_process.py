@@ -4,9 +4,12 @@ import os
 import subprocess
 import sys
 import textwrap
+import warnings
+from types import SimpleNamespace
 
 import pytest
 
+from rs_consistency.cli import common
 from rs_consistency.common.errors import EXIT_BROKEN_PIPE, INTERRUPTED
 from tests.helpers import CTRL_C_WORKS, ROOT
 
@@ -88,15 +91,29 @@ def test_a_product_that_cannot_be_shown_is_an_error_that_names_stdout(tmp_path):
     assert started(tmp_path, job, redirected=">&-").returncode == 0
 
 
+@pytest.mark.parametrize("unbuffered", ["", "1"])
+def test_output_is_unbuffered_where_the_user_wants_it(unbuffered, tmp_path):
+    job = "import os\ndef main(arguments): print('\xe9', end=''); os._exit(0)"
+    done = started(tmp_path, job, env={**os.environ, "PYTHONUNBUFFERED": unbuffered, "PYTHONUTF8": "1"})
+    assert (done.returncode, done.stdout) == (0, "\xe9" if unbuffered else "")
+
+
 # A job that gets a signal at some moment: it sends the signal itself. It works on a file, with a library.
 JOB = """
-import atexit, contextlib, os, signal, time
+import atexit, contextlib, ctypes, os, signal, threading, time
 from pathlib import Path
 from rs_consistency.common import process
 from rs_consistency.common.files import replace_atomically
 
 def hit(number=None):
     os.kill(os.getpid(), number or signal.{name})
+
+def hit_in_c(*seconds):
+    for each in (*seconds, 20):
+        threading.Timer(each, hit if each < 20 else lambda: os._exit(9)).start()
+    lock, twice = ctypes.create_string_buffer(64), ctypes.CDLL(None).pthread_mutex_lock
+    twice(lock)
+    twice(lock)  # does not return, and no signal ends it
 
 class Destructor:
     def __del__(self):
@@ -127,12 +144,14 @@ MOMENTS = {
     "in a destructor": "Destructor()",
     "in a library": "import lib\nlib.swallow(hit, 0.1)\ntime.sleep(9)",
     "in a library that does not return": "import lib\nprocess._LIBRARY_SECONDS = 1\nlib.swallow(hit, 9)",
+    "in C code that does not return": "process._LIBRARY_SECONDS = 0.2\nhit_in_c(0.1)",
+    "twice in C code": "process._LIBRARY_SECONDS, process._SAME_SECONDS = 60, 0.1\nhit_in_c(0.1, 0.4)",
     "in an import": "import late",
     "again, as the user is impatient": (
         "process._SAME_SECONDS = 0.01\ntry: hit()\nexcept BaseException: time.sleep(0.02); hit(); time.sleep(9)"
     ),
 }
-AT_ONCE = ("in a destructor", "in a library that does not return", "in an import", "again, as the user is impatient")
+CLOSED = ("in the work", "twice, as timeout(1) does", "turned into another error", "in a library")
 
 
 def interrupted(folder, moment, name="SIGTERM", how=RUN):
@@ -149,7 +168,7 @@ def test_a_signal_at_any_moment_is_one_line_and_leaves_whole_files(moment, tmp_p
     assert (done.returncode, done.stderr.strip()) == (143, LINE.strip())
     assert (tmp_path / "file").read_text() == "old"
     assert done.stdout == ("returned\n" if moment == "in a library" else "")  # no exception came into it
-    assert moment in AT_ONCE or not list(tmp_path.glob(".*.tmp"))
+    assert moment not in CLOSED or not list(tmp_path.glob(".*.tmp"))
 
 
 @pytest.mark.parametrize(("name", "status"), [("SIGINT", 130), ("SIGHUP", 129)])
@@ -176,14 +195,60 @@ def test_a_signal_after_the_work_changes_nothing(tmp_path):
     assert (tmp_path / "file").read_text() == "new"
 
 
+def test_a_signal_for_a_child_is_not_the_parents(tmp_path):
+    moment = """
+        process._LIBRARY_SECONDS = 0
+        begun = time.monotonic()
+        child = os.fork()
+        while not child:
+            with contextlib.suppress(KeyboardInterrupt):
+                time.sleep(9)
+            os._exit(7)
+        time.sleep(0.1)
+        os.kill(child, signal.SIGTERM)
+        assert os.waitpid(child, 0)[1] == 7 << 8 and time.monotonic() - begun < 5
+        time.sleep(0.2)
+    """
+    done = interrupted(tmp_path, textwrap.dedent(moment))
+    assert (done.returncode, done.stderr) == (0, "")
+
+
 def test_ignored_signals_stay_ignored(tmp_path):
     ignoring = RUN.replace("run('job')", "import signal; signal.signal(signal.SIGHUP, signal.SIG_IGN); run('job')")
     done = interrupted(tmp_path, "hit()", "SIGHUP", how=ignoring)  # as nohup does
     assert (done.returncode, done.stderr) == (0, "")
 
 
-@pytest.mark.parametrize("ending", ["raise SystemExit(7)", "1 / 0"])
+ENDINGS = {"7": (7, ""), "None": (0, ""), "-1": (255, ""), "'text'": (1, "text\n"), "1 / 0": (1, "ZeroDivisionError")}
+
+
+@pytest.mark.parametrize("ending", ENDINGS)
 def test_the_end_of_a_program_is_its_own(ending, tmp_path):
-    done = interrupted(tmp_path, ending)
-    assert done.returncode == (7 if "7" in ending else 1)
-    assert ("ZeroDivisionError" in done.stderr) == (ending == "1 / 0")
+    done = interrupted(tmp_path, f"raise SystemExit({ending})")
+    status, text = ENDINGS[ending]
+    assert done.returncode == status and text in done.stderr
+    assert text == "ZeroDivisionError" or done.stderr == text
+
+
+def test_main_may_be_called_again_though_another_tool_wraps_its_hook(monkeypatch):
+    seen = []
+    monkeypatch.setattr(common, "_others", [])
+    monkeypatch.setattr(sys, "unraisablehook", lambda unraisable: seen.append(unraisable.exc_value))
+    common.quiet_libraries()
+    ours = sys.unraisablehook
+    monkeypatch.setattr(sys, "unraisablehook", lambda unraisable: ours(unraisable))
+    common.quiet_libraries()
+    errors = [ValueError("of somebody"), RuntimeError("Event loop is closed")]
+    for error in errors:
+        sys.unraisablehook(SimpleNamespace(object=None, exc_value=error))
+    assert seen == errors[:1]
+
+
+def test_what_jax_says_of_a_damaged_cache_is_silenced():
+    text = "{} persistent compilation cache entry for 'jit_step': error: Error -5 while decompressing data"
+    with warnings.catch_warnings(record=True) as shown:
+        warnings.simplefilter("always")
+        common.quiet_libraries()
+        for how in ("Error reading", "Error writing", "No"):
+            warnings.warn(text.format(how), stacklevel=1)
+    assert [str(warning.message) for warning in shown] == [text.format("No")]

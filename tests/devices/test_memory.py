@@ -1,5 +1,7 @@
 """Platforms that are not there, odd devices, and batches that have no room, before anything is allocated."""
 
+import errno
+import tempfile
 from types import SimpleNamespace
 
 import jax
@@ -96,7 +98,7 @@ def test_training_refuses_a_batch_without_room_and_writes_nothing(program, tmp_p
     assert not (tmp_path / "run").exists()
 
 
-@pytest.mark.parametrize("folder", ["/proc/nothing", __file__])
+@pytest.mark.parametrize("folder", ["/proc/nothing", __file__, "a\0b"])
 def test_a_folder_that_cannot_keep_compiled_programs(monkeypatch, capsys, folder):
     before = jax.config.jax_compilation_cache_dir
     try:
@@ -106,3 +108,18 @@ def test_a_folder_that_cannot_keep_compiled_programs(monkeypatch, capsys, folder
     finally:
         jax.config.update("jax_compilation_cache_dir", before)
     assert capsys.readouterr().err.startswith("note: compiled programs are not kept: ")
+
+
+def test_a_folder_that_only_cannot_be_written_serves_its_compiled_programs(monkeypatch, capsys, tmp_path):
+    def read_only(dir):
+        raise OSError(errno.EROFS, "Read-only file system", dir)
+
+    monkeypatch.setattr(tempfile, "TemporaryFile", read_only)
+    before = jax.config.jax_compilation_cache_dir
+    try:
+        jax.config.update("jax_compilation_cache_dir", str(tmp_path))
+        host.check_compiled()
+        assert jax.config.jax_compilation_cache_dir == str(tmp_path)
+    finally:
+        jax.config.update("jax_compilation_cache_dir", before)
+    assert "Read-only file system" in capsys.readouterr().err

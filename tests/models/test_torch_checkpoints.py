@@ -219,7 +219,7 @@ def test_variables_of_another_model_are_named(tmp_path):
             export_torch(given, "lenet", tmp_path / "a.pth")
     os.mkfifo(tmp_path / "fifo")  # as /dev/null, which an export would replace
     for path in (tmp_path, "", tmp_path / "fifo"):
-        with pytest.raises(UserError, match=r"output=.* is no file"):
+        with pytest.raises(UserError, match=r"output=.* is not a regular file"):
             export_torch(variables, "lenet", path)
     with pytest.raises(UserError, match=r"its folder does not exist"):
         export_torch(variables, "lenet", tmp_path / "no" / "a.pth")
