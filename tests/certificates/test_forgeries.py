@@ -22,6 +22,7 @@ from rs_consistency.certificates.record import Settings
 from rs_consistency.certificates.selection import Selection, Shard
 from rs_consistency.certificates.write import CertificateFile
 from rs_consistency.common.errors import UserError
+from rs_consistency.reproduction.plan import Cell, deviations
 from rs_consistency.reproduction.results import read_results
 
 VOTES = {"sigma": 0.5, "n": 1000, "alpha": 0.001, "seed": 0, "sampler": "float", "precision": "default"}
@@ -31,7 +32,8 @@ OF_MODE = {
     PREDICT: {},
     ATTACK: {"copies": 4, "steps": 5, "restarts": 1},
 }
-BINDING = {"parameter_digest": "p", "data_digest": "d", "dataset": "mnist", "model": "lenet"}
+BINDING = {"parameter_digest": "p", "data_digest": "d", "dataset": "mnist", "split": "test"}
+BINDING |= {"model": "lenet", "dtype": "float32"}
 COUNT, RUNNER_UP = np.array([1000, 900, 520, 400, 900, 700]), np.array([0, 80, 470, 390, 60, 300])
 SELECTED, LABEL = np.array([1, 2, 1, 0, 2, 0]), np.array([1, 2, 1, 0, 1, 2])
 COLUMNS = {
@@ -216,7 +218,7 @@ NARROW = ["mode", "skip", "split_size", "shard", *VOTES, *OF_MODE[CERTIFY]]
         ({"shard": "1/2"}, "finished names 6 images"),
         ({"shard": "7/7"}, "shard=7/7: there are only 6 images"),
         ({"shard": "1/999999999", "finished": ...}, "image 2 is none of those asked for"),
-        ({"identity": NARROW}, "it lacks parameter_digest, dataset, data_digest, model"),
+        ({"identity": NARROW}, "it lacks parameter_digest, dataset, split, data_digest, model, dtype"),
         ({"parameter_digest": ...}, "it lacks parameter_digest"),
         ({"tolerance": 0.1, "tolerance_rule": 1}, "it lacks tolerance_rule"),
         ({"finished": {"images": True, "sha256": ""}}, "finished names True images"),
@@ -289,14 +291,18 @@ def test_shards_that_contradict_the_merged_lines(tmp_path):
     assert not (tmp_path / "other.tsv").exists()
 
 
+CELL = Cell("mnist", "gaussian", 0.5, 0, None, {}, SIX, 1000)
+
+
 def result(folder, **made):
     """A kept cell, whose images are those of an honest file."""
-    cell = folder / "gaussian_sigma0.50_seed0"
+    cell = folder / "mnist" / "gaussian_sigma0.50_seed0"
     cell.mkdir(parents=True)
-    config = {"method": "gaussian", "num_epochs": 90, "consistency": {"lbd": 0.0}}
-    path = honest(cell / "certificates.tsv", about={"config": config})
-    about = {"method": "gaussian", "sigma": 0.5, "seed": 0, "lbd": None, "epochs": 90, "deviations": [], "n": 1000}
-    (cell / "run.json").write_text(json.dumps({**about, "images": 6, **made}))
+    path = honest(cell / "certificates.tsv", about={"config": json.loads(CELL.config().to_json())})
+    about = {"method": "gaussian", "sigma": 0.5, "seed": 0, "lbd": None, "epochs": 90, "n": 1000, "table": "mnist"}
+    # The record's n0 = 20 is no choice of a plan; a name of it is enough for the reader.
+    about |= {"deviations": [*deviations(CELL), "n0 20"], "images": 6}
+    (cell / "run.json").write_text(json.dumps({name: value for name, value in (about | made).items() if value != ...}))
     pack(path)
     return path
 
@@ -312,7 +318,13 @@ def pack(path):
         ({"sigma": 1.0}, "sigma: 1.0 -> 0.5"),
         ({"seed": 1}, "seed: 1 -> 0"),
         ({"n": 100_000}, "n: 100000 -> 1000"),
+        ({"n": ...}, "n: None -> 1000"),
         ({"images": 500}, "images: 500 -> 6"),
+        ({"images": ...}, "images: None -> 6"),
+        ({"table": "cifar10"}, "table: cifar10 -> mnist"),
+        ({"deviations": ["6 of 12 images", "n 1,000"]}, "does not name all deviations from the published cell (n0 20)"),
+        ({"deviations": ["n 1,000", "n0 20"]}, "(6 of 12 images)"),
+        ({"deviations": ["6 of 12 images", "n0 20"]}, "(n 1,000)"),
         ({"method": "consistency"}, "method: consistency -> gaussian"),
         ({"epochs": 1}, "epochs: 1 -> 90"),
         ({"lbd": 5.0}, "lbd: 5.0 -> 0.0"),
@@ -324,17 +336,48 @@ def pack(path):
         ({"certified_with": {"git_commit": 5}}, "is damaged (git_commit=5 is no text)"),
         ({"continued_with": [5]}, "is damaged"),
         ({"lbd": "x"}, "is damaged (lbd='x': use a number"),
-        ({"seed": float("inf")}, "is damaged (seed=inf: use a whole number"),
+        ({"seed": 1.5}, "is damaged (seed=1.5: use a whole number"),
     ],
 )
 def test_a_kept_cell_must_be_of_its_settings(tmp_path, made, message):
     result(tmp_path, **made)
     if message is None:
-        assert len(read_results(tmp_path)) == 1
+        assert len(read_results(tmp_path / "mnist")) == 1
         return
     with pytest.raises(UserError) as error:
-        read_results(tmp_path)
+        read_results(tmp_path / "mnist")
     assert message in str(error.value) and "run reproduce.py again for this cell" in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("changed", "config", "message"),
+    [
+        ({"alpha": 0.9}, {}, "the published cell (alpha 0.9)"),
+        ({"bound": "two_class", "alpha_share": 0.5}, {}, "(bound two_class)"),
+        ({"dataset": "fashion_mnist"}, {}, "(dataset fashion_mnist)"),
+        ({"model": "resnet20"}, {}, "(model resnet20)"),
+        ({"dtype": "bfloat16"}, {}, "(dtype bfloat16)"),
+        ({"split": "train"}, {}, "(split train)"),
+        ({"sampler": "grid", "grid_steps": 255, "image_shape": [28, 28, 1]}, {}, "(sampler grid)"),
+        ({"precision": "highest"}, {}, "(precision highest)"),
+        ({"config": ...}, {}, "lacks config.method"),
+        ({}, {"optimizer": {"lr": 0.5}}, "(optimizer.lr 0.5)"),
+        ({}, {"num_noise": 2}, "(num_noise 2)"),
+        ({}, {"model": "resnet20"}, "(model lenet; model resnet20)"),
+    ],
+)
+def test_a_kept_cell_must_name_what_was_not_published(tmp_path, changed, config, message):
+    path = result(tmp_path)
+    record = json.loads(path.with_suffix(".json").read_text())
+    names = dict.fromkeys([*record["identity"], *(name for name in changed if name != "config")])
+    change_record(path, **{"identity": [*names], "config": record["config"] | config, **changed})
+    for image in range(0, 12, 2):  # lines that claim nothing follow from any settings
+        forge(path, image, predict=-1, radius="0.000000", correct=0)
+    keep_digest(path)
+    pack(path)
+    with pytest.raises(UserError) as error:
+        read_results(tmp_path / "mnist")
+    assert message in str(error.value)
 
 
 def test_a_forged_cell_is_no_result(tmp_path):
@@ -350,7 +393,7 @@ def test_a_forged_cell_is_no_result(tmp_path):
         do()
         pack(path)
         with pytest.raises(UserError, match=message):
-            read_results(tmp_path)
+            read_results(tmp_path / "mnist")
         path.write_text(good)
         path.with_suffix(".json").write_text(record)
 
