@@ -196,7 +196,7 @@ def _certificates(folder: Path) -> tuple[Certificates, dict[str, Any]]:
 
 
 def _check_made(path: Path, made: dict[str, Any], certificates: Certificates, record: dict[str, Any]) -> None:
-    """Raise a `UserError` where `run.json` contradicts the record, or does not name a unnamed deviation.
+    """Raise a `UserError` where `run.json` contradicts the record, or hides a deviation from the published cell.
 
     What a plan never changes must be as published: alpha, n0, bound and the other settings of the votes.
     """

@@ -9,6 +9,7 @@ import json
 import time
 import tracemalloc
 from decimal import Decimal
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -416,6 +417,38 @@ def test_numbers_of_a_record_cost_no_memory_and_no_time(tmp_path):
     change_record(shard, shard="1/999999999", split_size=2**31, max=2**31, finished=...)
     with pytest.raises(UserError, match=r"shard 2/999999999, .* and 999999990 more is missing"):
         merge([shard], tmp_path / "all.tsv")
+
+
+COLUMNS_OF_FIELD = b"idx\tlabel\tpredict\tradius\tcorrect\ttime"
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (b"", "is empty"),
+        (COLUMNS_OF_FIELD, "has no images yet"),
+        (COLUMNS_OF_FIELD + b"\n0\t1\t1\t0.5\t1\t1\n", None),
+        (COLUMNS_OF_FIELD + b"\n1", "line 2: 1 columns instead of 6"),
+        (SCHEMAS["certify"].header.encode() + b"\n0", "line 2, is not what this program wrote"),
+    ],
+)
+def test_empty_lines_cost_no_more_than_their_bytes(tmp_path, content, message):
+    path, size = tmp_path / "c.tsv.gz", 2**18
+    path.write_bytes(gzip.compress(content + b"\n" * size, compresslevel=1))
+    tracemalloc.start()
+    if message is None:
+        assert load(path)[0].idx.tolist() == [0]
+    else:
+        with pytest.raises(UserError, match=message):
+            load(path)
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert peak < 4 * size + 500_000
+
+
+def test_a_file_without_an_end_is_refused():
+    with pytest.raises(UserError, match="/dev/zero has more than 134,217,728 bytes, too many for certificates"):
+        load(Path("/dev/zero"))
 
 
 def test_all_votes_of_the_largest_number_are_summarized(program, tmp_path):
