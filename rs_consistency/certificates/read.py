@@ -15,12 +15,12 @@ import zlib
 from collections.abc import Iterable, Sequence
 from functools import partial
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 
 from rs_consistency.certificates.columns import CERTIFY, FIELD_COLUMNS, PREDICT, SCHEMAS, Row, Schema, seconds_of
-from rs_consistency.certificates.record import Record, content_beside, record_path, unpacked_path
+from rs_consistency.certificates.record import Record, content_beside, json_beside, record_path, unpacked_path
 from rs_consistency.certificates.selection import Selection
 from rs_consistency.common.checks import MAX_INDEX
 from rs_consistency.common.errors import UserError
@@ -243,7 +243,10 @@ def standing(path: Path) -> tuple[bool | None, str]:
     no record.
     """
     file = certificate_path(path)
-    content = _recorded(file)
+    try:
+        content = content_beside(file)
+    except UserError as error:
+        return None, f"{path} is read without the file beside it: {error}"
     if content:
         record = Record.from_json(file, content)
         done, wanted = _read_bytes(file).count(b"\n") - 1, len(record.selection.images)
@@ -258,12 +261,12 @@ def standing(path: Path) -> tuple[bool | None, str]:
     return None, ""
 
 
-def _recorded(path: Path) -> dict[str, Any]:
-    """Return the content of the record beside a file; {} where the file beside it is no record, or damaged."""
+def _recorded(path: Path) -> bool:
+    """Return whether the file beside a file is a record, damaged or not, as far as it can be read as JSON."""
     try:
-        return content_beside(path)
+        return bool(json_beside(path))
     except UserError:
-        return {}  # any other program's file may have any file beside it
+        return False  # any other program's file may have any file beside it; `standing` names it
 
 
 def _has_header(path: Path) -> bool:

@@ -262,9 +262,16 @@ def content_beside(path: Path) -> dict[str, Any]:
 
     Any other program's file may have a `.json` beside it. A record that is damaged is a `UserError`.
     """
+    content = json_beside(path)
+    return Record.from_json(unpacked_path(path).with_suffix(".json"), content).to_json() if content else {}
+
+
+def json_beside(path: Path) -> dict[str, Any]:
+    """Return what `content_beside` checks; {} for a JSON object that is no record, with no key that shows one."""
     beside = unpacked_path(path).with_suffix(".json")
     content = read_json(beside) if beside.is_file() else {}
-    return Record.from_json(beside, content).to_json() if "parameter_digest" in content else {}
+    is_record = {"identity", "parameter_digest"} & content.keys() or content.get("mode") in list(SCHEMAS)
+    return content if is_record else {}
 
 
 def differing_provenance(here: Mapping[str, Any], there: Mapping[str, Any]) -> list[str]:

@@ -254,6 +254,17 @@ def test_counts_and_record_are_not_shaken_off(tmp_path):
         load(text)
     path.write_text("".join("\t".join(line[:6]) + "\n" for line in lines))
     refused(path, "lacks the counts that its record c.json is about")
+    record = path.with_suffix(".json")
+    good = record.read_text()
+    for removed in (["parameter_digest"], ["identity", "parameter_digest"], ["mode", "parameter_digest"]):
+        change_record(path, **dict.fromkeys(removed, ...))
+        refused(path, "lacks the counts that its record c.json is about")
+        record.write_text(good)
+    for content in (good + "x", good[:-3], "[]"):  # it may be any program's file, and is named
+        record.write_text(content)
+        load(path)
+        assert f"{path} is read without the file beside it: {record} " in standing(path)[1]
+    record.write_text(good)
     older = "".join("\t".join(line[:-2]) + "\n" for line in lines)  # an older header, without two columns
     path.write_text(older)
     refused(path, "was changed after it was finished")
@@ -443,7 +454,7 @@ def test_empty_lines_cost_no_more_than_their_bytes(tmp_path, content, message):
             load(path)
     peak = tracemalloc.get_traced_memory()[1]
     tracemalloc.stop()
-    assert peak < 4 * size + 500_000
+    assert peak < 4 * size + 2**20
 
 
 def test_a_file_without_an_end_is_refused():
