@@ -33,7 +33,7 @@ from rs_consistency.common import checks
 from rs_consistency.common.checks import MAX_INDEX, PRECISIONS
 from rs_consistency.common.errors import UserError
 from rs_consistency.common.files import read_json
-from rs_consistency.statistics.allocation import RULE, check_tolerated
+from rs_consistency.statistics.allocation import RULE
 from rs_consistency.statistics.bounds import BOUNDS
 from rs_consistency.statistics.rounded_gaussian import STEPS
 from rs_consistency.statistics.samplers import FLOAT, GRID, SAMPLERS, NoiseLaw, noise_law
@@ -180,8 +180,6 @@ class Record:
             shard = None if content["shard"] is None else parse_shard(content["shard"])
             settings = Settings(**{name: _CHECKS[name](name, content[name]) for name in needed})
             _ = settings.law  # a sigma that the sampler cannot have
-            if settings.tolerance is not None:
-                check_tolerated(settings.n)
             selection = Selection(split_size, skip, most, shard)
             finished, asked = _finished(content), len(selection.images)
             if finished and finished["images"] != asked:

@@ -17,7 +17,7 @@ import pytest
 from rs_consistency.certificates.columns import ATTACK, CERTIFY, DECIDE, PREDICT, SCHEMAS
 from rs_consistency.certificates.exact_lines import prove
 from rs_consistency.certificates.merge import merge
-from rs_consistency.certificates.proof import load, rows_of_counts
+from rs_consistency.certificates.proof import contradictions, load, rows_of_counts
 from rs_consistency.certificates.read import read_table, standing
 from rs_consistency.certificates.record import Settings
 from rs_consistency.certificates.selection import Selection, Shard
@@ -423,7 +423,9 @@ def test_numbers_of_a_record_cost_no_memory_and_no_time(tmp_path):
     assert peak < 5e6 and time.process_time() - started < 2
     names = json.loads(path.with_suffix(".json").read_text())["identity"]
     change_record(path, tolerance=1e-9, tolerance_rule=1, n=10**9, identity=[*names, "tolerance_rule"])
-    refused(path, "c.json is damaged: n=1000000000: with a tolerance use at most 1,000,000 votes")
+    refused(path, "n=1000000000: this version checks a tolerance up to 1,000,000 votes only")
+    with pytest.raises(UserError, match="this version checks a tolerance up to"):
+        contradictions(read_table(path))
     shard = honest(tmp_path / "s.tsv", selection=SIX._replace(shard=Shard(1, 6)))
     change_record(shard, shard="1/999999999", split_size=2**31, max=2**31, finished=...)
     with pytest.raises(UserError, match=r"shard 2/999999999, .* and 999999990 more is missing"):
