@@ -31,6 +31,7 @@ _PREDICT_LOG = {*FIELD_COLUMNS, "basePredict", ""} - {"radius"}  # all columns o
 _TRUTH = {"true": "1", "false": "0"}
 _MOST_BYTES = 2**27  # of a file, unpacked: ImageNet's 1.3 million training images have 100 million
 _CHUNK = 2**20
+_TRIES = 10  # of reading a file whose record changes
 _HEADER = 4096  # bytes that hold the first line of every certificate file
 
 
@@ -88,7 +89,7 @@ def read_table(path: Path) -> Table:
         raise UserError(f"{path} does not exist; give a certificate file")
     if not beside.is_file():
         raise UserError(f"{path} has no {beside.name} that says how it was made; give a file of certify.py")
-    record, content = Record.read(beside), _read_bytes(path)
+    content, record = _read_with_record(path, beside)
     return _table(path, content, content[: content.rfind(b"\n") + 1], record)
 
 
@@ -125,11 +126,12 @@ def read_rows(path: Path) -> tuple[Schema | None, dict[int, Row], Table | None]:
         if _recorded(path):
             raise UserError(f"{path} lacks the counts that its record {beside.name} is about; restore it from a copy")
         return None, _parse_field(path, separator, names, lines), None
+    has_record = beside.is_file() and beside != path
+    content, record = _read_with_record(path, beside) if has_record else (content, None)
     if not content.endswith(b"\n"):
         raise UserError(f"{path}: the last line is cut off; run certify.py again to complete it")
-    if not beside.is_file() or beside == path:
+    if record is None:
         return schema, parse_own(path, content, schema), None
-    record = Record.read(beside)
     if record.schema is not schema:
         raise UserError(
             f"{path} has the columns of mode={schema.name!r}, and {beside.name} is the record of"
@@ -137,6 +139,17 @@ def read_rows(path: Path) -> tuple[Schema | None, dict[int, Row], Table | None]:
         )
     table = _table(path, content, content, record)
     return schema, table.rows, table
+
+
+def _read_with_record(path: Path, beside: Path) -> tuple[bytes, Record]:
+    """Return a file and its record, read until the record stays as it is: another process may finish the file."""
+    record = Record.read(beside)
+    for _ in range(_TRIES):
+        content, before = _read_bytes(path), record
+        record = Record.read(beside)
+        if record.content == before.content:
+            break
+    return content, record
 
 
 def _table(path: Path, content: bytes, lines: bytes, record: Record) -> Table:

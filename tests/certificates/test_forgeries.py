@@ -14,6 +14,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from rs_consistency.certificates import read
 from rs_consistency.certificates.columns import ATTACK, CERTIFY, DECIDE, PREDICT, SCHEMAS
 from rs_consistency.certificates.exact_lines import prove
 from rs_consistency.certificates.merge import merge
@@ -272,6 +273,28 @@ def test_counts_and_record_are_not_shaken_off(tmp_path):
     refused(path, "not those of this program")
     path.write_text("".join("\t".join(line) + "\r\n" for line in lines))
     refused(path, "not those of this program")
+
+
+@pytest.mark.parametrize("reader", [read_table, load])
+def test_a_file_that_is_finished_while_it_is_read_is_not_called_changed(tmp_path, monkeypatch, reader):
+    path, states = tmp_path / "c.tsv", iter(range(99))
+    whole = honest(tmp_path / "whole.tsv").read_text()
+    finished = path.with_name("whole.json").read_text().replace("whole.", "c.")
+    path.write_text("".join(whole.splitlines(keepends=True)[:4]))
+    path.with_suffix(".json").write_text(finished)
+    change_record(path, finished=...)
+    read_bytes = read._read_bytes
+
+    def finish_after(path, *most):
+        content = read_bytes(path, *most)
+        if next(states) == (reader is load):  # `load` looks at the columns first
+            path.write_text(whole)
+            path.with_suffix(".json").write_text(finished)
+        return content
+
+    monkeypatch.setattr(read, "_read_bytes", finish_after)
+    reader(path)
+    assert read_table(path).missing == 0 and not read_table(path).changed
 
 
 def test_shards_that_contradict_the_merged_lines(tmp_path):
