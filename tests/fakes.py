@@ -1,8 +1,8 @@
 """Stand-ins for train.py, certify.py and the measurement in tests of a plan: files of a run, without a network.
 
-Files in the plan's folder change what they do: `crash_NAME` ends the cell's training by a signal, once; `hang_NAME`
-makes its certification wait after the first image, `hang_measure` a measurement; with `damaged_NAME` the last
-checkpoint cannot be read until it is trained again, nor then when there is a text in that file.
+Files in the plan's folder change what they do: `crash_NAME` ends the cell's training by a signal, once, or with the
+status in the file; `hang_NAME` makes its certification wait after the first image, `hang_measure` a measurement; with
+`damaged_NAME` the last checkpoint cannot be read until it is trained again, nor then when there is a text in that file.
 """
 
 import json
@@ -42,7 +42,10 @@ def measure(folder):
 def train(config, workdir):
     crash = workdir.parent / f"crash_{workdir.name}"
     if crash.exists():
+        status = crash.read_text()
         crash.unlink()
+        if status:
+            raise SystemExit(int(status))
         os.kill(os.getpid(), signal.SIGKILL)
     damaged = workdir.parent / f"damaged_{workdir.name}"
     if damaged.exists() and not damaged.read_text():
@@ -76,6 +79,8 @@ def certify(workdir, named):
         "checkpoint_step": config["num_epochs"] * STEPS,
         "parameter_digest": "",
         "split": "test",
+        "dataset": config["dataset"]["name"],
+        "model": config["model"],
     }
     about = {"device": "1 x fake (fake)", "config": config}
     file = CertificateFile(

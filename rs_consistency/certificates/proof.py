@@ -19,7 +19,7 @@ from rs_consistency.common import checks
 from rs_consistency.common.checks import decimal_value
 from rs_consistency.common.errors import UserError
 from rs_consistency.statistics import sequential
-from rs_consistency.statistics.allocation import votes_for_tolerance
+from rs_consistency.statistics.allocation import MOST_TOLERATED, votes_for_tolerance
 from rs_consistency.statistics.bounds import ABSTAIN, ALPHA_SHARE, ATTACK_TESTS, BOUNDS, certify_votes, p_value_of
 
 _MORE_VOTES = "none before more votes"  # a decision that was not reached when the votes ended
@@ -121,6 +121,7 @@ def check_table(table: Table, path: Path, *, claims: bool = True) -> None:
         than they prove; or for a file that was changed after it was finished.
     """
     schema, settings, rows = table.record.schema, table.record.settings, list(table.rows.values())
+    _check_tolerated(table)
     for index, fault in faults_of_counts(schema, settings, rows).items():
         raise UserError(f"{path}, image {index}: {fault}; certify again")
     if claims and rows:
@@ -135,8 +136,18 @@ def check_table(table: Table, path: Path, *, claims: bool = True) -> None:
         )
 
 
+def _check_tolerated(table: Table) -> None:
+    settings = table.record.settings
+    if settings.tolerance is not None and settings.n > MOST_TOLERATED:
+        raise UserError(
+            f"{table.path} has a tolerance and n={settings.n}: this version checks a tolerance up to"
+            f" {MOST_TOLERATED:,} votes only; check the file with the version that made it"
+        )
+
+
 def contradictions(table: Table) -> dict[int, str]:
     """Return image number -> how its line differs from the line that its counts give, for each line that does."""
+    _check_tolerated(table)
     schema, settings = table.record.schema, table.record.settings
     found = faults_of_counts(schema, settings, table.rows.values())
     possible = [row for row in table.rows.values() if is_possible(schema, settings, row)]

@@ -5,17 +5,22 @@ Files of other programs are read as they are found: cells divided by tabs, comma
 file may be packed with gzip (`.gz`). A packed file of this program has the same record and checks as the plain one.
 """
 
+import codecs
 import gzip
+import io
+import itertools
 import math
+import re
 import zlib
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
+from functools import partial
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 
 from rs_consistency.certificates.columns import CERTIFY, FIELD_COLUMNS, PREDICT, SCHEMAS, Row, Schema, seconds_of
-from rs_consistency.certificates.record import Record, content_beside, record_path, unpacked_path
+from rs_consistency.certificates.record import Record, content_beside, json_beside, record_path, unpacked_path
 from rs_consistency.certificates.selection import Selection
 from rs_consistency.common.checks import MAX_INDEX
 from rs_consistency.common.errors import UserError
@@ -24,7 +29,9 @@ from rs_consistency.statistics.bounds import ABSTAIN
 _SEPARATORS = ("\t", ",", ";")
 _PREDICT_LOG = {*FIELD_COLUMNS, "basePredict", ""} - {"radius"}  # all columns of the field's files of predictions
 _TRUTH = {"true": "1", "false": "0"}
-_UNPACKED = 2**28  # bytes of a packed file at most: 2.5 million lines, twice the images of ImageNet
+_MOST_BYTES = 2**27  # of a file, unpacked: ImageNet's 1.3 million training images have 100 million
+_CHUNK = 2**20
+_TRIES = 10  # of reading a file whose record changes
 _HEADER = 4096  # bytes that hold the first line of every certificate file
 
 
@@ -82,7 +89,7 @@ def read_table(path: Path) -> Table:
         raise UserError(f"{path} does not exist; give a certificate file")
     if not beside.is_file():
         raise UserError(f"{path} has no {beside.name} that says how it was made; give a file of certify.py")
-    record, content = Record.read(beside), _read_bytes(path)
+    content, record = _read_with_record(path, beside)
     return _table(path, content, content[: content.rfind(b"\n") + 1], record)
 
 
@@ -103,15 +110,14 @@ def read_rows(path: Path) -> tuple[Schema | None, dict[int, Row], Table | None]:
         the record of other images or of other columns.
     """
     content = _read_bytes(path)
-    text = content.decode("utf-8-sig", errors="replace")
-    if not text.strip():
+    if not content.removeprefix(codecs.BOM_UTF8).strip():
         raise UserError(f"{path} is empty; certify some images, or leave it out")
-    header, *lines = text.splitlines()
-    separator, names = _names(header)
+    lines = io.TextIOWrapper(io.BytesIO(content), "utf-8-sig", errors="replace")  # line by line, to save memory
+    separator, names = _names(next(lines).rstrip("\n"))
     missing = _missing(names)
     if missing:
         raise UserError(f"{path}: column {', '.join(missing)} is missing; the first line must be {list(FIELD_COLUMNS)}")
-    if not any(lines):
+    if not re.search(rb"[\r\n]", content.strip(b" \t\r\n,;")):
         raise UserError(f"{path} has no images yet; certify some, or leave it out")
     schemas = [schema for schema in SCHEMAS.values() if set(schema.older.columns) <= set(names)]
     schema = max(schemas, key=lambda schema: len(schema.older.columns), default=None)
@@ -119,12 +125,13 @@ def read_rows(path: Path) -> tuple[Schema | None, dict[int, Row], Table | None]:
     if schema is None:
         if _recorded(path):
             raise UserError(f"{path} lacks the counts that its record {beside.name} is about; restore it from a copy")
-        return None, _parse_field(path, names, [line.split(separator) for line in lines]), None
-    if not text.endswith("\n"):
+        return None, _parse_field(path, separator, names, lines), None
+    has_record = beside.is_file() and beside != path
+    content, record = _read_with_record(path, beside) if has_record else (content, None)
+    if not content.endswith(b"\n"):
         raise UserError(f"{path}: the last line is cut off; run certify.py again to complete it")
-    if not beside.is_file() or beside == path:
+    if record is None:
         return schema, parse_own(path, content, schema), None
-    record = Record.read(beside)
     if record.schema is not schema:
         raise UserError(
             f"{path} has the columns of mode={schema.name!r}, and {beside.name} is the record of"
@@ -132,6 +139,17 @@ def read_rows(path: Path) -> tuple[Schema | None, dict[int, Row], Table | None]:
         )
     table = _table(path, content, content, record)
     return schema, table.rows, table
+
+
+def _read_with_record(path: Path, beside: Path) -> tuple[bytes, Record]:
+    """Return a file and its record, read until the record stays as it is: another process may finish the file."""
+    record = Record.read(beside)
+    for _ in range(_TRIES):
+        content, before = _read_bytes(path), record
+        record = Record.read(beside)
+        if record.content == before.content:
+            break
+    return content, record
 
 
 def _table(path: Path, content: bytes, lines: bytes, record: Record) -> Table:
@@ -148,7 +166,8 @@ def parse_own(
     Raises:
       UserError: naming the first line that this program did not write.
     """
-    header, *lines = content.decode("utf-8", "replace").removesuffix("\n").split("\n")
+    lines = (line.decode("utf-8", "replace").removesuffix("\n") for line in io.BytesIO(content))
+    header = next(lines, "")
     written = schema.of_header(header + "\n")
     if written is None:
         raise UserError(f"{path} has the columns {header!r}, not those of this program; use another file")
@@ -237,7 +256,10 @@ def standing(path: Path) -> tuple[bool | None, str]:
     no record.
     """
     file = certificate_path(path)
-    content = _recorded(file)
+    try:
+        content = content_beside(file)
+    except UserError as error:
+        return None, f"{path} is read without the file beside it: {error}"
     if content:
         record = Record.from_json(file, content)
         done, wanted = _read_bytes(file).count(b"\n") - 1, len(record.selection.images)
@@ -252,12 +274,12 @@ def standing(path: Path) -> tuple[bool | None, str]:
     return None, ""
 
 
-def _recorded(path: Path) -> dict[str, Any]:
-    """Return the content of the record beside a file; {} where the file beside it is no record, or damaged."""
+def _recorded(path: Path) -> bool:
+    """Return whether the file beside a file is a record, damaged or not, as far as it can be read as JSON."""
     try:
-        return content_beside(path)
+        return bool(json_beside(path))
     except UserError:
-        return {}  # any other program's file may have any file beside it
+        return False  # any other program's file may have any file beside it; `standing` names it
 
 
 def _has_header(path: Path) -> bool:
@@ -284,11 +306,12 @@ def _missing(names: Sequence[str]) -> list[str]:
     return [name for name in FIELD_COLUMNS if name not in names and name not in optional]
 
 
-def _parse_field(path: Path, names: Sequence[str], lines: Sequence[Sequence[str]]) -> dict[int, Row]:
-    """Return the rows of another program's file, by image number; empty lines are left out."""
+def _parse_field(path: Path, separator: str, names: Sequence[str], lines: Iterable[str]) -> dict[int, Row]:
+    """Return the rows of the lines behind the first of another program's file, by image number, without empty lines."""
     places = {name: names.index(name) for name in FIELD_COLUMNS if name in names}
     rows, lines_of = dict[int, Row](), dict[int, int]()
-    for number, cells in enumerate(lines, start=2):
+    for number, line in enumerate(lines, start=2):
+        cells = line.rstrip("\n").split(separator) if line.strip() else ()
         if not any(map(str.strip, cells)):
             continue
         if len(cells) != len(names):
@@ -330,18 +353,26 @@ def _seconds(time: str) -> float:
     return seconds if 0 <= seconds < math.inf else math.nan
 
 
-def _read_bytes(path: Path, most: int = -1) -> bytes:
-    """Return the content of a file, unpacked, or its first bytes."""
-    if path.suffix != ".gz":
-        with path.open("rb") as file:
-            return file.read(most)
+def _read_bytes(path: Path, most: int | None = None) -> bytes:
+    """Return the content of a file, which may be a pipe, unpacked; or its first bytes.
+
+    Raises:
+      UserError: for a file that cannot be unpacked, or has more bytes than certificates have.
+    """
+    packed = path.suffix == ".gz"
     try:
-        with gzip.open(path) as file:
-            content = file.read(_UNPACKED + 1 if most < 0 else most)
+        with gzip.open(path) if packed else path.open("rb") as file:
+            if most is not None:
+                return file.read(most)
+            chunks = iter(partial(file.read, _CHUNK), b"")
+            content = b"".join(itertools.islice(chunks, _MOST_BYTES // _CHUNK + 1))
     except (OSError, EOFError, zlib.error) as error:
+        if not packed:
+            raise
         raise UserError(f"{path} cannot be unpacked: {error}; restore it from a copy") from None
-    if len(content) > _UNPACKED:
+    if len(content) > _MOST_BYTES:
         raise UserError(
-            f"{path} unpacks to more than {_UNPACKED:,} bytes, too many for certificates; unpack it yourself"
+            f"{path} {'unpacks to' if packed else 'has'} more than {_MOST_BYTES:,} bytes, too many for certificates;"
+            " give a part of it"
         )
     return content

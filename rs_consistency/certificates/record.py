@@ -33,7 +33,7 @@ from rs_consistency.common import checks
 from rs_consistency.common.checks import MAX_INDEX, PRECISIONS
 from rs_consistency.common.errors import UserError
 from rs_consistency.common.files import read_json
-from rs_consistency.statistics.allocation import RULE, check_tolerated
+from rs_consistency.statistics.allocation import RULE
 from rs_consistency.statistics.bounds import BOUNDS
 from rs_consistency.statistics.rounded_gaussian import STEPS
 from rs_consistency.statistics.samplers import FLOAT, GRID, SAMPLERS, NoiseLaw, noise_law
@@ -180,8 +180,6 @@ class Record:
             shard = None if content["shard"] is None else parse_shard(content["shard"])
             settings = Settings(**{name: _CHECKS[name](name, content[name]) for name in needed})
             _ = settings.law  # a sigma that the sampler cannot have
-            if settings.tolerance is not None:
-                check_tolerated(settings.n)
             selection = Selection(split_size, skip, most, shard)
             finished, asked = _finished(content), len(selection.images)
             if finished and finished["images"] != asked:
@@ -262,9 +260,16 @@ def content_beside(path: Path) -> dict[str, Any]:
 
     Any other program's file may have a `.json` beside it. A record that is damaged is a `UserError`.
     """
+    content = json_beside(path)
+    return Record.from_json(unpacked_path(path).with_suffix(".json"), content).to_json() if content else {}
+
+
+def json_beside(path: Path) -> dict[str, Any]:
+    """Return what `content_beside` checks; {} for a JSON object that is no record, with no key that shows one."""
     beside = unpacked_path(path).with_suffix(".json")
     content = read_json(beside) if beside.is_file() else {}
-    return Record.from_json(beside, content).to_json() if "parameter_digest" in content else {}
+    is_record = {"identity", "parameter_digest"} & content.keys() or content.get("mode") in list(SCHEMAS)
+    return content if is_record else {}
 
 
 def differing_provenance(here: Mapping[str, Any], there: Mapping[str, Any]) -> list[str]:

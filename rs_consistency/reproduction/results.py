@@ -14,10 +14,11 @@ from rs_consistency.certificates.columns import seconds_of
 from rs_consistency.certificates.proof import load
 from rs_consistency.certificates.read import Certificates, read_table, standing
 from rs_consistency.certificates.record import content_beside
+from rs_consistency.certificates.selection import Selection
 from rs_consistency.common.checks import number_above, number_from, whole_number
 from rs_consistency.common.errors import UserError
 from rs_consistency.common.files import read_json, replace_atomically
-from rs_consistency.reproduction.plan import Cell, deviations, without_images
+from rs_consistency.reproduction.plan import PUBLISHED_VOTES, Cell, deviations, without_images
 from rs_consistency.reproduction.state import CERTIFICATES, calls_of
 from rs_consistency.training.config import flatten
 from rs_consistency.training.metrics import METRICS_FILE, read_lines
@@ -26,6 +27,8 @@ from rs_consistency.training.runs import CONFIG_FILE
 PACKED, RECORD = "certificates.tsv.gz", "certificates.json"
 RUN_FILE = "run.json"
 NOT_RECORDED = "not recorded"  # by earlier versions
+# Key of a record of certificates -> key of the configuration with the same value.
+_OF_CONFIG = {"dataset": "dataset.name", "model": "model", "dtype": "dtype", "sigma": "sigma"}
 
 
 class Result(NamedTuple):
@@ -193,20 +196,37 @@ def _certificates(folder: Path) -> tuple[Certificates, dict[str, Any]]:
 
 
 def _check_made(path: Path, made: dict[str, Any], certificates: Certificates, record: dict[str, Any]) -> None:
-    """Raise a `UserError` where `run.json` contradicts the record of the certificates, or their number."""
+    """Raise a `UserError` where `run.json` contradicts the record, or hides a deviation from the published cell.
+
+    What a plan never changes must be as published: alpha, n0, bound and the other settings of the votes.
+    """
     there = {**{name: record[name] for name in ("sigma", "seed", "n")}, "images": len(certificates.idx)}
+    there["table"] = path.parents[1].name
     config = flatten(record.get("config") or {})
-    if {"method", "consistency.lbd", "num_epochs"} <= config.keys():
-        base, weight = config["method"], config["consistency.lbd"]
-        with_term = "consistency" if base == "gaussian" else f"{base}+consistency"
-        there |= {"method": with_term if weight else base, "epochs": config["num_epochs"]}
-        there |= {"lbd": weight if made["lbd"] is not None else None}
-    differing = [
-        f"{name}: {made[name]} -> {there[name]}" for name in there if made.get(name, there[name]) != there[name]
-    ]
+    if missing := [key for key in ("method", "consistency.lbd", "num_epochs") if key not in config]:
+        raise UserError(f"{path.parent / RECORD} lacks config.{missing[0]}; run reproduce.py again for this cell")
+    base, weight = config["method"], config["consistency.lbd"]
+    with_term = "consistency" if base == "gaussian" else f"{base}+consistency"
+    there |= {"method": with_term if weight else base, "epochs": config["num_epochs"]}
+    there |= {"lbd": weight if made["lbd"] is not None else None}
+    differing = [f"{name}: {made.get(name)} -> {there[name]}" for name in there if made.get(name) != there[name]]
     if differing:
         raise UserError(
             f"{path} contradicts the record of the certificates beside it ({'; '.join(differing)}); run reproduce.py"
+            " again for this cell"
+        )
+    selection = Selection(record["split_size"], record["skip"], record["max"])
+    cell = Cell(*(made[name] for name in ("table", "method", "sigma", "seed", "lbd")), {}, selection, made["n"])
+    published = flatten(cell.config())
+    cell = cell._replace(overrides={key: value for key, value in config.items() if value != published.get(key, value)})
+    fixed = {**PUBLISHED_VOTES, "tolerance": None, "split": "test", "shard": None}
+    fixed |= {"skip": -(-selection.split_size // selection.size)}
+    fixed |= {name: config.get(key) for name, key in _OF_CONFIG.items()}
+    found = [f"{name} {record.get(name)}" for name, value in fixed.items() if record.get(name) != value]
+    unnamed = [text for text in (*found, *deviations(cell)) if text not in made["deviations"]]
+    if unnamed:
+        raise UserError(
+            f"{path} does not name all deviations from the published cell ({'; '.join(unnamed)}); run reproduce.py"
             " again for this cell"
         )
 

@@ -9,19 +9,22 @@ import json
 import time
 import tracemalloc
 from decimal import Decimal
+from pathlib import Path
 
 import numpy as np
 import pytest
 
+from rs_consistency.certificates import read
 from rs_consistency.certificates.columns import ATTACK, CERTIFY, DECIDE, PREDICT, SCHEMAS
 from rs_consistency.certificates.exact_lines import prove
 from rs_consistency.certificates.merge import merge
-from rs_consistency.certificates.proof import load, rows_of_counts
+from rs_consistency.certificates.proof import contradictions, load, rows_of_counts
 from rs_consistency.certificates.read import read_table, standing
 from rs_consistency.certificates.record import Settings
 from rs_consistency.certificates.selection import Selection, Shard
 from rs_consistency.certificates.write import CertificateFile
 from rs_consistency.common.errors import UserError
+from rs_consistency.reproduction.plan import Cell, deviations
 from rs_consistency.reproduction.results import read_results
 
 VOTES = {"sigma": 0.5, "n": 1000, "alpha": 0.001, "seed": 0, "sampler": "float", "precision": "default"}
@@ -31,7 +34,8 @@ OF_MODE = {
     PREDICT: {},
     ATTACK: {"copies": 4, "steps": 5, "restarts": 1},
 }
-BINDING = {"parameter_digest": "p", "data_digest": "d", "dataset": "mnist", "model": "lenet"}
+BINDING = {"parameter_digest": "p", "data_digest": "d", "dataset": "mnist", "split": "test"}
+BINDING |= {"model": "lenet", "dtype": "float32"}
 COUNT, RUNNER_UP = np.array([1000, 900, 520, 400, 900, 700]), np.array([0, 80, 470, 390, 60, 300])
 SELECTED, LABEL = np.array([1, 2, 1, 0, 2, 0]), np.array([1, 2, 1, 0, 1, 2])
 COLUMNS = {
@@ -216,7 +220,7 @@ NARROW = ["mode", "skip", "split_size", "shard", *VOTES, *OF_MODE[CERTIFY]]
         ({"shard": "1/2"}, "finished names 6 images"),
         ({"shard": "7/7"}, "shard=7/7: there are only 6 images"),
         ({"shard": "1/999999999", "finished": ...}, "image 2 is none of those asked for"),
-        ({"identity": NARROW}, "it lacks parameter_digest, dataset, data_digest, model"),
+        ({"identity": NARROW}, "it lacks parameter_digest, dataset, split, data_digest, model, dtype"),
         ({"parameter_digest": ...}, "it lacks parameter_digest"),
         ({"tolerance": 0.1, "tolerance_rule": 1}, "it lacks tolerance_rule"),
         ({"finished": {"images": True, "sha256": ""}}, "finished names True images"),
@@ -251,6 +255,17 @@ def test_counts_and_record_are_not_shaken_off(tmp_path):
         load(text)
     path.write_text("".join("\t".join(line[:6]) + "\n" for line in lines))
     refused(path, "lacks the counts that its record c.json is about")
+    record = path.with_suffix(".json")
+    good = record.read_text()
+    for removed in (["parameter_digest"], ["identity", "parameter_digest"], ["mode", "parameter_digest"]):
+        change_record(path, **dict.fromkeys(removed, ...))
+        refused(path, "lacks the counts that its record c.json is about")
+        record.write_text(good)
+    for content in (good + "x", good[:-3], "[]"):  # it may be any program's file, and is named
+        record.write_text(content)
+        load(path)
+        assert f"{path} is read without the file beside it: {record} " in standing(path)[1]
+    record.write_text(good)
     older = "".join("\t".join(line[:-2]) + "\n" for line in lines)  # an older header, without two columns
     path.write_text(older)
     refused(path, "was changed after it was finished")
@@ -258,6 +273,29 @@ def test_counts_and_record_are_not_shaken_off(tmp_path):
     refused(path, "not those of this program")
     path.write_text("".join("\t".join(line) + "\r\n" for line in lines))
     refused(path, "not those of this program")
+
+
+@pytest.mark.parametrize("first", [0, 1])
+@pytest.mark.parametrize("reader", [read_table, load])
+def test_a_file_that_is_finished_while_it_is_read_is_not_called_changed(tmp_path, monkeypatch, reader, first):
+    path, states = tmp_path / "c.tsv", iter(range(99))
+    whole = honest(tmp_path / "whole.tsv").read_text()
+    finished = path.with_name("whole.json").read_text().replace("whole.", "c.")
+    path.write_text("".join(whole.splitlines(keepends=True)[:4]))
+    path.with_suffix(".json").write_text(finished)
+    change_record(path, finished=...)
+    read_bytes = read._read_bytes
+
+    def finish_after(path, *most):
+        content = read_bytes(path, *most)
+        if next(states) == first:
+            path.write_text(whole)
+            path.with_suffix(".json").write_text(finished)
+        return content
+
+    monkeypatch.setattr(read, "_read_bytes", finish_after)
+    reader(path)
+    assert not read_table(path).changed
 
 
 def test_shards_that_contradict_the_merged_lines(tmp_path):
@@ -289,14 +327,18 @@ def test_shards_that_contradict_the_merged_lines(tmp_path):
     assert not (tmp_path / "other.tsv").exists()
 
 
+CELL = Cell("mnist", "gaussian", 0.5, 0, None, {}, SIX, 1000)
+
+
 def result(folder, **made):
     """A kept cell, whose images are those of an honest file."""
-    cell = folder / "gaussian_sigma0.50_seed0"
+    cell = folder / "mnist" / "gaussian_sigma0.50_seed0"
     cell.mkdir(parents=True)
-    config = {"method": "gaussian", "num_epochs": 90, "consistency": {"lbd": 0.0}}
-    path = honest(cell / "certificates.tsv", about={"config": config})
-    about = {"method": "gaussian", "sigma": 0.5, "seed": 0, "lbd": None, "epochs": 90, "deviations": [], "n": 1000}
-    (cell / "run.json").write_text(json.dumps({**about, "images": 6, **made}))
+    path = honest(cell / "certificates.tsv", about={"config": json.loads(CELL.config().to_json())})
+    about = {"method": "gaussian", "sigma": 0.5, "seed": 0, "lbd": None, "epochs": 90, "n": 1000, "table": "mnist"}
+    # The record's n0 = 20 is no choice of a plan; a name of it is enough for the reader.
+    about |= {"deviations": [*deviations(CELL), "n0 20"], "images": 6}
+    (cell / "run.json").write_text(json.dumps({name: value for name, value in (about | made).items() if value != ...}))
     pack(path)
     return path
 
@@ -312,7 +354,13 @@ def pack(path):
         ({"sigma": 1.0}, "sigma: 1.0 -> 0.5"),
         ({"seed": 1}, "seed: 1 -> 0"),
         ({"n": 100_000}, "n: 100000 -> 1000"),
+        ({"n": ...}, "n: None -> 1000"),
         ({"images": 500}, "images: 500 -> 6"),
+        ({"images": ...}, "images: None -> 6"),
+        ({"table": "cifar10"}, "table: cifar10 -> mnist"),
+        ({"deviations": ["6 of 12 images", "n 1,000"]}, "does not name all deviations from the published cell (n0 20)"),
+        ({"deviations": ["n 1,000", "n0 20"]}, "(6 of 12 images)"),
+        ({"deviations": ["6 of 12 images", "n0 20"]}, "(n 1,000)"),
         ({"method": "consistency"}, "method: consistency -> gaussian"),
         ({"epochs": 1}, "epochs: 1 -> 90"),
         ({"lbd": 5.0}, "lbd: 5.0 -> 0.0"),
@@ -324,17 +372,48 @@ def pack(path):
         ({"certified_with": {"git_commit": 5}}, "is damaged (git_commit=5 is no text)"),
         ({"continued_with": [5]}, "is damaged"),
         ({"lbd": "x"}, "is damaged (lbd='x': use a number"),
-        ({"seed": float("inf")}, "is damaged (seed=inf: use a whole number"),
+        ({"seed": 1.5}, "is damaged (seed=1.5: use a whole number"),
     ],
 )
 def test_a_kept_cell_must_be_of_its_settings(tmp_path, made, message):
     result(tmp_path, **made)
     if message is None:
-        assert len(read_results(tmp_path)) == 1
+        assert len(read_results(tmp_path / "mnist")) == 1
         return
     with pytest.raises(UserError) as error:
-        read_results(tmp_path)
+        read_results(tmp_path / "mnist")
     assert message in str(error.value) and "run reproduce.py again for this cell" in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("changed", "config", "message"),
+    [
+        ({"alpha": 0.9}, {}, "the published cell (alpha 0.9)"),
+        ({"bound": "two_class", "alpha_share": 0.5}, {}, "(bound two_class)"),
+        ({"dataset": "fashion_mnist"}, {}, "(dataset fashion_mnist)"),
+        ({"model": "resnet20"}, {}, "(model resnet20)"),
+        ({"dtype": "bfloat16"}, {}, "(dtype bfloat16)"),
+        ({"split": "train"}, {}, "(split train)"),
+        ({"sampler": "grid", "grid_steps": 255, "image_shape": [28, 28, 1]}, {}, "(sampler grid)"),
+        ({"precision": "highest"}, {}, "(precision highest)"),
+        ({"config": ...}, {}, "lacks config.method"),
+        ({}, {"optimizer": {"lr": 0.5}}, "(optimizer.lr 0.5)"),
+        ({}, {"num_noise": 2}, "(num_noise 2)"),
+        ({}, {"model": "resnet20"}, "(model lenet; model resnet20)"),
+    ],
+)
+def test_a_kept_cell_must_name_what_was_not_published(tmp_path, changed, config, message):
+    path = result(tmp_path)
+    record = json.loads(path.with_suffix(".json").read_text())
+    names = dict.fromkeys([*record["identity"], *(name for name in changed if name != "config")])
+    change_record(path, **{"identity": [*names], "config": record["config"] | config, **changed})
+    for image in range(0, 12, 2):  # lines that claim nothing follow from any settings
+        forge(path, image, predict=-1, radius="0.000000", correct=0)
+    keep_digest(path)
+    pack(path)
+    with pytest.raises(UserError) as error:
+        read_results(tmp_path / "mnist")
+    assert message in str(error.value)
 
 
 def test_a_forged_cell_is_no_result(tmp_path):
@@ -350,7 +429,7 @@ def test_a_forged_cell_is_no_result(tmp_path):
         do()
         pack(path)
         with pytest.raises(UserError, match=message):
-            read_results(tmp_path)
+            read_results(tmp_path / "mnist")
         path.write_text(good)
         path.with_suffix(".json").write_text(record)
 
@@ -368,11 +447,45 @@ def test_numbers_of_a_record_cost_no_memory_and_no_time(tmp_path):
     assert peak < 5e6 and time.process_time() - started < 2
     names = json.loads(path.with_suffix(".json").read_text())["identity"]
     change_record(path, tolerance=1e-9, tolerance_rule=1, n=10**9, identity=[*names, "tolerance_rule"])
-    refused(path, "c.json is damaged: n=1000000000: with a tolerance use at most 1,000,000 votes")
+    refused(path, "n=1000000000: this version checks a tolerance up to 1,000,000 votes only")
+    with pytest.raises(UserError, match="this version checks a tolerance up to"):
+        contradictions(read_table(path))
     shard = honest(tmp_path / "s.tsv", selection=SIX._replace(shard=Shard(1, 6)))
     change_record(shard, shard="1/999999999", split_size=2**31, max=2**31, finished=...)
     with pytest.raises(UserError, match=r"shard 2/999999999, .* and 999999990 more is missing"):
         merge([shard], tmp_path / "all.tsv")
+
+
+COLUMNS_OF_FIELD = b"idx\tlabel\tpredict\tradius\tcorrect\ttime"
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (b"", "is empty"),
+        (COLUMNS_OF_FIELD, "has no images yet"),
+        (COLUMNS_OF_FIELD + b"\n0\t1\t1\t0.5\t1\t1\n", None),
+        (COLUMNS_OF_FIELD + b"\n1", "line 2: 1 columns instead of 6"),
+        (SCHEMAS["certify"].header.encode() + b"\n0", "line 2, is not what this program wrote"),
+    ],
+)
+def test_empty_lines_cost_no_more_than_their_bytes(tmp_path, content, message):
+    path, size = tmp_path / "c.tsv.gz", 2**18
+    path.write_bytes(gzip.compress(content + b"\n" * size, compresslevel=1))
+    tracemalloc.start()
+    if message is None:
+        assert load(path)[0].idx.tolist() == [0]
+    else:
+        with pytest.raises(UserError, match=message):
+            load(path)
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert peak < 4 * size + 2**20
+
+
+def test_a_file_without_an_end_is_refused():
+    with pytest.raises(UserError, match="/dev/zero has more than 134,217,728 bytes, too many for certificates"):
+        load(Path("/dev/zero"))
 
 
 def test_all_votes_of_the_largest_number_are_summarized(program, tmp_path):

@@ -108,6 +108,7 @@ def test_a_file_without_a_last_newline_is_read_when_nothing_can_be_missing(field
         ("1.0\n2.0\n", "column idx, label, predict, radius, correct is missing"),
         (FIELD.replace("radius", "r"), "column radius is missing"),
         (FIELD.splitlines()[0] + "\n", "has no images yet"),
+        (FIELD.splitlines()[0] + "\n\n\t\t\n", "has no images yet"),
         (FIELD.replace("0.5\t1", "nan\t1"), "image 5: radius=nan; expected a finite number of at least 0"),
         (FIELD.replace("0.5\t1", "inf\t1"), "image 5: radius=inf; expected a finite number"),
         (FIELD.replace("0.5\t1", "-0.5\t1"), "image 5: radius=-0.5; expected a finite number"),
@@ -226,9 +227,9 @@ def test_a_folder_stands_for_its_certificate_files(program, tmp_path):
 def test_a_packed_file_cannot_fill_the_memory(program, field, monkeypatch):
     packed = field.with_suffix(".tsv.gz")
     packed.write_bytes(gzip.compress(FIELD.encode()))
-    monkeypatch.setattr(read, "_UNPACKED", len(FIELD))
+    monkeypatch.setattr(read, "_MOST_BYTES", len(FIELD))
     assert len(load(packed)[0].idx) == 4
-    monkeypatch.setattr(read, "_UNPACKED", len(FIELD) - 1)
+    monkeypatch.setattr(read, "_MOST_BYTES", len(FIELD) - 1)
     assert "field.tsv.gz unpacks to more than 1" in program.fails("cli.analyze", packed)
     monkeypatch.undo()
     packed.write_bytes(packed.read_bytes()[:-9])

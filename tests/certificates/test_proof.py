@@ -244,7 +244,7 @@ def test_a_line_may_claim_less_than_it_could(program, file):
     ("key", "value", "message"),
     [
         ("n", 10.5, "certificates.json is damaged: n=10.5: use a whole number"),
-        ("sigma", float("nan"), "certificates.json is damaged: sigma=nan: use a number greater than 0"),
+        ("sigma", float("nan"), "certificates.json is damaged: NaN is not a finite number"),
         ("alpha", 2, "certificates.json is damaged: alpha=2: use a number in"),
         ("seed", -1, "certificates.json is damaged: seed=-1"),
         ("bound", "wald", "certificates.json is damaged: bound='wald' is unknown"),
