@@ -281,15 +281,15 @@ def test_damage_to_the_folder_is_named(tmp_path, imagenet):
     with pytest.raises(UserError, match=r"imagenet2012 \(train\): example 20 is unreadable"):
         opened(folder).read([20])
     second.unlink()
-    with pytest.raises(UserError, match=r"-00001-of-00002 is missing; .*data\.prepare imagenet2012"):
+    with pytest.raises(UserError, match=r"-00001-of-00002 is missing; .*cli\.prepare imagenet2012"):
         opened(folder)
     (home / "features.json").write_text("{")
-    with pytest.raises(UserError, match=r"is unreadable: .*data\.prepare imagenet2012"):
+    with pytest.raises(UserError, match=r"is unreadable: .*cli\.prepare imagenet2012"):
         opened(folder)
 
 
 def test_what_cannot_be_opened_is_said_with_the_remedy(tmp_path, imagenet):
-    with pytest.raises(UserError, match=r"'imagenet2012' is not prepared in .*data\.prepare imagenet2012 --data_dir="):
+    with pytest.raises(UserError, match=r"'imagenet2012' is not prepared in .*cli\.prepare imagenet2012 --data_dir="):
         opened(tmp_path)
     with pytest.raises(UserError, match=r"has no split 'test'; use one of train, validation$"):
         opened(imagenet, "test")
