@@ -20,7 +20,15 @@ from rs_consistency.common.checks import decimal_value
 from rs_consistency.common.errors import UserError
 from rs_consistency.statistics import sequential
 from rs_consistency.statistics.allocation import MOST_TOLERATED, votes_for_tolerance
-from rs_consistency.statistics.bounds import ABSTAIN, ALPHA_SHARE, ATTACK_TESTS, BOUNDS, certify_votes, p_value_of
+from rs_consistency.statistics.bounds import (
+    ABSTAIN,
+    ALPHA_SHARE,
+    ATTACK_TESTS,
+    BOUNDS,
+    Certified,
+    certify_votes,
+    p_value_of,
+)
 
 _MORE_VOTES = "none before more votes"  # a decision that was not reached when the votes ended
 # One unit of the last written digit: another version of SciPy may have computed the quantile a little differently.
@@ -100,12 +108,13 @@ def load(
     if bound not in (None, settings.bound):
         settings = settings._replace(bound=bound, alpha_share=ALPHA_SHARE if bound == "two_class" else None)
     settings = settings._replace(alpha=checks.probability("alpha", float(each)))
-    proven, lower = _certificates(settings, _columns(rows))
-    if recompute:
-        rows, table = proven, to_columns(file, schema, {row["idx"]: row for row in proven})
     columns = _columns(rows)
+    proven = _proven(settings, columns)
+    if recompute:
+        rows = _certificates(columns, proven)
+        table = to_columns(file, schema, {row["idx"]: row for row in rows})
     votes = np.broadcast_to(columns.get("votes", settings.n), len(rows))
-    return table, Evidence(settings, each, rows, columns["count"], votes, lower)
+    return table, Evidence(settings, each, rows, columns["count"], votes, proven.lower)
 
 
 def check_table(table: Table, path: Path, *, claims: bool = True) -> None:
@@ -169,7 +178,7 @@ def rows_of_counts(schema: Schema, settings: Settings, columns: dict[str, np.nda
         `predict`, `adversarial` and `distance`. A `p_value` that differs from the computed one by rounding is kept.
     """
     if schema is CERTIFY:
-        return _certificates(settings, columns)[0]
+        return _certificates(columns, _proven(settings, columns))
     return {DECIDE: _decisions, PREDICT: _predictions, ATTACK: _attacks}[schema](settings, columns)
 
 
@@ -244,10 +253,9 @@ def impossible(settings: Settings) -> str:
     return f"its counts cannot be with {f'n0={settings.n0} and ' if settings.n0 else ''}n={settings.n}"
 
 
-def _certificates(settings: Settings, columns: dict[str, np.ndarray]) -> tuple[list[Row], np.ndarray]:
-    """Return the rows, and the lower confidence bounds of p_A."""
+def _proven(settings: Settings, columns: dict[str, np.ndarray]) -> Certified:
     counts = columns["count"], columns["count_runner_up"], columns.get("votes", settings.n)
-    proven = certify_votes(
+    return certify_votes(
         *counts,
         alpha=settings.alpha,
         bound=settings.bound,
@@ -255,8 +263,11 @@ def _certificates(settings: Settings, columns: dict[str, np.ndarray]) -> tuple[l
         uniform=uniform_draws(settings, columns["idx"]),
         **settings.law._asdict(),
     )
+
+
+def _certificates(columns: dict[str, np.ndarray], proven: Certified) -> list[Row]:
     prediction = np.where(proven.certified, columns["selected"], ABSTAIN)
-    return make_rows(**columns | {"predict": prediction, "radius": proven.radius}), proven.lower
+    return make_rows(**columns | {"predict": prediction, "radius": proven.radius})
 
 
 def _decisions(settings: Settings, columns: dict[str, np.ndarray]) -> list[Row]:

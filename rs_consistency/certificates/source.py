@@ -110,8 +110,8 @@ class Source:
             yield from answer(question, self.apply_fn, self.variables, images, part, labels, devices=self.devices)
 
     def labels(self, indices: np.ndarray) -> np.ndarray:
-        """Return the true classes `[B]` of images `[B]`, at least one, which are read a part at a time."""
-        return np.concatenate([self.split.read(part)[1] for part in self._parts(indices)])
+        """Return the true classes `[B]` of images `[B]`, which are not decoded."""
+        return self.split.read_labels(indices)
 
     def check_config(self, record: Record) -> None:
         """Raise a `UserError` where a record names a setting of the training that is not the one here.

@@ -65,6 +65,10 @@ class Split:
         """Return images and labels of the examples with these numbers."""
         return self.images[indices], self.labels[indices]
 
+    def read_labels(self, indices: np.ndarray) -> np.ndarray:
+        """Return the labels of the examples with these numbers."""
+        return self.labels[indices]
+
 
 class Examples(NamedTuple):
     """Training examples on a device.
@@ -123,6 +127,10 @@ class OpenSplit(Protocol):
 
     def read(self, indices: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """Return images uint8 `[B, H, W, C]` and labels int32 `[B]` of examples, as they are certified."""
+        ...
+
+    def read_labels(self, indices: np.ndarray) -> np.ndarray:
+        """Return labels int32 `[B]` of examples, without decoding their images."""
         ...
 
 

@@ -27,6 +27,7 @@ from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from multiprocessing import resource_tracker
 from pathlib import Path
+from typing import Any
 
 import grain
 import jax
@@ -96,19 +97,33 @@ class StreamedSplit:
             list(pool.map(read_one, range(len(indices))))
         return images, labels
 
+    def read_labels(self, indices: Sequence[int]) -> np.ndarray:
+        """Return the labels int32 `[B]` of examples by number, without decoding an image."""
+        with ThreadPoolExecutor(_THREADS) as pool:
+            labels = pool.map(lambda index: self._example(int(index), lambda _: None)[1], indices)
+            return np.array(list(labels), np.int32)
+
     def decode(self, index: int, fit: Callable[[Image.Image, int], Image.Image]) -> tuple[np.ndarray, np.int32]:
         """Return an example: the image `[S, S, 3]`, as `fit(image, S)` makes it, and the label.
 
         Raise a `UserError` for a damaged example, or a label out of range.
         """
+
+        def pixels(content: bytes) -> np.ndarray:
+            with Image.open(io.BytesIO(content)) as image:
+                # A few of ImageNet's images are grey or CMYK.
+                return np.asarray(fit(image if image.mode == "RGB" else image.convert("RGB"), self.image_shape[0]))
+
+        return self._example(index, pixels)
+
+    def _example(self, index: int, of_image: Callable[[bytes], Any]) -> tuple[Any, np.int32]:
+        """Return `of_image` of the encoded image, and the label; errors are as for `decode`."""
         if not 0 <= index < len(self):
             raise IndexError(f"{self.name}: example {index} is outside 0..{len(self) - 1}")
         try:
             features = tf_example_pb2.Example.FromString(self.records[index]).features.feature
             label = features["label"].int64_list.value[0]
-            with Image.open(io.BytesIO(features["image"].bytes_list.value[0])) as image:
-                # A few of ImageNet's images are grey or CMYK.
-                pixels = np.asarray(fit(image if image.mode == "RGB" else image.convert("RGB"), self.image_shape[0]))
+            found = of_image(features["image"].bytes_list.value[0])
         except Exception as error:  # array_record, protobuf and PIL raise many kinds
             raise UserError(
                 f"{self.name}: example {index} is unreadable: {first_line(error)}; move {self.folder} away and prepare"
@@ -119,7 +134,7 @@ class StreamedSplit:
                 f"{self.name}: label {label} of example {index} is outside 0..{self.num_classes - 1}."
                 " Prepare the dataset again"
             )
-        return pixels, np.int32(label)
+        return found, np.int32(label)
 
 
 def open_split(

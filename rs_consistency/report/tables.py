@@ -73,6 +73,7 @@ def notes(summaries: Sequence[dict[str, Any]]) -> list[str]:
         radii = ", ".join(radius for radius, is_best in summary["best"].items() if is_best)
         if radii:
             lines.append(f"best at r={radii}: {summary['path']}")
+    lines += [f"not finished: {summary['path']}" for summary in summaries if summary.get("finished") is False]
     if any(summary["acr_two_class"] is not None for summary in summaries):
         lines.append(
             "ACR two-class: the same votes with the bound two_class. Quote one of the two ACRs, chosen before you look;"

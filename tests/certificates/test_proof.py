@@ -312,6 +312,8 @@ def test_a_file_that_is_not_as_it_was_finished_says_so(program, file, tmp_path, 
     change_record(file, finished=...)
     fault = f"{file} is not finished: 10 of 12 images; certify.py with the same settings completes it"
     assert analysis(file) == (False, f"note: {fault}\n")
+    for form in ("text", "markdown"):
+        assert f"\nnot finished: {file}\n" in program.succeeds("cli.analyze", file, f"--format={form}").out
     monkeypatch.delitem(plots.FORMATS, "pdf")
     program.succeeds("cli.analyze", file, f"--output={tmp_path / 'report'}", "--no_network")
     assert program.err.count(fault) == (tmp_path / "report" / "report.html").read_text().count(fault) == 1

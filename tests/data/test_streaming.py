@@ -210,6 +210,9 @@ def test_evaluation_batches_are_all_examples_in_order(imagenet):
     np.testing.assert_array_equal(np.concatenate([images for images, _ in batches]), images)
     np.testing.assert_array_equal(np.concatenate([labels for _, labels in batches]), labels)
     some_images, some_labels = split.read(np.array([7, 0, 7]))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(streaming.Image, "open", None)  # labels are read without decoding
+        np.testing.assert_array_equal(split.read_labels(np.array([7, 0, 7])), some_labels)
     np.testing.assert_array_equal(some_images, images[[7, 0, 7]])
     assert some_labels.tolist() == [995, 988, 995]
     assert split.read([])[0].shape == (0, SIDE, SIDE, 3)
@@ -278,15 +281,15 @@ def test_damage_to_the_folder_is_named(tmp_path, imagenet):
     with pytest.raises(UserError, match=r"imagenet2012 \(train\): example 20 is unreadable"):
         opened(folder).read([20])
     second.unlink()
-    with pytest.raises(UserError, match=r"-00001-of-00002 is missing; .*data\.prepare imagenet2012"):
+    with pytest.raises(UserError, match=r"-00001-of-00002 is missing; .*cli\.prepare imagenet2012"):
         opened(folder)
     (home / "features.json").write_text("{")
-    with pytest.raises(UserError, match=r"is unreadable: .*data\.prepare imagenet2012"):
+    with pytest.raises(UserError, match=r"is unreadable: .*cli\.prepare imagenet2012"):
         opened(folder)
 
 
 def test_what_cannot_be_opened_is_said_with_the_remedy(tmp_path, imagenet):
-    with pytest.raises(UserError, match=r"'imagenet2012' is not prepared in .*data\.prepare imagenet2012 --data_dir="):
+    with pytest.raises(UserError, match=r"'imagenet2012' is not prepared in .*cli\.prepare imagenet2012 --data_dir="):
         opened(tmp_path)
     with pytest.raises(UserError, match=r"has no split 'test'; use one of train, validation$"):
         opened(imagenet, "test")
