@@ -86,7 +86,7 @@ def _arm(below: Path, fault: Fault | None, log: int) -> None:
 
 
 def _end(action: Callable[[], None]) -> None:
-    """Run a function and end this process as the interpreter would, without a way back into the parent's code."""
+    """Run a function and end this process as `common.process.run` does, without a way back into the parent's code."""
     status = 1
     try:
         action()
@@ -96,8 +96,9 @@ def _end(action: Callable[[], None]) -> None:
     except BaseException:
         traceback.print_exc()
     try:
-        threading._shutdown()
-        atexit._run_exitfuncs()
+        if status == 0:
+            threading._shutdown()
+            atexit._run_exitfuncs()
         sys.stdout.flush()
         sys.stderr.flush()
     finally:
