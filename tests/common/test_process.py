@@ -230,6 +230,12 @@ def test_the_end_of_a_program_is_its_own(ending, tmp_path):
     assert text == "ZeroDivisionError" or done.stderr == text
 
 
+def test_a_program_that_failed_waits_for_no_thread(tmp_path):
+    # Orbax has a thread that waits for a save which a full disk ended.
+    job = "import threading, time\ndef main(arguments):\n    threading.Thread(target=time.sleep, args=[120]).start()\n"
+    assert started(tmp_path, job + "    raise SystemExit(2)\n").returncode == 2  # within a minute
+
+
 def test_main_may_be_called_again_though_another_tool_wraps_its_hook(monkeypatch):
     seen = []
     monkeypatch.setattr(common, "_others", [])
