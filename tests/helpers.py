@@ -80,8 +80,8 @@ del sys.argv[0]
 runpy.run_path(sys.argv[0], run_name="__main__")
 """
 
-# A shell's background jobs, such as a CI's, ignore Ctrl-C, and so would what they start.
-CTRL_C_WORKS = ("env", "--default-signal=INT")
+# A shell's background jobs, such as a CI's, ignore Ctrl-C, and what nohup starts ignores SIGHUP; so would their children.
+CTRL_C_WORKS = ("env", "--default-signal=INT,HUP")
 
 
 def start(script, *args, toy=False, limit_kib=None, cwd=ROOT):

@@ -23,6 +23,7 @@ _DAY = 24 * 3600  # seconds
 _DEEPEST = 50
 _TOO_DEEP = f"more than {_DEEPEST} objects or lists in each other"
 _LARGEST_JSON = 2**24  # bytes: the values of a file take many times its size
+_PART = 2**16  # bytes; reading many at once takes memory for all of them, however few there are
 _REMEDY = "restore it from a copy, or move it away"
 
 
@@ -157,13 +158,15 @@ def read_bytes(path: Path, *, at_most: int) -> bytes:
         # Of the open file, since the path may name another at any time; not its size, which is 0 in /proc.
         if not stat.S_ISREG(os.fstat(descriptor).st_mode):
             raise UserError(f"{path} is not a regular file; {_REMEDY}")
+        content = bytearray()
         with open(descriptor, "rb", closefd=False) as file, naming(path):
-            content = file.read(at_most + 1)
+            while len(content) <= at_most and (part := file.read(_PART)):
+                content += part
     finally:
         os.close(descriptor)
     if len(content) > at_most:
         raise UserError(f"{path} is damaged: it has more than {at_most} bytes; {_REMEDY}")
-    return content
+    return bytes(content)
 
 
 def parse_json(text: str | bytes) -> Any:

@@ -116,7 +116,7 @@ def subject(label: str, path: Path, certificates: Certificates, evidence: Eviden
     file itself is from `read.standing`.
     """
     file, notes, metrics = certificate_path(path), [fault] if fault else [], []
-    record = _read(file, notes, content_beside)
+    record = _read(file, [], content_beside)  # the fault names a damaged record
     config = _read(file.parent / "config.json", notes)
     workdir = file.parent if config else None
     if workdir:

@@ -376,13 +376,3 @@ def test_a_cell_that_cannot_go_on_is_told_before_anything_runs(tmp_path, capsys)
     fakes.write_trained(other.config(), tmp_path / cell.name)
     assert runner_of(tmp_path).look(cell) == State()
     assert f"{cell.name}: workdir=" in (err := capsys.readouterr().err) and "another config (num_epochs: 3 -> 2" in err
-
-
-def test_temporary_files_of_two_hosts_that_share_a_folder_differ(tmp_path, monkeypatch):
-    def temporary(host):
-        monkeypatch.setattr(files.platform, "node", lambda: host)
-        with files.replace_atomically(tmp_path / "speeds.json") as path:
-            path.touch()
-        return path
-
-    assert temporary("one") != temporary("two")
