@@ -80,7 +80,7 @@ del sys.argv[0]
 runpy.run_path(sys.argv[0], run_name="__main__")
 """
 
-# A shell's background jobs, such as a CI's, ignore Ctrl-C, and what nohup starts ignores SIGHUP; so would their children.
+# A shell's background jobs, such as a CI's, ignore Ctrl-C, and what nohup starts SIGHUP; so would their children.
 CTRL_C_WORKS = ("env", "--default-signal=INT,HUP")
 
 
