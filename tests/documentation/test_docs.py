@@ -68,7 +68,7 @@ def run_command(line):
         arguments += ["--config.num_epochs=1"]
     elif words[1] == "certify.py" and not any(word.startswith(("--verify", "--merge")) for word in arguments):
         arguments += ["--n=60"]  # enough to prove something with every setting of the pages
-    elif words[1] == "reproduce.py":
+    elif words[1] == "reproduce.py" and "--render" not in arguments:
         arguments += ["--epochs=1", "--images=4", "--n=50", "--config", "batch_size=1000"]
     try:
         PROGRAMS[words[1]](arguments)

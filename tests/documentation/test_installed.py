@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 
+from rs_consistency.cli import start
 from rs_consistency.cli.config_file import split
 from tests.helpers import ROOT, TINY
 
@@ -86,6 +87,7 @@ def test_the_package_installs_its_commands():
     ours = {one.name: one for one in entry_points(group="console_scripts") if one.name.startswith("rs-")}
     for name in ("train", "certify", "analyze", "reproduce", "export-torch"):
         program = ours[f"rs-{name}"].load()
-        assert program is importlib.import_module(f"rs_consistency.cli.{name.replace('-', '_')}").run
+        assert program is getattr(start, name.replace("-", "_"))
+        assert callable(importlib.import_module(*program.args).main)
     done = command("rs-train", "--config=nowhere.py", cwd=os.getcwd())
     assert done.returncode == 2 and done.stderr.startswith("error: ") and done.stderr.count("\n") == 1
