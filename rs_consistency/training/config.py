@@ -1,6 +1,5 @@
 """Checks of a configuration before anything is computed, and the keys that shape the result of a run."""
 
-import reprlib
 import runpy
 from collections.abc import Callable, Mapping
 from functools import cache, partial
@@ -20,6 +19,7 @@ from rs_consistency.common.checks import (
     number_above,
     number_from,
     one_of,
+    shown,
     whole_number,
 )
 from rs_consistency.common.errors import UserError
@@ -147,13 +147,7 @@ def _lacks(key: str) -> UserError:
 
 
 def _shown(value: Any) -> str:
-    """Return a value as a short text in one line."""
-    if isinstance(value, ConfigDict):
-        return "a block"
-    try:
-        return reprlib.repr(value)
-    except Exception:  # of the value's own code, or for a number of too many digits
-        return f"a {type(value).__name__}"
+    return "a block" if isinstance(value, ConfigDict) else shown(value)
 
 
 def validate(config: ConfigDict, *, num_devices: int) -> None:

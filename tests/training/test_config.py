@@ -266,7 +266,7 @@ BAD_FILES = {
     "raw['batch_size'] = 256.0": "batch_size=256.0: use a whole number, such as 256",
     "raw['batch_size'] = True": "batch_size=True: use a whole number",
     "raw['batch_size'] = np.int64(256)": "batch_size=np.int64(256): use a whole number",
-    "raw['batch_size'] = 10**5000": "batch_size=a int: use a whole number",
+    "raw['batch_size'] = 10**5000": "batch_size=<int>: use a whole number",
     "raw['macer']['deferred'] = 1": "macer.deferred=1: use True or False, such as True",
     "raw['model'] = ['lenet']": "model=['lenet']: use a text, such as 'lenet'",
     "raw['model'] = b'lenet'": "model=b'lenet': use a text",
