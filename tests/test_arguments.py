@@ -202,7 +202,7 @@ LOST = {"complex", "complex64", "masked", "time", "times"}
 
 
 def outcome(function, arguments):
-    """What a call did wrong, or nothing; and whether it was accepted."""
+    """Return the fault of a call, "" for none, and whether the call was accepted."""
     try:
         function(**arguments)
     except Reached:

@@ -89,7 +89,7 @@ def _metrics(folder):
 
 
 def _read_own(path):
-    """What a file of this program says: its lines, and its certificates."""
+    """Return the lines of a file of this program, and its certificates."""
     rows, (certificates, _) = read_table(path).rows, load(path)
     standing(path)
     return rows, [column.tolist() for column in certificates[:-1]]

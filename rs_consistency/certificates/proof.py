@@ -96,8 +96,7 @@ def load(
     file = certificate_path(path)
     schema, by_index, own = read_rows(file)
     table = to_columns(file, schema, by_index)
-    if own is not None:
-        check_table(own, path, claims=not recompute)
+    proven = None if own is None else check_table(own, path, claims=not recompute)
     if own is None or schema is not CERTIFY:
         if recompute or need_counts:
             missing = _missing_proof(file, schema)
@@ -109,16 +108,18 @@ def load(
         settings = settings._replace(bound=bound, alpha_share=ALPHA_SHARE if bound == "two_class" else None)
     settings = settings._replace(alpha=checks.probability("alpha", float(each)))
     columns = _columns(rows)
-    proven = _proven(settings, columns)
     if recompute:
+        proven = _proven(settings, columns)
         rows = _certificates(columns, proven)
         table = to_columns(file, schema, {row["idx"]: row for row in rows})
     votes = np.broadcast_to(columns.get("votes", settings.n), len(rows))
     return table, Evidence(settings, each, rows, columns["count"], votes, proven.lower)
 
 
-def check_table(table: Table, path: Path, *, claims: bool = True) -> None:
-    """Check a file of this program, of any mode, as far as it can be checked without its network and images.
+def check_table(table: Table, path: Path, *, claims: bool = True) -> Certified | None:
+    """Return the certificates of a file's counts; None for another mode, without lines, or if claims are not checked.
+
+    A file of this program, of any mode, is checked as far as it can be without its network and images.
 
     Args:
       table: the file.
@@ -133,8 +134,12 @@ def check_table(table: Table, path: Path, *, claims: bool = True) -> None:
     _check_tolerated(table)
     for index, fault in faults_of_counts(schema, settings, rows).items():
         raise UserError(f"{path}, image {index}: {fault}; certify again")
+    proven = None
     if claims and rows:
-        for row, right in zip(rows, rows_of_counts(schema, settings, _columns(rows)), strict=True):
+        columns = _columns(rows)
+        proven = _proven(settings, columns) if schema is CERTIFY else None
+        rights = _certificates(columns, proven) if proven else rows_of_counts(schema, settings, columns)
+        for row, right in zip(rows, rights, strict=True):
             fault = _excess(schema, row, right)
             if fault:
                 remedy = ", or recompute with --alpha" if schema is CERTIFY and not table.changed else ""
@@ -143,6 +148,7 @@ def check_table(table: Table, path: Path, *, claims: bool = True) -> None:
         raise UserError(
             f"{path} was changed after it was finished: {table.changed}; restore it from a copy, or certify again"
         )
+    return proven
 
 
 def _check_tolerated(table: Table) -> None:

@@ -47,7 +47,7 @@ class Ended(NamedTuple):
 
     @property
     def injected(self) -> bool:
-        """Whether the fault came about."""
+        """Return whether the fault was injected."""
         return any(what == "fault" for what, _, _ in self.log)
 
 
