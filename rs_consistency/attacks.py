@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 
 from rs_consistency import losses
-from rs_consistency.common.checks import any_array, count, finite_number, function, is_traced, number_from, shown
+from rs_consistency.common.checks import any_array, count, function, is_traced, number_from, whole_number
 from rs_consistency.common.errors import UserError
 from rs_consistency.devices.compiler import repeat
 from rs_consistency.noise import checked_keys
@@ -72,7 +72,7 @@ def smooth_adv(
       >>> round(attacked.max().item(), 3), round(attacks.l2_norm(attacked - images).item(), 3)
       (0.5, 0.5)
     """
-    num_steps, epsilon = _checked_steps(num_steps), _checked_length("epsilon", epsilon)
+    num_steps, epsilon = count("num_steps", num_steps, at_most=_MOST_STEPS), _checked_length("epsilon", epsilon)
     mean_over = count("mean_over", mean_over)
     images, noise = jax.lax.stop_gradient(_checked_batch(apply_fn, images, noise))
     labels = jax.lax.stop_gradient(_checked_labels(labels, images))
@@ -138,11 +138,8 @@ def unbounded(
       >>> [round(attacks.l2_norm(iterate - images).item(), 3) for iterate in iterates]
       [0.5, 1.5]
     """
-    num_steps, step_size = _checked_steps(num_steps), _checked_length("step_size", step_size)
-    number = finite_number("keep_step", keep_step)
-    if number is None or int(number) != number or not 0 <= number <= num_steps:
-        raise UserError(f"keep_step={shown(keep_step)}: use a number from 0 to num_steps={num_steps}")
-    keep_step = int(number)
+    num_steps, step_size = count("num_steps", num_steps, at_most=_MOST_STEPS), _checked_length("step_size", step_size)
+    keep_step = whole_number("keep_step", keep_step, at_least=0, at_most=num_steps)
     images, noise = jax.lax.stop_gradient(_checked_batch(apply_fn, images, noise))
     labels = jax.lax.stop_gradient(_checked_labels(labels, images))
 
@@ -195,7 +192,7 @@ def worst_noise(
       >>> [round(pixel, 3) for pixel in attacked.ravel().tolist()]
       [-0.216, 0.216, 0.673, -0.673]
     """
-    num_steps, epsilon = _checked_steps(num_steps), _checked_length("epsilon", epsilon)
+    num_steps, epsilon = count("num_steps", num_steps, at_most=_MOST_STEPS), _checked_length("epsilon", epsilon)
     images, noise = jax.lax.stop_gradient(_checked_batch(apply_fn, images, noise))
     log_target = jax.lax.stop_gradient(any_array("log_target", log_target, "[B, K]"))
     step_size = 2 * epsilon / num_steps
@@ -253,7 +250,7 @@ def on_sphere(
       >>> [round(pixel, 3) for pixel in attacked.ravel().tolist()]
       [0.414, 0.662, -0.5, 0.6]
     """
-    num_steps, step_size = _checked_steps(num_steps), _checked_length("step_size", step_size)
+    num_steps, step_size = count("num_steps", num_steps, at_most=_MOST_STEPS), _checked_length("step_size", step_size)
     images, noise = jax.lax.stop_gradient(_checked_batch(apply_fn, images, noise))
     labels = jax.lax.stop_gradient(_checked_labels(labels, images))
 
@@ -362,10 +359,3 @@ def _checked_length(name: str, value: float | jax.Array, shape: tuple[int, ...] 
     if lengths.ndim and lengths.shape != shape:
         raise UserError(f"{name} has shape {lengths.shape}; it must be a number" + f", or {shape}" * bool(shape))
     return lengths
-
-
-def _checked_steps(num_steps: int) -> int:
-    number = finite_number("num_steps", num_steps)
-    if number is None or int(number) != number or not 1 <= number <= _MOST_STEPS:
-        raise UserError(f"num_steps={shown(num_steps)}: use at least 1, and a whole number of at most {_MOST_STEPS}")
-    return int(number)

@@ -12,7 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.scipy.special import ndtri
 
-from rs_consistency.common.checks import LARGEST, any_array, check_all, finite_number, shown
+from rs_consistency.common.checks import LARGEST, any_array, check_all, number_above, number_from, one_of
 from rs_consistency.common.errors import UserError
 
 FORMS = ("default", "xent", "kl", "mse")
@@ -135,12 +135,9 @@ def consistency(logits: jax.Array, *, lbd: float, eta: float = 0.5, form: str = 
       [0.992, 0.163]
     """
     logits = _checked_logits(logits)
-    if not isinstance(form, str) or form not in FORMS:
-        raise UserError(f"form={shown(form)} is unknown; use one of {', '.join(FORMS)}")
-    given, (lbd, eta) = (lbd, eta), (finite_number("lbd", lbd), finite_number("eta", eta))
-    if lbd is None or eta is None or not (0 <= lbd <= LARGEST and 0 <= eta <= LARGEST):
-        raise UserError(f"lbd={shown(given[0])} and eta={shown(given[1])} must be from 0 to {LARGEST:g}")
-    lbd, eta = float(lbd), float(eta)
+    one_of("form", form, FORMS)
+    lbd = number_from("lbd", lbd, at_least=0, at_most=LARGEST)
+    eta = number_from("eta", eta, at_least=0, at_most=LARGEST)
     num_copies = logits.shape[0]
     if num_copies == 1 and lbd > 0:
         raise UserError(f"lbd={lbd} needs at least two noisy copies, but logits {logits.shape} have M = 1")
@@ -233,11 +230,8 @@ def macer(
     logits, labels, known = checked_labels(logits, labels)
     if logits.shape[2] < 2:
         raise UserError(f"logits {logits.shape} have one class; MACER compares the two largest")
-    given = {"sigma": sigma, "beta": beta, "gamma": gamma}
-    sigma, beta, gamma = (-1.0 if (number := finite_number(*each)) is None else float(number) for each in given.items())
-    if not (0 < sigma <= LARGEST and 0 < beta <= LARGEST and 0 <= gamma <= LARGEST):
-        values = ", ".join(f"{name}={shown(value)}" for name, value in given.items())
-        raise UserError(f"{values}: use sigma and beta in (0, {LARGEST:g}], gamma in [0, {LARGEST:g}]")
+    sigma, beta = number_above("sigma", sigma, 0, at_most=LARGEST), number_above("beta", beta, 0, at_most=LARGEST)
+    gamma = number_from("gamma", gamma, at_least=0, at_most=LARGEST)
     of_label = jnp.take_along_axis(log_mean_softmax(logits), labels[:, None], axis=-1)[:, 0]
     classification = jnp.where(known, -jnp.log(jnp.exp(of_label) + _MACER_FLOOR), jnp.nan)
 

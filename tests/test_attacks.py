@@ -249,9 +249,9 @@ def test_on_sphere_equals_the_reference(step_size, num_steps):
 
 def test_bad_numbers_of_steps(lenet):
     apply_fn, images, labels, noise = lenet
-    with pytest.raises(ValueError, match="num_steps=0: use at least 1"):
+    with pytest.raises(ValueError, match="num_steps=0: use a whole number of at least 1 and at most 100000"):
         attacks.smooth_adv(apply_fn, images, labels, noise, epsilon=1.0, num_steps=0)
-    with pytest.raises(ValueError, match="keep_step=3: use a number from 0 to num_steps=2"):
+    with pytest.raises(ValueError, match="keep_step=3: use a whole number of at least 0 and at most 2"):
         attacks.unbounded(apply_fn, images, labels, noise, step_size=1.0, num_steps=2, keep_step=3)
 
 

@@ -20,7 +20,7 @@ from typing import NamedTuple
 import numpy as np
 
 from rs_consistency.certificates.columns import CERTIFY, FIELD_COLUMNS, PREDICT, SCHEMAS, Row, Schema, seconds_of
-from rs_consistency.certificates.record import Record, content_beside, json_beside, record_path, unpacked_path
+from rs_consistency.certificates.record import Record, json_beside, record_path, unpacked_path
 from rs_consistency.certificates.selection import Selection
 from rs_consistency.common.checks import MAX_INDEX
 from rs_consistency.common.errors import UserError
@@ -257,14 +257,14 @@ def standing(path: Path) -> tuple[bool | None, str]:
     """
     file = certificate_path(path)
     try:
-        content = content_beside(file)
+        content = json_beside(file)
+        record = Record.from_json(unpacked_path(file).with_suffix(".json"), content) if content else None
     except UserError as error:
         return None, f"{path} is read without the file beside it: {error}"
-    if content:
-        record = Record.from_json(file, content)
-        done, wanted = _read_bytes(file).count(b"\n") - 1, len(record.selection.images)
+    if record:
         if record.finished is not None:
             return True, ""
+        done, wanted = _read_bytes(file).count(b"\n") - 1, len(record.selection.images)
         fault = f"is not finished: {done} of {wanted} images; certify.py with the same settings completes it"
         return False, f"{path} {fault}"
     names = _names(_first_line(file))[1]

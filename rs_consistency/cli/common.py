@@ -95,12 +95,12 @@ class Parser(argparse.ArgumentParser):
         for name in ("store", None):
             self.register("action", name, _Store)
 
-    def parse_args(self, words: Sequence[str], *, exclusive: Pairs = (), needed: Needs = ()) -> argparse.Namespace:
-        """Return the values of a command line, whose flags do not contradict each other: see `check_flags`."""
+    def parse_args(self, words: Sequence[str], *, needed: Needs = ()) -> argparse.Namespace:
+        """Return the values of a command line, with the flags that others need: see `check_flags`."""
         self.given.clear()
         args = super().parse_args(words)
         self.given |= {name for name, value in vars(args).items() if value is True or (value and type(value) is list)}
-        check_flags(self.given, exclusive=exclusive, needed=needed)
+        check_flags(self.given, needed=needed)
         return args
 
     def error(self, message: str) -> NoReturn:
